@@ -1,0 +1,30 @@
+"""Fused losses for contrastive learning: exact, without ever storing the matrix of similarities."""
+
+from fastnce._version import __version__
+from fastnce.checks import debug
+from fastnce.formulas import RetrievalStats
+from fastnce.losses import clip_loss, info_nce, moco_loss, nt_xent, sup_con
+from fastnce.modules import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss
+from fastnce.queue import NegativeQueue
+from fastnce.stats import ContrastiveStats, contrastive_stats, merge
+
+__all__ = [
+    "ClipLoss",
+    "ContrastiveStats",
+    "InfoNCE",
+    "LogitScale",
+    "MoCoLoss",
+    "NTXentLoss",
+    "NegativeQueue",
+    "RetrievalStats",
+    "SupConLoss",
+    "__version__",
+    "clip_loss",
+    "contrastive_stats",
+    "debug",
+    "info_nce",
+    "merge",
+    "moco_loss",
+    "nt_xent",
+    "sup_con",
+]

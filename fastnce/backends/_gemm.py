@@ -1,0 +1,31 @@
+"""One matrix product for the CPU backend: the fastest that torch offers on this processor."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w.T for x (m, d) and w (n, d), where w is contiguous or the transpose of a contiguous matrix.
+
+    torch.mm calls MKL, whose float32 kernel stays at its AVX2 rate on AMD processors (about 100 GFLOP/s per Zen 5 core); the linear
+    layer of oneDNN reaches 220 there. Its weight must be dense in one of the two orders: for any other stride it falls back to a
+    reference loop that is a thousand times slower, which is why the argument is restricted.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_works():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.T
+
+
+@cache
+def _onednn_works() -> bool:
+    # A private operator: use it only where it exists and agrees with torch.mm, in both of the layouts that product() promises.
+    try:
+        x, w = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        found = (torch.ops.mkldnn._linear_pointwise(x, v, None, "none", [], "") for v in (w, w.T.contiguous().T))
+        return all(torch.equal(result, x @ w.T) for result in found)
+    except (AttributeError, RuntimeError):
+        return False

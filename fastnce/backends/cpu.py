@@ -1,0 +1,360 @@
+"""Tiled torch operations, O(tile * rows) memory: the backend of machines without a GPU, and the kernels in plain words.
+
+Logits are kept in base 2 and without the bias: t_ij = <x_i, y_j> with x = root * q_hat, y = root * k_hat, root^2 = scale * log2(e).
+One scaled copy of each input then serves the logits and both gradient products, and exp2 is four times as fast as exp.
+
+    forward    per tile: t -> masked by class of pair -> exp2 -> sums of its rows and of its columns
+    backward   per tile: t again -> w as in reference.py -> dx_i += w y_j,  dy_j += w' x_i
+
+Where k is q only tiles on or above the diagonal are visited: one above it also stands for its mirror image, one on it contains its own.
+Everything is reduced along dim 1; the columns of a tile are the rows of its transposed view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnce.backends._gemm import product
+from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.pairs import Tile, fill_diagonal
+from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+from fastnce.tiles import CPU_ROWS, CPU_TILE
+
+NAME = "cpu"
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for small upstream
+# gradients: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is inside.
+UNSHIFTED = {torch.float32: 40.0, torch.float64: 300.0}
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Runs everything: these are torch's own operations."""
+    return []
+
+
+def forward(problem: Problem) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    work = _prepare(problem)
+    sums = [_Sums(problem, work, len(rows)) for rows in (work.x, work.y)[: 2 if problem.two_sided else 1]]
+    if not work.in_tile:
+        for side, own, other in _aligned(problem):
+            a, b = (work.x, work.y) if side == 0 else (work.y, work.x)
+            sums[side].set_positive(own, _inner(a[own], b[other]))
+    elif problem.metrics:
+        for tile, t in _tiles(work):
+            classes = _classify(problem, work, tile, t)
+            for view in _views(problem, tile):
+                sums[view.side].see_positive(view, classes)
+    for tile, t in _tiles(work):
+        classes = _classify(problem, work, tile, t)
+        views = _views(problem, tile)
+        for view in views:
+            sums[view.side].add_logits(view, classes)
+        if work.unshifted:
+            classes.exp2_()
+        for view in views:
+            sums[view.side].add_exponentials(view, classes)
+    return [side.result() for side in sums]
+
+
+def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
+    """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    work = _prepare(problem)
+    weights = [_Weights.of(problem, work, *side) for side in zip(grads, stats, strict=True)]
+    dx = torch.zeros_like(work.x) if wanted.q or (wanted.scale and not wanted.k) else None
+    dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
+    if dx is not None or dy is not None:
+        if not work.in_tile:
+            _add_aligned(problem, work, weights, dx, dy)
+        for tile, t in _tiles(work):
+            classes = _classify(problem, work, tile, t)
+            if work.unshifted:
+                classes.exp2_()
+            w = torch.zeros_like(t)
+            for view in _views(problem, tile):
+                weights[view.side].add_to(view.of(w), view, classes)
+            on_diagonal = problem.symmetric and tile.i0 == tile.j0
+            if on_diagonal:
+                w = w + w.T
+            i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+            if dx is not None:
+                dx[i] += product(w, work.y[j].T)
+            if dy is not None and not on_diagonal:
+                # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
+                dy[j] += product(w.T.contiguous(), work.x[i].T)
+    return _finish(problem, work, weights, dx, dy, wanted)
+
+
+class _Work(NamedTuple):
+    """Operands of one call. x, y: scaled, normalised rows; r_x, r_y: inverse norms, None where normalize is off."""
+
+    x: Tensor
+    y: Tensor
+    r_x: Tensor | None
+    r_y: Tensor | None
+    root: Tensor
+    unshifted: bool
+    in_tile: bool  # positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
+    symmetric: bool
+
+
+def _prepare(problem: Problem) -> _Work:
+    q, k, scale = problem.q, problem.keys, problem.scale
+    root = (scale * LOG2E).sqrt()
+    x, r_x = _scaled(q, root, problem.normalize)
+    y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize)
+    unshifted = False
+    if q.device.type == "cpu":
+        # Reading a value costs nothing here. On any other device it would stall the host: the running maximum is used instead.
+        bound = float(scale)
+        if not problem.normalize and min(q.shape[0], k.shape[0]) > 0:
+            bound *= float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / (bound * LOG2E)
+        unshifted = bound <= UNSHIFTED[x.dtype]
+    in_tile = not problem.pairs.one_positive_at_most(q.shape[0], problem.symmetric)
+    return _Work(x, y, r_x, r_y, root, unshifted, in_tile, problem.symmetric)
+
+
+def _scaled(rows: Tensor, root: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    dtype = compute_dtype(rows.dtype)
+    if not normalize:
+        return (rows.to(dtype) * root).contiguous(), None
+    r = inverse_norms(rows)
+    return (rows.to(dtype) * (r * root)[:, None]).contiguous(), r
+
+
+class _View(NamedTuple):
+    """A tile seen from one side: its rows, or (flip) its columns. own, other: the ranges they cover in that side's statistics."""
+
+    side: int
+    flip: bool
+    own: slice
+    other: slice
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.flip else matrix
+
+
+def _views(problem: Problem, tile: Tile) -> list[_View]:
+    i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+    views = [_View(0, False, i, j)]
+    if problem.two_sided:
+        views.append(_View(1, True, j, i))
+    elif problem.symmetric and i != j:
+        views.append(_View(0, True, j, i))
+    return views
+
+
+def _tiles(work: _Work) -> Iterator[tuple[Tile, Tensor]]:
+    rows, columns = len(work.x), len(work.y)
+    for i in range(0, rows, CPU_TILE):
+        for j in range(i if work.symmetric else 0, columns, CPU_TILE):
+            tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
+            yield tile, product(work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
+
+
+class _Classes(NamedTuple):
+    """Logits of one tile with all but the negatives at -inf, the same for the positives, and which pairs those are."""
+
+    negative: Tensor
+    positive: Tensor | None = None
+    is_positive: Tensor | None = None
+
+    def exp2_(self) -> None:
+        self.negative.exp2_()
+        if self.positive is not None:
+            self.positive.exp2_()
+
+
+def _classify(problem: Problem, work: _Work, tile: Tile, t: Tensor) -> _Classes:
+    pairs = problem.pairs
+    if not work.in_tile and pairs.q_exclude is None:
+        for diagonal in sum(pairs.diagonals(problem.symmetric), []):
+            fill_diagonal(t, tile, diagonal, -torch.inf)
+        return _Classes(t)
+    positive, excluded = pairs.classify(tile, problem.symmetric, t.device)
+    # masked_fill and never a product with a mask: a nan at an excluded pair must not reach the row.
+    negative = t.masked_fill(positive | excluded, -torch.inf)
+    return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
+
+
+def _aligned(problem: Problem) -> Iterator[tuple[int, slice, slice]]:
+    """(side, own rows, rows of the other side) for every diagonal of aligned positives, seen from every side."""
+    for diagonal in problem.pairs.diagonals(problem.symmetric)[1]:
+        i = slice(max(0, -diagonal), max(0, -diagonal, min(problem.q.shape[0], problem.keys.shape[0] - diagonal)))
+        j = slice(i.start + diagonal, i.stop + diagonal)
+        yield 0, i, j
+        if problem.two_sided:
+            yield 1, j, i
+
+
+class _LogSum:
+    """log2 of a running sum of exp2 per row. Unshifted it is given exponentials, otherwise logits, and keeps a running maximum."""
+
+    def __init__(self, work: _Work, rows: int) -> None:
+        self.total = work.x.new_zeros(rows)
+        self.top = None if work.unshifted else torch.full_like(self.total, -torch.inf)
+
+    def add(self, own: slice, tile: Tensor) -> None:
+        if self.top is None:
+            self.total[own] += tile.sum(1)
+            return
+        old = self.top[own]
+        top = torch.maximum(old, tile.amax(1))
+        # A row without any pair so far: -inf - -inf would be nan. Any finite base gives exp2(-inf) = 0.
+        base = top.masked_fill(top == -torch.inf, 0.0)
+        self.total[own] = self.total[own] * torch.exp2(old - base) + torch.exp2(tile - base[:, None]).sum(1)
+        self.top[own] = top
+
+    def log2(self) -> Tensor:
+        return self.total.log2() if self.top is None else self.total.log2() + self.top
+
+
+class _Sums:
+    """What forward collects for one side."""
+
+    def __init__(self, problem: Problem, work: _Work, rows: int) -> None:
+        self.problem = problem
+        self.negative = _LogSum(work, rows)
+        self.positive = _LogSum(work, rows) if work.in_tile else None
+        self.pos = work.x.new_zeros(rows)
+        self.n_pos = torch.zeros(rows, dtype=torch.int64, device=work.x.device)
+        if problem.metrics:
+            self.pos_max = torch.full_like(self.pos, -torch.inf)
+            self.rank = torch.zeros_like(self.n_pos)
+            self.hardest = torch.full_like(self.n_pos, -1)
+            self.hardest_logit = torch.full_like(self.pos, -torch.inf)
+
+    def set_positive(self, own: slice, t: Tensor) -> None:
+        self.pos[own] = t
+        self.n_pos[own] = 1
+        if self.problem.metrics:
+            self.pos_max[own] = t
+
+    def see_positive(self, view: _View, classes: _Classes) -> None:
+        assert classes.positive is not None
+        self.pos_max[view.own] = torch.maximum(self.pos_max[view.own], view.of(classes.positive).amax(1))
+
+    def add_logits(self, view: _View, classes: _Classes) -> None:
+        if classes.is_positive is not None and classes.positive is not None:
+            is_positive = view.of(classes.is_positive)
+            self.pos[view.own] += view.of(classes.positive).where(is_positive, 0.0).sum(1)
+            self.n_pos[view.own] += is_positive.sum(1)
+        if self.problem.metrics:
+            negative, threshold = view.of(classes.negative), self._threshold()[view.own]
+            self.rank[view.own] += (negative > threshold[:, None]).sum(1)
+            best, where = negative.max(1)
+            better = best > self.hardest_logit[view.own]
+            self.hardest_logit[view.own] = torch.where(better, best, self.hardest_logit[view.own])
+            self.hardest[view.own] = torch.where(better, where + view.other.start, self.hardest[view.own])
+
+    def add_exponentials(self, view: _View, classes: _Classes) -> None:
+        self.negative.add(view.own, view.of(classes.negative))
+        if self.positive is not None and classes.positive is not None:
+            self.positive.add(view.own, view.of(classes.positive))
+
+    def result(self) -> Side:
+        pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(self.n_pos == 0, 0.0)
+        many = self._nats(self.positive.log2()) if self.positive is not None else -torch.inf
+        side = Side(self._nats(self.negative.log2()), torch.where(self.n_pos == 1, pos, many), pos, self.n_pos)
+        if not self.problem.metrics:
+            return side
+        return Side(*side[:4], self.rank, self.hardest, self._nats(self.hardest_logit), self._nats(self.pos_max))
+
+    def _threshold(self) -> Tensor:
+        given, bias = self.problem.threshold, self.problem.bias
+        if given is None:
+            return self.pos_max
+        return (given if bias is None else given - bias) * LOG2E
+
+    def _nats(self, t: Tensor) -> Tensor:
+        s = t * LN2
+        return s if self.problem.bias is None else s + self.problem.bias
+
+
+class _Weights(NamedTuple):
+    """Coefficients of one side: w = negative * exp2(t - lse_neg) + positive * (exp2(t - lse_pos) * share + mean), in base 2.
+
+    Unshifted, exp2(-lse) is already inside the coefficient and the tile holds exp2(t).
+    """
+
+    negative: Tensor
+    positive: Tensor
+    mean: Tensor
+    lse_neg: Tensor
+    lse_pos: Tensor
+    unshifted: bool
+    total: Tensor
+
+    @staticmethod
+    def of(problem: Problem, work: _Work, grad: SideGrad, side: Side) -> _Weights:
+        def base2(lse: Tensor) -> Tensor:
+            return (lse if problem.bias is None else lse - problem.bias) * LOG2E
+
+        # An empty set has lse -inf and no gradient; base 0 keeps -inf - -inf out of the exponents.
+        no_negative, no_positive = side.lse_neg == -torch.inf, side.lse_pos == -torch.inf
+        negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
+        positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
+        mean = grad.dpos.masked_fill(no_positive, 0.0)
+        total = (negative + positive + mean).sum(dtype=torch.float64)
+        mean = mean / side.n_pos.clamp(min=1)
+        lse_neg, lse_pos = base2(side.lse_neg.masked_fill(no_negative, 0.0)), base2(side.lse_pos.masked_fill(no_positive, 0.0))
+        if work.unshifted:
+            negative, positive = negative * torch.exp2(-lse_neg), positive * torch.exp2(-lse_pos) if work.in_tile else positive
+        return _Weights(negative, positive, mean, lse_neg, lse_pos, work.unshifted, total)
+
+    def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
+        def add(tile: Tensor, coefficient: Tensor, lse: Tensor) -> None:
+            tile = view.of(tile)
+            tile = tile if self.unshifted else torch.exp2(tile - lse[view.own, None])
+            w.addcmul_(tile, coefficient[view.own, None])
+
+        add(classes.negative, self.negative, self.lse_neg)
+        if classes.positive is not None and classes.is_positive is not None:
+            add(classes.positive, self.positive, self.lse_pos)
+            w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
+
+
+def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None) -> None:
+    for side, own, other in _aligned(problem):
+        (a, da), (b, db) = ((work.x, dx), (work.y, dy)) if side == 0 else ((work.y, dy), (work.x, dx))
+        # One positive: lse_pos and pos are the same number.
+        w = (weights[side].positive + weights[side].mean)[own, None]
+        if da is not None:
+            da[own].addcmul_(w, b[other])
+        if db is not None:
+            db[other].addcmul_(w, a[own])
+
+
+def _finish(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, wanted: Wanted) -> Gradients:
+    dscale = dbias = None
+    if wanted.scale:
+        # sum_ij w_ij t_ij = sum_i <x_i, dx_i>; where k is q, dx holds every pair from both of its ends.
+        total = _inner(work.x, dx) if dx is not None else _inner(work.y, dy) if dy is not None else work.root
+        dscale = total.sum(dtype=torch.float64) * (0.5 if problem.symmetric else 1.0) / (LOG2E * problem.scale)
+        dscale = dscale.to(problem.scale.dtype)
+    if wanted.bias:
+        # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
+        dbias = torch.stack([side.total for side in weights]).sum().to(problem.scale.dtype)
+    dq = _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype) if wanted.q and dx is not None else None
+    dk = _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype) if wanted.k and dy is not None and dy is not dx else None
+    return Gradients(dq, dk, dscale, dbias)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> per row, without a whole copy of a * b."""
+    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
+
+
+def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor) -> Tensor:
+    """From dL/dx (natural log) to dL/dq, in place: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q."""
+    if r is None:
+        return dx.mul_(root / LOG2E)
+    radial = _inner(x, dx) / -(root * root)
+    return dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E))[:, None])

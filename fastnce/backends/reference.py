@@ -1,0 +1,102 @@
+"""The definition: dense, in the inputs' precision (float32 for half inputs), any device. Memory O(M N): for tests and small problems.
+
+s_ij      = scale * r_q[i] * r_k[j] * <q_i, k_j> + bias
+lse_neg_i = log sum_{N_i} exp s_ij     lse_pos_i = log sum_{P_i} exp s_ij     pos_i = mean_{P_i} s_ij     n_pos_i = |P_i|
+w_ij      = [j in N_i] dlse_neg_i exp(s_ij - lse_neg_i) + [j in P_i] (dlse_pos_i exp(s_ij - lse_pos_i) + dpos_i / n_pos_i)
+dq_hat_i  = scale * sum_j w_ij k_hat_j     dq_i = r_q[i] (dq_hat_i - q_hat_i <q_hat_i, dq_hat_i>)     dbias = sum w
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+
+NAME = "reference"
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Runs everything."""
+    return []
+
+
+def forward(problem: Problem) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    q_hat, k_hat, _, _ = _operands(problem)
+    s, positive, negative = _logits(problem, q_hat, k_hat)
+    views = [(s, positive, negative), (s.T, positive.T, negative.T)]
+    return [_statistics(problem, *view) for view in views[: 2 if problem.two_sided else 1]]
+
+
+def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
+    """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    q_hat, k_hat, r_q, r_k = _operands(problem)
+    s, positive, negative = _logits(problem, q_hat, k_hat)
+    w = _weights(s, positive, negative, grads[0], stats[0])
+    if problem.two_sided:
+        w = w + _weights(s.T, positive.T, negative.T, grads[1], stats[1]).T
+    if problem.symmetric:
+        w = w + w.T
+    dq_hat = problem.scale * (w @ k_hat)
+    dk_hat = problem.scale * (w.T @ q_hat)
+    # Where k is q each pair was just counted from both of its ends.
+    half = 0.5 if problem.symmetric else 1.0
+    return Gradients(
+        _project(dq_hat, q_hat, r_q).to(problem.q.dtype) if wanted.q else None,
+        _project(dk_hat, k_hat, r_k).to(problem.keys.dtype) if wanted.k else None,
+        half * (w * (q_hat @ k_hat.T)).sum() if wanted.scale else None,
+        half * w.sum() if wanted.bias else None,
+    )
+
+
+def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    dtype = compute_dtype(problem.q.dtype)
+    if not problem.normalize:
+        return problem.q.to(dtype), problem.keys.to(dtype), None, None
+    r_q, r_k = inverse_norms(problem.q)[:, None], inverse_norms(problem.keys)[:, None]
+    return problem.q.to(dtype) * r_q, problem.keys.to(dtype) * r_k, r_q, r_k
+
+
+def _logits(problem: Problem, q_hat: Tensor, k_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    s = problem.scale * (q_hat @ k_hat.T)
+    if problem.bias is not None:
+        s = s + problem.bias
+    positive, excluded = problem.pairs.dense(s.shape[0], s.shape[1], problem.symmetric, s.device)
+    return s, positive, ~(positive | excluded)
+
+
+def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor) -> Side:
+    n_pos = positive.sum(1)
+    pos = s.masked_fill(~positive, 0.0).sum(1) / n_pos.clamp(min=1)
+    lse_pos = torch.where(n_pos == 1, pos, _lse(s, positive))
+    lse_neg = _lse(s, negative)
+    if not problem.metrics:
+        return Side(lse_neg, lse_pos, pos, n_pos)
+    negatives = s.masked_fill(~negative, -torch.inf)
+    pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
+    threshold = pos_max if problem.threshold is None else problem.threshold
+    hardest_logit, hardest = negatives.max(1)
+    hardest = hardest.masked_fill(~negative.any(1), -1)
+    rank = (negatives > threshold[:, None]).sum(1)
+    return Side(lse_neg, lse_pos, pos, n_pos, rank, hardest, hardest_logit, pos_max)
+
+
+def _lse(s: Tensor, kept: Tensor) -> Tensor:
+    return s.masked_fill(~kept, -torch.inf).logsumexp(1)
+
+
+def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
+    zero = s.new_zeros(())
+    # An empty set has lse -inf, and -inf - -inf is nan: no pair of it is selected below, so any finite base will do.
+    base_neg = side.lse_neg.masked_fill(side.lse_neg == -torch.inf, 0.0)
+    base_pos = side.lse_pos.masked_fill(side.lse_pos == -torch.inf, 0.0)
+    of_negative = grad.dlse_neg[:, None] * torch.exp(s - base_neg[:, None])
+    of_positive = grad.dlse_pos[:, None] * torch.exp(s - base_pos[:, None]) + (grad.dpos / side.n_pos.clamp(min=1))[:, None]
+    return torch.where(negative, of_negative, zero) + torch.where(positive, of_positive, zero)
+
+
+def _project(dx_hat: Tensor, x_hat: Tensor, r: Tensor | None) -> Tensor:
+    """Backward of x_hat = r x with r = 1 / |x|: remove the radial part, then divide by the norm."""
+    return dx_hat if r is None else r * (dx_hat - x_hat * (x_hat * dx_hat).sum(1, keepdim=True))

@@ -1,0 +1,329 @@
+"""The losses: check the input, say which pairs are what, ask for the statistics, apply a formula, reduce."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastnce import checks, stats
+from fastnce.formulas import Loss, Reduction, answer, l_in, l_out, reduced
+from fastnce.negatives import Negatives, Ragged, one_positive
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
+from fastnce.queue import NegativeQueue
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | Ragged | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: Reduction = "mean",
+    negative_mode: Literal["unpaired", "paired"] = "unpaired",
+    *,
+    scale: float | Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    exclude_query_ids: Tensor | None = None,
+    exclude_key_ids: Tensor | None = None,
+    in_batch: bool | None = None,
+    symmetric: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    """InfoNCE: mean over i of -log(exp(s_ii) / sum_j exp(s_ij)),  s_ij = cos(query_i, key_j) / temperature.
+
+    query          (M, D) anchors, any scale: rows are normalised here unless normalize=False
+    positive_key   (N, D), N >= M: row i is the positive of query i and, in-batch, a negative of every other query
+    negative_keys  None: the other rows of positive_key (in-batch); (K, D): shared by all queries ("unpaired");
+                   (M, K, D): K of its own for each query (negative_mode="paired");
+                   (values (T, D), offsets (M + 1,)): query i has values[offsets[i]:offsets[i + 1]] (ragged; offsets rise from 0 to T)
+    temperature    float or one-element tensor, or give scale = 1 / temperature; differentiable
+    reduction      "none": (M,); "mean" (weighted by weight); "sum"
+    weight         (M,) weight of each query
+    query_ids, key_ids                   integers: keys with the query's id are positives too, and the row's value is the mean over its
+                                         positives (SupCon's L_out)
+    exclude_query_ids, exclude_key_ids   integers: keys with the query's id are no negatives (copies of the same document); its own
+                                         positive_key row is kept. Key ids are one per key met: in-batch keys, then unpaired negatives.
+                                         Negative ids match nothing
+    in_batch       None: only without negative_keys; True: in-batch negatives and negative_keys; False: negative_keys only
+    symmetric      mean of query -> key and key -> query (M = N, no negative_keys), as CLIP
+    return_stats   also RetrievalStats
+    backend        "auto", "cpu", "reference"
+
+    Returns a 0-dim float32 tensor (float64 for float64 input) in nats: log(M) when all embeddings are equal, 0 for a batch of one.
+    Memory is O((M + N) D), never O(M N). Raises ValueError / TypeError / RuntimeError as in docs/numerics.md.
+    van den Oord et al. 2018 (arXiv:1807.03748), eq. 4; argument order of info-nce-pytorch.
+
+    >>> z = torch.eye(4)
+    >>> info_nce(z, z, temperature=1.0)  # log(e + 3) - 1
+    tensor(0.7437)
+    """
+    where = "info_nce"
+    checks.features(where, query=query, positive_key=positive_key)
+    query, positive_key = checks.one_dtype(where, query=query, positive_key=positive_key)
+    rows, in_batch_keys = query.shape[0], positive_key.shape[0]
+    checks.reduction(where, reduction, rows)
+    checks.choice(where, "negative_mode", negative_mode, ("unpaired", "paired"))
+    negatives = Negatives.of(where, negative_keys, negative_mode, query)
+    use_batch = negatives is None if in_batch is None else in_batch
+    if negatives is None and not use_batch:
+        raise ValueError(f"{where}: in_batch=False needs negative_keys: there would be nothing to compare with")
+    if in_batch_keys < rows or (in_batch_keys != rows and not use_batch):
+        raise ValueError(
+            f"{where}: query is {tuple(query.shape)} and positive_key is {tuple(positive_key.shape)}; "
+            "row i of positive_key is the positive of query i, so each query needs one"
+        )
+    if symmetric and (in_batch_keys != rows or negatives is not None):
+        raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys")
+    scale = checks.scale_of(where, temperature, scale, 0.1, query)
+    weight = checks.weights(where, weight, rows, query)
+
+    shared = negatives.keys if negatives is not None and negatives.kind == "unpaired" else None
+    met = (in_batch_keys if use_batch else 0) + (0 if shared is None else shared.shape[0])
+    if met == 0 and any(v is not None for v in (query_ids, key_ids, exclude_query_ids, exclude_key_ids)):
+        raise ValueError(f"{where}: ids relate queries to in-batch or unpaired keys, and there are none here")
+    label = checks.id_pair(where, "query_ids", query_ids, "key_ids", key_ids, query, rows, met)
+    exclude = checks.id_pair(where, "exclude_query_ids", exclude_query_ids, "exclude_key_ids", exclude_key_ids, query, rows, met)
+
+    def part(ids: Tensor | None, keys: slice) -> Tensor | None:
+        return None if ids is None else ids[keys]
+
+    def problem(k: Tensor, keys: slice, offset: int | None, two_sided: bool, threshold: Tensor | None) -> Problem:
+        ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
+        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold)
+
+    if use_batch:
+        found = stats.compute(where, problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None), backend)
+    else:
+        found = one_positive(query, positive_key, scale, normalize, return_stats)
+    before = in_batch_keys if use_batch else 0
+    if shared is not None:
+        also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
+        found = stats.merge(found, also, before)
+    elif negatives is not None:
+        found = stats.merge(found, negatives.statistics(query, scale, normalize, found.pos_max), before)
+    values = l_out(found)
+    if symmetric:
+        assert found.columns is not None
+        values = (values + l_out(found.columns)) / 2
+    return answer(reduced(values, weight, reduction), found, scale, None, return_stats)
+
+
+def nt_xent(
+    z0: Tensor,
+    z1: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    reduction: Reduction = "mean",
+    *,
+    scale: float | Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    """NT-Xent of SimCLR: with z = [z0; z1], mean over the 2B rows i of log(sum_{j != i} exp(s_ij)) - s_ip,  s = cos / temperature.
+
+    z0, z1        (B, D) two views; row i of one is the positive of row i of the other. Or z0 (2B, D) = [view 0; view 1] alone
+    temperature   float or one-element tensor, or give scale = 1 / temperature; differentiable
+    weight        (2B,) per anchor, or (B,) per example
+    Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats; reduction="none": (2B,), rows of z0 first.
+    Half of the logits are computed once: cos is symmetric. Memory O(B D). Google's SimCLR code reports twice this value.
+    Chen et al. 2020 (arXiv:2002.05709), eq. 1.
+
+    >>> nt_xent(torch.eye(4), temperature=1.0)  # three candidates at similarity 0
+    tensor(1.0986)
+    """
+    where = "nt_xent"
+    if z1 is None:
+        checks.features(where, z0=z0)
+        if z0.shape[0] % 2:
+            raise ValueError(f"{where}: z0 is {tuple(z0.shape)}; without z1 it holds two views, [view 0; view 1]: an even number of rows")
+        z = z0
+    else:
+        checks.features(where, z0=z0, z1=z1)
+        z0, z1 = checks.one_dtype(where, z0=z0, z1=z1)
+        if z0.shape != z1.shape:
+            raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
+        z = torch.cat([z0, z1])
+    rows = z.shape[0]
+    checks.reduction(where, reduction, rows)
+    if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
+        weight = torch.cat([weight, weight])
+    weight = checks.weights(where, weight, rows, z)
+    scale = checks.scale_of(where, temperature, scale, 0.5, z)
+    problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
+    found = stats.compute(where, problem, backend)
+    return answer(reduced(l_out(found), weight, reduction), found, scale, None, return_stats)
+
+
+def sup_con(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    variant: Literal["out", "in"] = "out",
+    views: Literal["all", "one"] = "all",
+    reduction: Reduction = "mean",
+    *,
+    no_positive: Literal["zero", "skip", "error"] = "zero",
+    scale: float | Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    """Supervised contrastive loss. Per anchor i, over the candidates C_i (all rows but i) and its positives P_i (same label):
+
+        L_out = log sum_{C_i} exp s - mean_{P_i} s           L_in = log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
+
+    features      (B, V, D): V views of B examples, or (N, D): one view; s = cos / temperature
+    labels        integers (B,) or (N,): equal labels are positives; a negative label matches nothing but the example's other views
+    mask          bool (B, B) or (N, N) instead of labels: mask[i, j] makes example j a positive of example i. Without both, the other
+                  views of the same example are its positives (SimCLR)
+    views         "all": every view of every example is an anchor; "one": only view 0 is
+    no_positive   an anchor without positives "zero": counts as 0 in the mean (SupContrast); "skip": leaves it (PML);
+                  "error": ValueError, at the price of reading one value back from the device
+    weight        one per anchor, in the order of reduction="none": (V * B,) view by view, or (B,) per example
+    Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats. SupContrast's value is temperature / base_temperature times it.
+    Khosla et al. 2020 (arXiv:2004.11362), eq. 2 and 3.
+
+    >>> sup_con(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)
+    tensor(1.0986)
+    """
+    where = "sup_con"
+    checks.features(where, (2, 3), features=features)
+    examples, n_views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
+    if n_views == 0:
+        raise ValueError(f"{where}: features is {tuple(features.shape)}; it needs at least one view")
+    checks.choice(where, "variant", variant, ("out", "in"))
+    checks.choice(where, "views", views, ("all", "one"))
+    checks.choice(where, "no_positive", no_positive, ("zero", "skip", "error"))
+    if labels is not None and mask is not None:
+        raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
+    labels = checks.ids(where, "labels", labels, examples, features, "features")
+    mask = checks.mask(where, "mask", mask, features, (examples, examples))
+    # Row v * B + b of z is view v of example b.
+    z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, -1)
+    anchors = examples if views == "one" else z.shape[0]
+    checks.reduction(where, reduction, anchors)
+    if weight is not None and isinstance(weight, Tensor) and weight.shape == (examples,):
+        weight = weight.repeat(anchors // max(examples, 1))
+    weight = checks.weights(where, weight, anchors, features)
+    scale = checks.scale_of(where, temperature, scale, 0.1, features)
+    if labels is None and mask is None:
+        labels = torch.arange(examples, device=features.device)
+    pairs = Pairs(exclude_self=True, q_label=None if labels is None else labels.repeat(n_views), mask=mask)
+    if views == "one" and n_views > 1:
+        label = pairs.q_label
+        pairs = pairs._replace(q_label=None if label is None else label[:examples], k_label=label)
+        problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, return_stats)
+    else:
+        problem = Problem(z, None, scale, None, pairs, False, normalize, return_stats)
+    found = stats.compute(where, problem, backend)
+    some = found.n_pos > 0
+    if no_positive == "error" and not bool(some.all()):
+        first = int((~some).nonzero()[0])
+        raise ValueError(f"{where}: anchor {first} has no positive; give it one, or use no_positive='zero' or 'skip'")
+    values = l_out(found) if variant == "out" else l_in(found)
+    counted = some.to(values.dtype) if no_positive == "skip" else None
+    if counted is not None:
+        weight = counted if weight is None else weight * counted
+    return answer(reduced(values, weight, reduction), found, scale, None, return_stats)
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    """CLIP's symmetric loss: mean over i of (log sum_j exp s_ij + log sum_j exp s_ji) / 2 - s_ii,  s = logit_scale * cos + logit_bias.
+
+    image, text            (N, D) each: row i of one belongs to row i of the other. With ids the numbers of rows may differ
+    logit_scale            1 / temperature (exp of CLIP's parameter, as open_clip passes it), float or one-element tensor, differentiable
+    logit_bias             added to every logit, float or one-element tensor; it cancels in this loss
+    image_ids, text_ids    integers: equal ids belong together (several captions of one image), in addition to equal rows where the
+                           numbers are equal; the value is then L_out in both directions. One alone serves both sides
+    weight                 (N,) per pair
+    Both directions come from one pass over the logits. Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats;
+    reduction="none": (N,). With M images and N texts: the mean (sum) of the two directions' means (sums).
+    Radford et al. 2021 (arXiv:2103.00020), figure 3.
+
+    >>> clip_loss(torch.eye(4), torch.eye(4), 1.0)
+    tensor(0.7437)
+    """
+    where = "clip_loss"
+    checks.features(where, image=image, text=text)
+    image, text = checks.one_dtype(where, image=image, text=text)
+    rows, columns = image.shape[0], text.shape[0]
+    checks.reduction(where, reduction, min(rows, columns))
+    label = checks.id_pair(where, "image_ids", image_ids, "text_ids", text_ids, image, rows, columns)
+    if rows != columns and (label[0] is None or reduction == "none" or weight is not None):
+        raise ValueError(
+            f"{where}: image is {tuple(image.shape)} and text is {tuple(text.shape)}; without image_ids and text_ids, or with weight or "
+            "reduction='none', row i of one belongs to row i of the other"
+        )
+    weight = checks.weights(where, weight, rows, image)
+    scale = checks.scalar(where, "logit_scale", logit_scale, image)
+    bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
+    pairs = Pairs(False, 0 if rows == columns else None, *label)
+    found = stats.compute(where, Problem(image, text, scale, bias, pairs, True, normalize, return_stats), backend)
+    assert found.columns is not None
+    by_row, by_column = l_out(found), l_out(found.columns)
+    if rows == columns:
+        loss = reduced((by_row + by_column) / 2, weight, reduction)
+    else:
+        loss = (reduced(by_row, None, reduction) + reduced(by_column, None, reduction)) / 2
+    return answer(loss, found, scale, bias, return_stats)
+
+
+def moco_loss(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor | NegativeQueue,
+    temperature: float | Tensor = 0.07,
+    reduction: Reduction = "mean",
+    *,
+    scale: float | Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Loss:
+    """MoCo: mean over i of -log(exp(s_ii) / (exp(s_ii) + sum_j exp(q_i . queue_j / temperature))),  s_ii = cos(q_i, k_i) / temperature.
+
+    q        (N, D) queries
+    k        (N, D) their positives from the momentum encoder; pass them detached, as MoCo does (they get a gradient if they ask for one)
+    queue    (K, D) negatives of every query: a tensor, or a NegativeQueue. It is read in place: put the new keys in after backward
+    Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats. He et al. 2020 (arXiv:1911.05722), eq. 1.
+
+    >>> moco_loss(torch.eye(2, 3), torch.eye(2, 3), torch.eye(3)[2:], temperature=1.0)  # softplus(-1)
+    tensor(0.3133)
+    """
+    where = "moco_loss"
+    negatives = queue.keys if isinstance(queue, NegativeQueue) else queue
+    checks.features(where, q=q, k=k, queue=negatives)
+    q, k, negatives = checks.one_dtype(where, q=q, k=k, queue=negatives)
+    if q.shape != k.shape:
+        raise ValueError(f"{where}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; row i of k is the positive of row i of q")
+    checks.some_keys(where, "queue", negatives, q.shape[0])
+    checks.reduction(where, reduction, q.shape[0])
+    weight = checks.weights(where, weight, q.shape[0], q)
+    scale = checks.scale_of(where, temperature, scale, 0.07, q)
+    found = one_positive(q, k, scale, normalize, return_stats)
+    problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)
+    found = stats.merge(found, stats.compute(where, problem, backend))
+    return answer(reduced(l_out(found), weight, reduction), found, scale, None, return_stats)

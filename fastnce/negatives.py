@@ -1,0 +1,93 @@
+"""Explicit negatives of info_nce: shared by all queries, or listed for each of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastnce import checks
+from fastnce.stats import ContrastiveStats, listed_logits
+
+Ragged: TypeAlias = tuple[Tensor, Tensor]
+
+
+class Negatives(NamedTuple):
+    """kind "unpaired": keys (K, D). "paired": keys (M, K, D). "ragged": keys (T, D), rows (T,) the query of each."""
+
+    kind: str
+    keys: Tensor
+    rows: Tensor | None = None
+
+    @staticmethod
+    def of(where: str, given: Tensor | Ragged | None, mode: str, query: Tensor) -> Negatives | None:
+        """What the caller passed as negative_keys, checked; None stays None."""
+        if given is None:
+            return None
+        if isinstance(given, tuple | list):
+            return _ragged(where, given, query)
+        checks.features(where, (2,) if mode == "unpaired" else (3,), negative_keys=given, query=query[None] if mode == "paired" else query)
+        (_, keys) = checks.one_dtype(where, query=query, negative_keys=given)
+        if mode == "paired" and keys.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{where}: negative_keys is {tuple(keys.shape)} and query is {tuple(query.shape)}; "
+                "paired negatives are (M, K, D), K for each query"
+            )
+        checks.some_keys(where, "negative_keys", keys if mode == "unpaired" else keys[0] if len(keys) else keys, query.shape[0])
+        return Negatives(mode, keys)
+
+    def statistics(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> ContrastiveStats:
+        """Row statistics of listed negatives. threshold (M,): metrics too, rank counted from there."""
+        s = listed_logits(query, self.keys, scale, None, normalize, self.rows)
+        lse, most, hardest, above = _by_row(s, threshold) if self.rows is None else _by_segment(s, self.rows, query.shape[0], threshold)
+        none = lse.new_full((query.shape[0],), -torch.inf)
+        zero = torch.zeros_like(hardest)
+        found = ContrastiveStats(lse, none, torch.zeros_like(none), zero)
+        return found if threshold is None else found._replace(rank=above, hardest=hardest, hardest_logit=most, pos_max=none)
+
+
+def one_positive(query: Tensor, key: Tensor, scale: Tensor, normalize: bool, metrics: bool) -> ContrastiveStats:
+    """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo."""
+    pos = listed_logits(query, key[:, None], scale, None, normalize).squeeze(1)
+    none = torch.full_like(pos, -torch.inf)
+    one = torch.ones_like(pos, dtype=torch.int64)
+    found = ContrastiveStats(none, pos, pos, one)
+    if not metrics:
+        return found
+    return found._replace(rank=torch.zeros_like(one), hardest=torch.full_like(one, -1), hardest_logit=none, pos_max=pos.detach())
+
+
+def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
+    if len(given) != 2:
+        raise ValueError(f"{where}: ragged negative_keys is (values, offsets), got {len(given)} entries")
+    values, offsets = given
+    checks.features(where, query=query, values=values)
+    (_, values) = checks.one_dtype(where, query=query, values=values)
+    # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
+    ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
+    assert ends is not None
+    positions = torch.arange(values.shape[0], device=values.device)
+    return Negatives("ragged", values, torch.searchsorted(ends, positions, right=True) - 1)
+
+
+def _by_row(s: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    most, hardest = s.detach().max(1)
+    above = hardest if threshold is None else (s > threshold[:, None]).sum(1)
+    return s.logsumexp(1), most, hardest, above
+
+
+def _by_segment(s: Tensor, rows: Tensor, n: int, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As _by_row for segments given by the row of every entry; an empty one has lse -inf and hardest -1."""
+    most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
+    base = most.masked_fill(most == -torch.inf, 0.0)
+    total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
+    # log(0) has an infinite gradient; an empty segment takes none.
+    lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
+    if threshold is None:
+        return lse, most, rows.new_full((n,), -1), rows.new_zeros(n)
+    above = rows.new_zeros(n).index_add(0, rows, (s > threshold[rows]).to(rows.dtype))
+    positions = torch.arange(len(rows), device=rows.device)
+    first = torch.where(s.detach() == most[rows], positions, len(rows))
+    hardest = rows.new_full((n,), len(rows)).scatter_reduce(0, rows, first, "amin")
+    return lse, most, hardest.masked_fill(hardest == len(rows), -1), above

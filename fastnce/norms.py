@@ -1,0 +1,28 @@
+"""Row norms, forward and backward: the one place that says what a zero row and an overflowing row mean."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12  # torch.nn.functional.normalize's threshold: a shorter row counts as zero
+LARGEST = 1e18  # the square of a longer row may leave float32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and products are float64 for float64 input and float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """r = 1 / |x| of every row (last dimension of x), in compute_dtype, differentiable.
+
+    0 for a zero row: its similarities and its gradient are then 0, where torch's x / max(|x|, eps) has a gradient of 1e12.
+    NaN for a row longer than 1e18: torch silently returns similarity 0 there.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
+    short = norm < EPS
+    r = norm.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
+    return r if x.dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)

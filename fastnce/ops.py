@@ -1,0 +1,190 @@
+"""torch.library operators and the autograd.Function over them. No arithmetic.
+
+The construction is the one that refuses every derivative it cannot give: a second derivative raises instead of silently dropping terms
+(which a plain autograd.Function, or once_differentiable, would do) and forward-mode raises instead of returning zeros (which custom_op with
+register_autograd would do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from fastnce import backends
+from fastnce.norms import compute_dtype
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem, Side, SideGrad, Wanted, sides
+
+_PROBLEM = (
+    "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
+    "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, str backend"
+)
+_TENSORS = 10  # of the arguments above, the first are tensors
+
+_library = torch.library.Library("fastnce", "DEF")
+_library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"backward(Tensor[] grads, Tensor[] stats, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Arguments(NamedTuple):
+    """The problem as the flat arguments of the operators."""
+
+    q: Tensor
+    k: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    q_label: Tensor | None
+    k_label: Tensor | None
+    q_exclude: Tensor | None
+    k_exclude: Tensor | None
+    mask: Tensor | None
+    threshold: Tensor | None
+    offset: int | None
+    exclude_self: bool
+    two_sided: bool
+    normalize: bool
+    metrics: bool
+    backend: str
+
+    @staticmethod
+    def of(problem: Problem, backend: str) -> Arguments:
+        p, rules = problem, problem.pairs
+        ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
+        flags = (rules.offset, rules.exclude_self, p.two_sided, p.normalize, p.metrics)
+        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, *flags, backend)
+
+    def problem(self) -> Problem:
+        rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
+        return Problem(self.q, self.k, self.scale, self.bias, rules, self.two_sided, self.normalize, self.metrics, self.threshold)
+
+
+def statistics(problem: Problem, backend: str) -> list[Side]:
+    """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
+    flat = _Statistics.apply(*Arguments.of(problem, backend))
+    return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
+
+
+class _Statistics(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.fastnce.forward(*flat))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        args = Arguments(*inputs)
+        per_side = 8 if args.metrics else 4
+        ctx.per_side, ctx.flags = per_side, inputs[_TENSORS:]
+        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + 4]]
+        ctx.save_for_backward(*inputs[:_TENSORS], *vectors)
+        ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= 3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
+        differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < 3]
+        wanted = list(ctx.needs_input_grad[:4])
+        found = torch.ops.fastnce.backward(differentiable, list(vectors), wanted, *tensors, *ctx.flags)
+        if torch.is_grad_enabled():
+            found = _FirstOrderOnly.apply(*found, *tensors[:4])
+        given = tuple(g if wanted[i] else None for i, g in enumerate(found))
+        return given + (None,) * (len(ctx.needs_input_grad) - len(given))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError("fastnce: forward-mode derivatives (jvp) are not implemented; use reverse mode (backward, func.grad)")
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on the gradients; differentiating it once more raises. The inputs are arguments so that it is part of their graph."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dq: Tensor, dk: Tensor, dscale: Tensor, dbias: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in (dq, dk, dscale, dbias))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+            "use backend-free torch code, for instance the dense losses of train_ref/losses.py, where you need it"
+        )
+
+
+def _forward(*flat: Any) -> list[Tensor]:
+    args = Arguments(*flat)
+    with _no_autocast(args.q):
+        found = backends.load(args.backend).forward(args.problem())
+    return [vector for side in found for vector in side if vector is not None]
+
+
+def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    args = Arguments(*flat)
+    problem = args.problem()
+    with _no_autocast(args.q):
+        found = backends.load(args.backend).backward(
+            problem,
+            [SideGrad(*run) for run in sides(grads, problem, 3)],
+            [Side(*run) for run in sides(stats, problem, 4)],
+            Wanted(*wanted),
+        )
+    return tuple(args.q.new_empty(0) if g is None else g for g in found)
+
+
+def _no_autocast(q: Tensor) -> torch.autocast:
+    # Autocast stays active inside an operator and would send float32 products to half precision.
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _fake_forward(*flat: Any) -> list[Tensor]:
+    args = Arguments(*flat)
+    out = []
+    for rows in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
+        real = rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
+        count = rows.new_empty(rows.shape[0], dtype=torch.int64)
+        kinds = (real, real, real, count) + ((count, count, real, real) if args.metrics else ())
+        out += [torch.empty_like(kind) for kind in kinds]
+    return out
+
+
+def _fake_backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    args = Arguments(*flat)
+    like = (args.q, args.k, args.scale, args.scale)
+    return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
+
+
+def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """vmap rule: the batch is a loop. A batched problem is no faster than its parts: each already fills the device."""
+
+    def pick(arg: Any, dim: Any, n: int) -> Any:
+        if isinstance(arg, list | tuple):
+            return [pick(a, d, n) for a, d in zip(arg, dim, strict=True)]
+        return arg if dim is None else arg.select(dim, n)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
+        stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
+        kind = type(runs[0])
+        return kind(stacked), kind([0] * len(stacked))
+
+    return rule
+
+
+for _name, _run, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(getattr(torch.ops.fastnce, _name)), lib=_library)

@@ -1,0 +1,103 @@
+"""Which pairs are positive, negative or excluded: one rule, a few integer vectors, compared tile by tile.
+
+For query i (row of q) and key j (row of k), the first line that applies decides:
+
+    self      exclude_self and j == i                                        -> excluded
+    aligned   j == offset + i  (k is q: |i - j| == offset)                   -> positive
+    exclude   q_exclude[i] == k_exclude[j], both >= 0                        -> excluded
+    label     q_label[i] == k_label[j], both >= 0, or mask[i, j]             -> positive
+    otherwise                                                                -> negative
+
+An aligned pair is kept whatever its exclude ids say: a query and its own document carry the same document id, and it is the *other*
+copies of that document that must not count as negatives. A negative label or id matches nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tile(NamedTuple):
+    """Half-open ranges of rows [i0, i1) and columns [j0, j1) of the (M, N) logits."""
+
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+
+
+class Pairs(NamedTuple):
+    """The rules above. The vectors are (M,) for q_*, (N,) for k_*; where k is q, k_* stay None and q_* serve both sides.
+
+    mask is the one exception to "vectors only": a caller who already holds a boolean matrix of positives may pass it. It is (Bq, Bk) and
+    row i of q meets mask row i % Bq, so that V stacked views share one (B, B) matrix. It is read tile by tile, never expanded.
+    """
+
+    exclude_self: bool = False
+    offset: int | None = None
+    q_label: Tensor | None = None
+    k_label: Tensor | None = None
+    q_exclude: Tensor | None = None
+    k_exclude: Tensor | None = None
+    mask: Tensor | None = None
+
+    def positives_by_content(self) -> bool:
+        """True where positives depend on labels or a mask, so that only looking at a tile tells."""
+        return self.q_label is not None or self.mask is not None
+
+    def one_positive_at_most(self, rows: int, symmetric: bool) -> bool:
+        """True where positives are the aligned pairs alone and no row has two: they then need no tile, only O(M D) dot products.
+
+        With k = q a row has the partners i - offset and i + offset; both exist for some row unless 2 * offset >= rows.
+        """
+        return not self.positives_by_content() and not (symmetric and self.offset is not None and 2 * self.offset < rows)
+
+    def diagonals(self, symmetric: bool) -> tuple[list[int], list[int]]:
+        """Diagonals j - i of the whole matrix that are (excluded, positive) by index alone."""
+        excluded = [0] if self.exclude_self else []
+        if self.offset is None:
+            return excluded, []
+        aligned = {self.offset, -self.offset} if symmetric else {self.offset}
+        return excluded, sorted(aligned - set(excluded))
+
+    def classify(self, tile: Tile, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(positive, excluded): two boolean (i1 - i0, j1 - j0) matrices for one tile; what is neither is negative."""
+        shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
+        excluded = _equal_ids(self.q_exclude, self.k_exclude, tile, shape, device)
+        positive = _equal_ids(self.q_label, self.k_label, tile, shape, device)
+        if self.mask is not None:
+            i = torch.arange(tile.i0, tile.i1, device=device) % self.mask.shape[0]
+            j = torch.arange(tile.j0, tile.j1, device=device) % self.mask.shape[1]
+            positive |= self.mask[i[:, None], j]
+        if self.q_exclude is not None:
+            positive &= ~excluded
+        by_self, by_alignment = self.diagonals(symmetric)
+        for diagonal in by_alignment:
+            fill_diagonal(positive, tile, diagonal, True)
+            fill_diagonal(excluded, tile, diagonal, False)
+        for diagonal in by_self:
+            fill_diagonal(positive, tile, diagonal, False)
+            fill_diagonal(excluded, tile, diagonal, True)
+        return positive, excluded
+
+    def dense(self, rows: int, columns: int, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The meaning, materialised: classify() of the whole (M, N) matrix. For the reference backend only."""
+        return self.classify(Tile(0, rows, 0, columns), symmetric, device)
+
+
+def fill_diagonal(matrix: Tensor, tile: Tile, diagonal: int, value: float) -> None:
+    """Write value where j - i == diagonal, in the coordinates of the whole matrix, if that line crosses the tile."""
+    local = diagonal - (tile.j0 - tile.i0)
+    if -matrix.shape[0] < local < matrix.shape[1]:
+        matrix.diagonal(local).fill_(value)
+
+
+def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: Tile, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if q_id is None:
+        return torch.zeros(shape, dtype=torch.bool, device=device)
+    rows, columns = q_id[tile.i0 : tile.i1], (q_id if k_id is None else k_id)[tile.j0 : tile.j1]
+    # Negative ids must match nothing, not even each other: -2 on one side and -1 on the other keeps it to a single comparison per pair.
+    return rows.where(rows >= 0, -2)[:, None] == columns.where(columns >= 0, -1)

@@ -1,0 +1,97 @@
+"""What a backend is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastnce.pairs import Pairs
+
+
+class Problem(NamedTuple):
+    """s_ij = scale * r_q[i] * r_k[j] * <q_i, k_j> + bias and the rules of its pairs.
+
+    q          (M, D)
+    k          (N, D), or None where the keys are the queries (symmetric logits)
+    scale      0-dim, compute dtype; bias the same or None
+    two_sided  column statistics as well as row statistics
+    metrics    also rank, hardest negative and best positive
+    threshold  (M,) logits that rank counts from; None: the row's own best positive
+    """
+
+    q: Tensor
+    k: Tensor | None
+    scale: Tensor
+    bias: Tensor | None
+    pairs: Pairs
+    two_sided: bool
+    normalize: bool
+    metrics: bool = False
+    threshold: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        return self.q if self.k is None else self.k
+
+    @property
+    def symmetric(self) -> bool:
+        return self.k is None
+
+    @property
+    def shape(self) -> str:
+        return "symmetric" if self.symmetric else "two_sided" if self.two_sided else "rows"
+
+
+class Side(NamedTuple):
+    """Statistics of the rows (or of the columns): vectors of length M (or N).
+
+    lse_neg, lse_pos  log-sum-exp over negatives, over positives; -inf where there are none
+    pos               mean logit of the positives, 0 where there are none
+    n_pos             how many positives, int64
+    rank              negatives above the threshold, int64            } metrics only
+    hardest           column of the largest negative, -1 without      }
+    hardest_logit     its logit, -inf without                         }
+    pos_max           largest positive logit, -inf without            }
+    """
+
+    lse_neg: Tensor
+    lse_pos: Tensor
+    pos: Tensor
+    n_pos: Tensor
+    rank: Tensor | None = None
+    hardest: Tensor | None = None
+    hardest_logit: Tensor | None = None
+    pos_max: Tensor | None = None
+
+
+class SideGrad(NamedTuple):
+    """dL/d of the differentiable fields of a Side."""
+
+    dlse_neg: Tensor
+    dlse_pos: Tensor
+    dpos: Tensor
+
+
+class Gradients(NamedTuple):
+    """dL/d of the inputs; None where not asked for."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dscale: Tensor | None
+    dbias: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    q: bool
+    k: bool
+    scale: bool
+    bias: bool
+
+
+def sides(flat: Sequence[Tensor], problem: Problem, per_side: int) -> list[Sequence[Tensor]]:
+    """Cut a flat list of vectors into one run for the rows and, where two_sided, one for the columns."""
+    return [flat[start : start + per_side] for start in range(0, per_side * (2 if problem.two_sided else 1), per_side)]

@@ -1,0 +1,183 @@
+"""The primitive every loss is a formula over: differentiable row statistics of a similarity matrix that is never stored."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce import backends, checks, ops
+from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
+
+
+class ContrastiveStats(NamedTuple):
+    """Per-row statistics of the logits; `columns` holds the same per column where two_sided.
+
+    lse_neg   log sum exp over the negatives of the row, nats; -inf without any         differentiable
+    lse_pos   the same over its positives; equal to pos where there is exactly one      differentiable
+    pos       mean logit of its positives; 0 without any                                differentiable
+    n_pos     number of positives, int64
+    With metrics=True, else None:
+    rank      negatives whose logit is above the threshold (the row's best positive by default), int64; 0 is a top-1 hit
+    hardest   index of the largest negative, int64; -1 without any
+    hardest_logit, pos_max   logits of the largest negative and of the best positive; -inf without any
+    """
+
+    lse_neg: Tensor
+    lse_pos: Tensor
+    pos: Tensor
+    n_pos: Tensor
+    rank: Tensor | None = None
+    hardest: Tensor | None = None
+    hardest_logit: Tensor | None = None
+    pos_max: Tensor | None = None
+    columns: ContrastiveStats | None = None
+
+
+def contrastive_stats(
+    q: Tensor,
+    k: Tensor | None = None,
+    *,
+    scale: float | Tensor,
+    bias: float | Tensor | None = None,
+    normalize: bool = True,
+    exclude_self: bool | None = None,
+    offset: int | None = None,
+    q_labels: Tensor | None = None,
+    k_labels: Tensor | None = None,
+    q_exclude_ids: Tensor | None = None,
+    k_exclude_ids: Tensor | None = None,
+    positive_mask: Tensor | None = None,
+    two_sided: bool = False,
+    metrics: bool = False,
+    threshold: Tensor | None = None,
+    backend: str = "auto",
+) -> ContrastiveStats:
+    """Row statistics of s_ij = scale * cos(q_i, k_j) + bias over negatives and positives: lse_neg, lse_pos, pos, n_pos.
+
+    q               (M, D) queries, any length of row: they are normalised here unless normalize=False
+    k               (N, D) keys; None: the keys are the queries, and only half of the logits are computed
+    scale           1 / temperature, float or one-element tensor, > 0; bias is added to every logit. Both differentiable
+    exclude_self    drop pairs with j == i; default: where k is None
+    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset); offset >= 1 there
+    q_labels, k_labels             integers (M,), (N,): equal labels are positives; a negative label matches nothing
+    q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
+    positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]
+    two_sided       also the statistics of every key over the queries, from the same tiles, in `columns`
+    metrics         also rank, hardest negative and best positive (no gradient)
+    threshold       (M,) logits from which rank counts; default: each row's best positive
+    backend         "auto", "cpu" (tiled, any device) or "reference" (dense)
+
+    Returns ContrastiveStats, float32 (float64 for float64 input). Memory is O((M + N) D), never O(M N).
+    Raises TypeError, ValueError, RuntimeError, NotImplementedError as docs/numerics.md lists.
+
+    >>> z = torch.eye(4)
+    >>> contrastive_stats(z, scale=1.0, offset=2).lse_neg  # two negatives each, at similarity 0: log 2
+    tensor([0.6931, 0.6931, 0.6931, 0.6931])
+    """
+    where = "contrastive_stats"
+    if k is None:
+        checks.features(where, q=q)
+        rows = columns = q.shape[0]
+    else:
+        checks.features(where, q=q, k=k)
+        q, k = checks.one_dtype(where, q=q, k=k)
+        rows, columns = q.shape[0], k.shape[0]
+        checks.some_keys(where, "k", k, rows)
+    symmetric = k is None
+    if symmetric and two_sided:
+        raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
+    if symmetric and offset is not None and offset < 1 and rows > 0:
+        raise ValueError(f"{where}: offset is {offset}; where the keys are the queries it must be at least 1")
+    if symmetric and (k_labels is not None or k_exclude_ids is not None):
+        raise ValueError(f"{where}: k_labels and k_exclude_ids need k; where the keys are the queries, give q_labels, q_exclude_ids")
+    q_label = checks.ids(where, "q_labels", q_labels, rows, q, "q")
+    k_label = checks.ids(where, "k_labels", k_labels, columns, q, "k")
+    q_exclude = checks.ids(where, "q_exclude_ids", q_exclude_ids, rows, q, "q")
+    k_exclude = checks.ids(where, "k_exclude_ids", k_exclude_ids, columns, q, "k")
+    for one, other in (("labels", (q_label, k_label)), ("exclude_ids", (q_exclude, k_exclude))):
+        if not symmetric and (other[0] is None) != (other[1] is None):
+            raise ValueError(f"{where}: q_{one} and k_{one} go together: give both")
+    mask = checks.mask(where, "positive_mask", positive_mask, q)
+    if threshold is not None and (symmetric or two_sided or not metrics or threshold.shape != (rows,)):
+        raise ValueError(f"{where}: threshold must have shape ({rows},) and needs metrics=True, k, and two_sided=False")
+    checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
+    pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
+    scale = checks.scalar(where, "scale", scale, q)
+    bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
+    return compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
+
+
+def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
+    """Statistics of a problem whose inputs have been checked. Errors about values and about the backend start with `where`."""
+    checks.values(where, problem.normalize, **({"q": problem.q} if problem.k is None else {"q": problem.q, "k": problem.k}))
+    pairs, threshold = problem.pairs, problem.threshold
+    if problem.symmetric and pairs.mask is not None:
+        # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
+        pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
+        problem = problem._replace(k=problem.q.clone(), pairs=pairs)
+    if threshold is not None:
+        problem = problem._replace(threshold=threshold.detach().to(compute_dtype(problem.q.dtype)))
+    found = [ContrastiveStats(*side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
+    checks.candidates(where, found[0].lse_neg, found[0].n_pos)
+    return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
+
+
+def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> ContrastiveStats:
+    """Statistics of the same rows over two disjoint sets of keys, as if they were one: what a ring, a queue or a chunk adds up.
+
+        lse = log(exp lse_a + exp lse_b)      pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)      n_pos, rank: sums
+
+    Rank is right if both counted from the same threshold. `shift` is added to the hardest index of b: the number of keys before b's.
+    `columns` are dropped: the columns of the two are different keys.
+    """
+    n_pos = a.n_pos + b.n_pos
+    total = n_pos.clamp(min=1)
+    merged = ContrastiveStats(
+        logaddexp(a.lse_neg, b.lse_neg),
+        logaddexp(a.lse_pos, b.lse_pos),
+        a.pos * (a.n_pos / total) + b.pos * (b.n_pos / total),
+        n_pos,
+    )
+    if a.rank is None or b.rank is None:
+        return merged
+    assert a.hardest is not None and a.hardest_logit is not None and a.pos_max is not None
+    assert b.hardest is not None and b.hardest_logit is not None and b.pos_max is not None
+    harder = b.hardest_logit > a.hardest_logit
+    return merged._replace(
+        rank=a.rank + b.rank,
+        hardest=torch.where(harder, b.hardest + shift, a.hardest),
+        hardest_logit=torch.maximum(a.hardest_logit, b.hardest_logit),
+        pos_max=torch.maximum(a.pos_max, b.pos_max),
+    )
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b), whose value is -inf and whose gradient is finite where both are -inf (torch.logaddexp: nan)."""
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    return high + softplus((low - high).masked_fill(high == -torch.inf, -torch.inf))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x). torch's default turns into x above 20, an error of 2e-9 that float64 sees; at 80 it is below float64's rounding
+    and exp(80) is still a float32 number."""
+    return F.softplus(x, threshold=80.0)
+
+
+def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, normalize: bool, rows: Tensor | None = None) -> Tensor:
+    """Logits of pairs that are listed one by one, so that there are no more of them than key rows: O(keys) memory, plain autograd.
+
+    keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
+    """
+    dtype = compute_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        q, keys = q.to(dtype), keys.to(dtype)
+        if normalize:
+            q = q * inverse_norms(q)[:, None]
+        s = torch.bmm(keys, q[:, :, None]).squeeze(2) if rows is None else (keys * q[rows]).sum(1)
+        s = s * (scale * inverse_norms(keys) if normalize else scale)
+    return s if bias is None else s + bias
