@@ -49,7 +49,7 @@ def l_out(found: ContrastiveStats) -> Tensor:
 def l_in(found: ContrastiveStats) -> Tensor:
     """log(sum over negatives and positives) - log(mean over positives): SupCon's L_in (Khosla et al. 2020, eq. 3), 0 without positives."""
     none = found.n_pos == 0
-    values = softplus(found.lse_neg - found.lse_pos.masked_fill(none, 0.0)) + found.n_pos.clamp(min=1).log()
+    values = softplus(found.lse_neg - found.lse_pos.masked_fill(none, 0.0)) + found.n_pos.clamp(min=1).to(found.pos.dtype).log()
     return values.masked_fill(none, 0.0)
 
 

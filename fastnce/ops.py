@@ -81,9 +81,9 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         args = Arguments(*inputs)
-        per_side = 8 if args.metrics else 4
+        per_side = 10 if args.metrics else 6
         ctx.per_side, ctx.flags = per_side, inputs[_TENSORS:]
-        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + 4]]
+        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + 6]]
         ctx.save_for_backward(*inputs[:_TENSORS], *vectors)
         ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= 3])
 
@@ -139,7 +139,7 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
         found = backends.load(args.backend).backward(
             problem,
             [SideGrad(*run) for run in sides(grads, problem, 3)],
-            [Side(*run) for run in sides(stats, problem, 4)],
+            [Side(*run) for run in sides(stats, problem, 6)],
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
@@ -156,7 +156,7 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     for rows in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
         real = rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
         count = rows.new_empty(rows.shape[0], dtype=torch.int64)
-        kinds = (real, real, real, count) + ((count, count, real, real) if args.metrics else ())
+        kinds = (real, real, real, count, real, real) + ((count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 

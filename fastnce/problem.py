@@ -50,6 +50,8 @@ class Side(NamedTuple):
     lse_neg, lse_pos  log-sum-exp over negatives, over positives; -inf where there are none
     pos               mean logit of the positives, 0 where there are none
     n_pos             how many positives, int64
+    own_neg, own_pos  the two log-sums in the form the backend's backward wants them back: a value that went to nats and to the bias
+                      and back would have lost the last bits, and they are the relative error of every weight of the row
     rank              negatives above the threshold, int64            } metrics only
     hardest           column of the largest negative, -1 without      }
     hardest_logit     its logit, -inf without                         }
@@ -60,10 +62,16 @@ class Side(NamedTuple):
     lse_pos: Tensor
     pos: Tensor
     n_pos: Tensor
+    own_neg: Tensor
+    own_pos: Tensor
     rank: Tensor | None = None
     hardest: Tensor | None = None
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None
+
+    def metrics(self) -> tuple[Tensor | None, ...]:
+        """The last four."""
+        return self[6:]
 
 
 class SideGrad(NamedTuple):

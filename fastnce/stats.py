@@ -122,7 +122,7 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
         problem = problem._replace(k=problem.q.clone(), pairs=pairs)
     if threshold is not None:
         problem = problem._replace(threshold=threshold.detach().to(compute_dtype(problem.q.dtype)))
-    found = [ContrastiveStats(*side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
+    found = [ContrastiveStats(*side[:4], *side.metrics()) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
     checks.candidates(where, found[0].lse_neg, found[0].n_pos)
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
@@ -140,7 +140,7 @@ def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> Contrasti
     merged = ContrastiveStats(
         logaddexp(a.lse_neg, b.lse_neg),
         logaddexp(a.lse_pos, b.lse_pos),
-        a.pos * (a.n_pos / total) + b.pos * (b.n_pos / total),
+        (a.pos * a.n_pos + b.pos * b.n_pos) / total,
         n_pos,
     )
     if a.rank is None or b.rank is None:

@@ -67,7 +67,7 @@ def forward(problem: Problem) -> list[Side]:
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = _prepare(problem)
-    weights = [_Weights.of(problem, work, *side) for side in zip(grads, stats, strict=True)]
+    weights = [_Weights.of(work, *side) for side in zip(grads, stats, strict=True)]
     dx = torch.zeros_like(work.x) if wanted.q or (wanted.scale and not wanted.k) else None
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if dx is not None or dy is not None:
@@ -215,6 +215,10 @@ class _LogSum:
     def log2(self) -> Tensor:
         return self.total.log2() if self.top is None else self.total.log2() + self.top
 
+    def own(self) -> Tensor:
+        """What backward divides by: the sum itself, or its logarithm where that is out of range."""
+        return self.total if self.top is None else self.log2()
+
 
 class _Sums:
     """What forward collects for one side."""
@@ -262,10 +266,12 @@ class _Sums:
     def result(self) -> Side:
         pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(self.n_pos == 0, 0.0)
         many = self._nats(self.positive.log2()) if self.positive is not None else -torch.inf
-        side = Side(self._nats(self.negative.log2()), torch.where(self.n_pos == 1, pos, many), pos, self.n_pos)
+        own = (self.negative.own(), self.pos if self.positive is None else self.positive.own())
+        side = Side(self._nats(self.negative.log2()), torch.where(self.n_pos == 1, pos, many), pos, self.n_pos, *own)
         if not self.problem.metrics:
             return side
-        return Side(*side[:4], self.rank, self.hardest, self._nats(self.hardest_logit), self._nats(self.pos_max))
+        logits = {"hardest_logit": self._nats(self.hardest_logit), "pos_max": self._nats(self.pos_max)}
+        return side._replace(rank=self.rank, hardest=self.hardest, **logits)
 
     def _threshold(self) -> Tensor:
         given, bias = self.problem.threshold, self.problem.bias
@@ -279,45 +285,45 @@ class _Sums:
 
 
 class _Weights(NamedTuple):
-    """Coefficients of one side: w = negative * exp2(t - lse_neg) + positive * (exp2(t - lse_pos) * share + mean), in base 2.
+    """Coefficients of one side: negative * exp2(t - base_neg) for its negatives, positive * exp2(t - base_pos) + mean for its
+    positives.
 
-    Unshifted, exp2(-lse) is already inside the coefficient and the tile holds exp2(t).
+    Unshifted, the tile holds exp2(t) and exp2(-base) is already inside the coefficient.
     """
 
     negative: Tensor
     positive: Tensor
     mean: Tensor
-    lse_neg: Tensor
-    lse_pos: Tensor
+    base_neg: Tensor
+    base_pos: Tensor
     unshifted: bool
     total: Tensor
 
     @staticmethod
-    def of(problem: Problem, work: _Work, grad: SideGrad, side: Side) -> _Weights:
-        def base2(lse: Tensor) -> Tensor:
-            return (lse if problem.bias is None else lse - problem.bias) * LOG2E
-
-        # An empty set has lse -inf and no gradient; base 0 keeps -inf - -inf out of the exponents.
+    def of(work: _Work, grad: SideGrad, side: Side) -> _Weights:
+        # An empty set has lse -inf and no gradient; base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
         no_negative, no_positive = side.lse_neg == -torch.inf, side.lse_pos == -torch.inf
         negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
         positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
         mean = grad.dpos.masked_fill(no_positive, 0.0)
         total = (negative + positive + mean).sum(dtype=torch.float64)
         mean = mean / side.n_pos.clamp(min=1)
-        lse_neg, lse_pos = base2(side.lse_neg.masked_fill(no_negative, 0.0)), base2(side.lse_pos.masked_fill(no_positive, 0.0))
+        empty = 1.0 if work.unshifted else 0.0
+        base_neg, base_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
         if work.unshifted:
-            negative, positive = negative * torch.exp2(-lse_neg), positive * torch.exp2(-lse_pos) if work.in_tile else positive
-        return _Weights(negative, positive, mean, lse_neg, lse_pos, work.unshifted, total)
+            negative = negative / base_neg
+            positive = positive / base_pos if work.in_tile else positive
+        return _Weights(negative, positive, mean, base_neg, base_pos, work.unshifted, total)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
-        def add(tile: Tensor, coefficient: Tensor, lse: Tensor) -> None:
+        def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
             tile = view.of(tile)
-            tile = tile if self.unshifted else torch.exp2(tile - lse[view.own, None])
+            tile = tile if self.unshifted else torch.exp2(tile - base[view.own, None])
             w.addcmul_(tile, coefficient[view.own, None])
 
-        add(classes.negative, self.negative, self.lse_neg)
+        add(classes.negative, self.negative, self.base_neg)
         if classes.positive is not None and classes.is_positive is not None:
-            add(classes.positive, self.positive, self.lse_pos)
+            add(classes.positive, self.positive, self.base_pos)
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 

@@ -72,15 +72,16 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     pos = s.masked_fill(~positive, 0.0).sum(1) / n_pos.clamp(min=1)
     lse_pos = torch.where(n_pos == 1, pos, _lse(s, positive))
     lse_neg = _lse(s, negative)
+    side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
-        return Side(lse_neg, lse_pos, pos, n_pos)
+        return side
     negatives = s.masked_fill(~negative, -torch.inf)
     pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
     threshold = pos_max if problem.threshold is None else problem.threshold
     hardest_logit, hardest = negatives.max(1)
     hardest = hardest.masked_fill(~negative.any(1), -1)
     rank = (negatives > threshold[:, None]).sum(1)
-    return Side(lse_neg, lse_pos, pos, n_pos, rank, hardest, hardest_logit, pos_max)
+    return side._replace(rank=rank, hardest=hardest, hardest_logit=hardest_logit, pos_max=pos_max)
 
 
 def _lse(s: Tensor, kept: Tensor) -> Tensor:
@@ -90,8 +91,8 @@ def _lse(s: Tensor, kept: Tensor) -> Tensor:
 def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
     zero = s.new_zeros(())
     # An empty set has lse -inf, and -inf - -inf is nan: no pair of it is selected below, so any finite base will do.
-    base_neg = side.lse_neg.masked_fill(side.lse_neg == -torch.inf, 0.0)
-    base_pos = side.lse_pos.masked_fill(side.lse_pos == -torch.inf, 0.0)
+    base_neg = side.own_neg.masked_fill(side.own_neg == -torch.inf, 0.0)
+    base_pos = side.own_pos.masked_fill(side.own_pos == -torch.inf, 0.0)
     of_negative = grad.dlse_neg[:, None] * torch.exp(s - base_neg[:, None])
     of_positive = grad.dlse_pos[:, None] * torch.exp(s - base_pos[:, None]) + (grad.dpos / side.n_pos.clamp(min=1))[:, None]
     return torch.where(negative, of_negative, zero) + torch.where(positive, of_positive, zero)

@@ -1,0 +1,123 @@
+"""The problems every backend must solve. Each says why it is here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """One call of contrastive_stats. n = 0: the keys are the queries."""
+
+    why: str
+    m: int
+    n_keys: int
+    d: int
+    offset: int | None = None
+    exclude_self: bool = False
+    labels: int = 0  # number of label values, 0 for none; one in eight is negative
+    excludes: int = 0  # the same for exclude ids
+    mask: tuple[int, int] | None = None
+    two_sided: bool = False
+    normalize: bool = True
+    scale: float = 10.0
+    bias: float | None = None
+    regime: str = "random"
+    seed: int = 0
+
+    @property
+    def symmetric(self) -> bool:
+        return self.n_keys == 0
+
+    @property
+    def n(self) -> int:
+        return self.n_keys or self.m
+
+    def __str__(self) -> str:
+        return self.why.split(":")[0]
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """q, k, scale, bias; values are rounded through dtype, so that every dtype solves the same problem."""
+        g = torch.Generator().manual_seed(self.seed)
+        q = torch.randn(self.m, self.d, generator=g, dtype=torch.float64)
+        k = None if self.symmetric else torch.randn(self.n, self.d, generator=g, dtype=torch.float64)
+        if self.regime == "aligned":
+            base = q if k is None else q[torch.arange(self.n) % self.m]
+            if k is None:
+                half = self.m // 2
+                q[half : 2 * half] = q[:half] + 0.4 * torch.randn(half, self.d, generator=g, dtype=torch.float64)
+            else:
+                k = base + 0.4 * k
+        if self.regime == "cone":
+            q += 10.0
+            k = None if k is None else k + 10.0
+        if self.normalize:
+            # Rows of very different lengths: the norms must not be forgotten on either side. In float16 the gradient, which is as much
+            # longer as the row is shorter, would leave the range.
+            reach = 0.3 if dtype == torch.float16 else 3.0
+            q *= torch.logspace(-reach, reach, self.m, dtype=torch.float64)[:, None]
+            k = None if k is None else k * torch.logspace(reach, -reach, self.n, dtype=torch.float64)[:, None]
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = None if self.bias is None else torch.tensor(self.bias, dtype=kind)
+        return q.to(dtype), None if k is None else k.to(dtype), torch.tensor(self.scale, dtype=kind), bias
+
+    def rules(self) -> dict[str, Tensor]:
+        """The integer vectors (and the mask) that are in use, named as in Pairs."""
+        g = torch.Generator().manual_seed(self.seed + 1)
+        out = {}
+        for kind, count in (("label", self.labels), ("exclude", self.excludes)):
+            if count:
+                out[f"q_{kind}"] = torch.randint(-count // 8, count, (self.m,), generator=g)
+                if not self.symmetric:
+                    out[f"k_{kind}"] = torch.randint(-count // 8, count, (self.n,), generator=g)
+        if self.mask:
+            out["mask"] = torch.rand(self.mask, generator=g) < 0.3
+        return out
+
+    def call(self) -> dict[str, Any]:
+        """Keyword arguments of contrastive_stats."""
+        names = {"q_label": "q_labels", "k_label": "k_labels", "q_exclude": "q_exclude_ids", "k_exclude": "k_exclude_ids"}
+        rules = {names.get(name, "positive_mask"): value for name, value in self.rules().items()}
+        flags = {"offset": self.offset, "exclude_self": self.exclude_self, "two_sided": self.two_sided, "normalize": self.normalize}
+        return rules | flags
+
+
+PROBLEMS = (
+    Problem("one pair: no negatives at all", 1, 1, 3, offset=0),
+    Problem("one column: D = 1, all similarities are +-1", 9, 14, 1, offset=0),
+    Problem("queue: ragged in all three sizes, N > M, no positive", 33, 70, 24),
+    Problem("in-batch: positives on the diagonal, more keys than queries", 33, 70, 24, offset=0),
+    Problem("gathered: positives start at another rank's offset", 20, 70, 24, offset=37),
+    Problem("offset off the end: some rows have no positive", 40, 50, 8, offset=25),
+    Problem("negative offset: the first rows have no positive", 40, 50, 8, offset=-7),
+    Problem("clip: both directions from one tile", 45, 45, 16, offset=0, two_sided=True, bias=-3.0),
+    Problem("clip offset: columns outside the diagonal have no positive", 20, 53, 16, offset=30, two_sided=True),
+    Problem("clip captions: several positives per row and per column", 30, 53, 16, labels=12, two_sided=True, bias=1.0),
+    Problem("clip captions, aligned too: ids and the diagonal agree or add up", 40, 40, 16, offset=0, labels=12, two_sided=True),
+    Problem("simclr: z z' without self, partner at N/2", 66, 0, 24, offset=33, exclude_self=True),
+    Problem("simclr solved: positives near 1 at a low temperature", 66, 0, 24, offset=33, exclude_self=True, scale=100.0, regime="aligned"),
+    Problem("two partners: 2 offset < N, a middle row has one on each side", 50, 0, 12, offset=10, exclude_self=True),
+    Problem("self kept: symmetric without excluding the diagonal", 35, 0, 12, offset=17),
+    Problem("supcon: labels, some negative, some alone", 70, 0, 24, labels=9, exclude_self=True),
+    Problem("supcon one class: no negatives", 20, 0, 8, labels=1, exclude_self=True),
+    Problem("supcon one view: anchors are the first rows of the keys", 24, 72, 16, labels=9, exclude_self=True),
+    Problem("mask: not symmetric, one example matrix for three views", 60, 0, 16, mask=(20, 20), exclude_self=True),
+    Problem("mask and ids: rows against keys", 33, 44, 16, mask=(11, 44), excludes=5, labels=7),
+    Problem("excluded documents: the own pair stays", 33, 70, 24, offset=0, excludes=6),
+    Problem("excluded symmetric", 66, 0, 24, offset=33, excludes=6, exclude_self=True),
+    Problem("everything excluded: one id for all", 20, 30, 8, excludes=1),
+    Problem("excluded labels: exclusion wins over equal labels", 40, 40, 8, labels=4, excludes=4, two_sided=True),
+    Problem("not normalized: lengths matter, logits are unbounded", 40, 60, 16, offset=0, normalize=False, scale=0.7),
+    Problem(
+        "not normalized, large: logits far beyond the unshifted range", 40, 60, 16, offset=0, normalize=False, scale=9.0, two_sided=True
+    ),
+    Problem("low temperature: 1/200, running maximum", 66, 0, 24, offset=33, exclude_self=True, scale=200.0),
+    Problem("low temperature, labels", 40, 64, 24, labels=8, scale=200.0, two_sided=True, bias=-10.0),
+    Problem("just unshifted: scale at the limit of the fast path", 66, 0, 24, offset=33, exclude_self=True, scale=40.0, regime="aligned"),
+    Problem("just shifted: scale above it", 66, 0, 24, offset=33, exclude_self=True, scale=40.1, regime="aligned"),
+    Problem("high temperature: all logits nearly equal", 66, 0, 24, offset=33, exclude_self=True, scale=1e-3),
+    Problem("cone: all similarities near 0.99", 60, 60, 24, offset=0, scale=50.0, regime="cone", two_sided=True),
+    Problem("solved clip: 1/temperature 100", 60, 60, 24, offset=0, scale=100.0, regime="aligned", two_sided=True),
+)
