@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastnce.norms import EPS, LARGEST, compute_dtype
+from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -92,7 +92,7 @@ def one_dtype(where: str, **named: Tensor) -> list[Tensor]:
     if len({x.dtype for x in tensors}) == 1:
         return tensors
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device) and all(x.dtype != torch.float64 for x in tensors):
+    if autocasts(device) and all(x.dtype != torch.float64 for x in tensors):
         return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
     listed = ", ".join(f"{name}.dtype: {str(x.dtype)[6:]}" for name, x in named.items())
     raise RuntimeError(f"{where}: Expected all features to have the same dtype, but got {listed}; cast one, or use autocast")

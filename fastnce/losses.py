@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce import checks, stats
+from fastnce import checks, small, stats
 from fastnce.formulas import Loss, Reduction, answer, l_in, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
@@ -97,8 +97,12 @@ def info_nce(
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
         return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold)
 
+    simple = reduction == "mean" and weight is None and not return_stats
     if use_batch:
-        found = stats.compute(where, problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None), backend)
+        in_batch_problem = problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None)
+        if simple and negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend)) is not None:
+            return loss
+        found = stats.compute(where, in_batch_problem, backend)
     else:
         found = one_positive(query, positive_key, scale, normalize, return_stats)
     before = in_batch_keys if use_batch else 0
@@ -107,10 +111,10 @@ def info_nce(
         found = stats.merge(found, also, before)
     elif negatives is not None:
         found = stats.merge(found, negatives.statistics(query, scale, normalize, found.pos_max), before)
-    values = l_out(found)
+    values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
-        values = (values + l_out(found.columns)) / 2
+        values = (values + l_out(found.columns, label[0] is None)) / 2
     return answer(reduced(values, weight, reduction), found, scale, None, return_stats)
 
 
@@ -157,8 +161,11 @@ def nt_xent(
     weight = checks.weights(where, weight, rows, z)
     scale = checks.scale_of(where, temperature, scale, 0.5, z)
     problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
+    simple = reduction == "mean" and weight is None and not return_stats
+    if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
+        return loss
     found = stats.compute(where, problem, backend)
-    return answer(reduced(l_out(found), weight, reduction), found, scale, None, return_stats)
+    return answer(reduced(l_out(found, one_positive=True), weight, reduction), found, scale, None, return_stats)
 
 
 def sup_con(
@@ -280,9 +287,13 @@ def clip_loss(
     scale = checks.scalar(where, "logit_scale", logit_scale, image)
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
     pairs = Pairs(False, 0 if rows == columns else None, *label)
-    found = stats.compute(where, Problem(image, text, scale, bias, pairs, True, normalize, return_stats), backend)
+    problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats)
+    simple = reduction == "mean" and weight is None and not return_stats
+    if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
+        return loss
+    found = stats.compute(where, problem, backend)
     assert found.columns is not None
-    by_row, by_column = l_out(found), l_out(found.columns)
+    by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
     if rows == columns:
         loss = reduced((by_row + by_column) / 2, weight, reduction)
     else:
@@ -326,4 +337,4 @@ def moco_loss(
     found = one_positive(q, k, scale, normalize, return_stats)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)
     found = stats.merge(found, stats.compute(where, problem, backend))
-    return answer(reduced(l_out(found), weight, reduction), found, scale, None, return_stats)
+    return answer(reduced(l_out(found, one_positive=True), weight, reduction), found, scale, None, return_stats)

@@ -14,7 +14,7 @@ Ragged: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Negatives(NamedTuple):
-    """kind "unpaired": keys (K, D). "paired": keys (M, K, D). "ragged": keys (T, D), rows (T,) the query of each."""
+    """kind "unpaired": keys (K, D). "paired": keys (M, K, D). "ragged": keys (T, D), rows (T,) the query of each, M for nobody's."""
 
     kind: str
     keys: Tensor
@@ -39,12 +39,33 @@ class Negatives(NamedTuple):
 
     def statistics(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> ContrastiveStats:
         """Row statistics of listed negatives. threshold (M,): metrics too, rank counted from there."""
-        s = listed_logits(query, self.keys, scale, None, normalize, self.rows)
-        lse, most, hardest, above = _by_row(s, threshold) if self.rows is None else _by_segment(s, self.rows, query.shape[0], threshold)
+        if self.rows is None:
+            lse, most, hardest, above = _by_row(listed_logits(query, self.keys, scale, None, normalize), threshold)
+        else:
+            lse, most, hardest, above = self._by_segment(query, scale, normalize, threshold)
         none = lse.new_full((query.shape[0],), -torch.inf)
         zero = torch.zeros_like(hardest)
         found = ContrastiveStats(lse, none, torch.zeros_like(none), zero)
         return found if threshold is None else found._replace(rank=above, hardest=hardest, hardest_logit=most, pos_max=none)
+
+    def _by_segment(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As _by_row, over the values of each query; a query without any has lse -inf and hardest -1."""
+        assert self.rows is not None
+        n, count = query.shape[0], len(self.rows)
+        nobody, rows = self.rows >= n, self.rows.clamp(max=n - 1)
+        s = listed_logits(query, self.keys, scale, None, normalize, rows).masked_fill(nobody, -torch.inf)
+        most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
+        base = most.masked_fill(most == -torch.inf, 0.0)
+        total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
+        # log(0) has an infinite gradient; a query without values takes none.
+        lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
+        if threshold is None:
+            return lse, most, rows.new_full((n,), -1), rows.new_zeros(n)
+        above = rows.new_zeros(n).index_add(0, rows, (s > threshold[rows]).to(rows.dtype))
+        position = torch.arange(count, device=rows.device)
+        candidate = torch.where((s.detach() == most[rows]) & ~nobody, position, count)
+        hardest = rows.new_full((n,), count).scatter_reduce(0, rows, candidate, "amin")
+        return lse, most, hardest.masked_fill(hardest == count, -1), above
 
 
 def one_positive(query: Tensor, key: Tensor, scale: Tensor, normalize: bool, metrics: bool) -> ContrastiveStats:
@@ -67,27 +88,15 @@ def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
     ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
     assert ends is not None
+    if checks.debugging() and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
+        raise ValueError(f"{where}: offsets must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")
     positions = torch.arange(values.shape[0], device=values.device)
-    return Negatives("ragged", values, torch.searchsorted(ends, positions, right=True) - 1)
+    # Positions below the first or above the last offset belong to nobody.
+    rows = torch.searchsorted(ends, positions, right=True) - 1
+    return Negatives("ragged", values, rows.where(rows >= 0, query.shape[0]))
 
 
 def _by_row(s: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     most, hardest = s.detach().max(1)
     above = hardest if threshold is None else (s > threshold[:, None]).sum(1)
     return s.logsumexp(1), most, hardest, above
-
-
-def _by_segment(s: Tensor, rows: Tensor, n: int, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As _by_row for segments given by the row of every entry; an empty one has lse -inf and hardest -1."""
-    most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
-    base = most.masked_fill(most == -torch.inf, 0.0)
-    total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
-    # log(0) has an infinite gradient; an empty segment takes none.
-    lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
-    if threshold is None:
-        return lse, most, rows.new_full((n,), -1), rows.new_zeros(n)
-    above = rows.new_zeros(n).index_add(0, rows, (s > threshold[rows]).to(rows.dtype))
-    positions = torch.arange(len(rows), device=rows.device)
-    first = torch.where(s.detach() == most[rows], positions, len(rows))
-    hardest = rows.new_full((n,), len(rows)).scatter_reduce(0, rows, first, "amin")
-    return lse, most, hardest.masked_fill(hardest == len(rows), -1), above

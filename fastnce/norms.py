@@ -1,8 +1,9 @@
-"""Row norms, forward and backward: the one place that says what a zero row and an overflowing row mean."""
+"""Precision of the arithmetic: dtypes, and the norms of rows with what a zero row and an overflowing row mean."""
 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ LARGEST = 1e18  # the square of a longer row may leave float32
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics and products are float64 for float64 input and float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for products of float32 tensors on x's device: it would compute them in half precision, also inside an operator."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; there are types, such as meta, that torch refuses to ask about."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def inverse_norms(x: Tensor) -> Tensor:

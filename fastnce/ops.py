@@ -7,6 +7,7 @@ register_autograd would do).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastnce import backends
-from fastnce.norms import compute_dtype
+from fastnce.norms import compute_dtype, no_autocast
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side, SideGrad, Wanted, sides
 
@@ -24,6 +25,11 @@ _PROBLEM = (
     "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, str backend"
 )
 _TENSORS = 10  # of the arguments above, the first are tensors
+
+SECOND_ORDER = (
+    "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+    "write the loss as dense torch operations where you need it"
+)
 
 _library = torch.library.Library("fastnce", "DEF")
 _library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -67,7 +73,8 @@ class Arguments(NamedTuple):
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
-    flat = _Statistics.apply(*Arguments.of(problem, backend))
+    function = _Statistics if torch.compiler.is_compiling() else _RefusesForwardMode
+    flat = function.apply(*Arguments.of(problem, backend))
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
 
 
@@ -99,9 +106,17 @@ class _Statistics(torch.autograd.Function):
         given = tuple(g if wanted[i] else None for i, g in enumerate(found))
         return given + (None,) * (len(ctx.needs_input_grad) - len(given))
 
+
+class _RefusesForwardMode(_Statistics):
+    """The same with a message of our own for forward mode. torch.compile cannot trace a Function that defines jvp, not even this one."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError("fastnce: forward-mode derivatives (jvp) are not implemented; use reverse mode (backward, func.grad)")
+
+
+# Function.apply binds its arguments through inspect.signature at every call: 20 us, unless the answer is stored where it looks first.
+_Statistics.forward.__signature__ = inspect.signature(_Statistics.forward)  # type: ignore[attr-defined]
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -119,35 +134,27 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
-            "use backend-free torch code, for instance the dense losses of train_ref/losses.py, where you need it"
-        )
+        raise RuntimeError(SECOND_ORDER)
 
 
 def _forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
-    with _no_autocast(args.q):
-        found = backends.load(args.backend).forward(args.problem())
+    with no_autocast(args.q):
+        found = backends.BACKENDS[args.backend].forward(args.problem())
     return [vector for side in found for vector in side if vector is not None]
 
 
 def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
     args = Arguments(*flat)
     problem = args.problem()
-    with _no_autocast(args.q):
-        found = backends.load(args.backend).backward(
+    with no_autocast(args.q):
+        found = backends.BACKENDS[args.backend].backward(
             problem,
             [SideGrad(*run) for run in sides(grads, problem, 3)],
             [Side(*run) for run in sides(stats, problem, 6)],
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
-
-
-def _no_autocast(q: Tensor) -> torch.autocast:
-    # Autocast stays active inside an operator and would send float32 products to half precision.
-    return torch.autocast(q.device.type, enabled=False)
 
 
 def _fake_forward(*flat: Any) -> list[Tensor]:

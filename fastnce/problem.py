@@ -69,10 +69,6 @@ class Side(NamedTuple):
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None
 
-    def metrics(self) -> tuple[Tensor | None, ...]:
-        """The last four."""
-        return self[6:]
-
 
 class SideGrad(NamedTuple):
     """dL/d of the differentiable fields of a Side."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends, checks, ops
-from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.norms import compute_dtype, inverse_norms, no_autocast
 from fastnce.pairs import Pairs
-from fastnce.problem import Problem
+from fastnce.problem import Problem, Side
 
 
 class ContrastiveStats(NamedTuple):
@@ -122,9 +122,13 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
         problem = problem._replace(k=problem.q.clone(), pairs=pairs)
     if threshold is not None:
         problem = problem._replace(threshold=threshold.detach().to(compute_dtype(problem.q.dtype)))
-    found = [ContrastiveStats(*side[:4], *side.metrics()) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
+    found = [_public(side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
     checks.candidates(where, found[0].lse_neg, found[0].n_pos)
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
+
+
+def _public(side: Side) -> ContrastiveStats:
+    return ContrastiveStats(side.lse_neg, side.lse_pos, side.pos, side.n_pos, side.rank, side.hardest, side.hardest_logit, side.pos_max)
 
 
 def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> ContrastiveStats:
@@ -174,7 +178,7 @@ def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, n
     keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
     """
     dtype = compute_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         q, keys = q.to(dtype), keys.to(dtype)
         if normalize:
             q = q * inverse_norms(q)[:, None]

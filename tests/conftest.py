@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,8 +11,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles."""
     monkeypatch.setattr(cpu, "CPU_TILE", 16)
     monkeypatch.setattr(cpu, "CPU_ROWS", 7)
-    yield 16
+    return 16

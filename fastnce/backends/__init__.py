@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from functools import cache
 from types import ModuleType
 
+import torch
+
+from fastnce.backends import cpu, reference
 from fastnce.problem import Problem
 
-# In order of preference. A module is imported when it is first asked, so that nothing optional is touched by `import fastnce`.
-NAMES = ("cpu", "reference")
-_AUTO = ("cpu",)
-
-
-@cache
-def load(name: str) -> ModuleType:
-    """The module of one backend."""
-    return importlib.import_module(f"fastnce.backends.{name}")
+# In order of preference for "auto". A backend is importable everywhere; what it needs, it looks for in unsupported().
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, reference)}
+AUTO = ("cpu",)
 
 
 def pick(where: str, name: str, problem: Problem) -> str:
@@ -25,13 +21,13 @@ def pick(where: str, name: str, problem: Problem) -> str:
 
     Raises NotImplementedError with every objection of every candidate, ValueError for an unknown name.
     """
-    if name != "auto" and name not in NAMES:
-        raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, NAMES))}")
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     objections = []
-    for candidate in _AUTO if name == "auto" else (name,):
-        reasons = load(candidate).unsupported(problem)
+    for candidate in AUTO if name == "auto" else (name,):
+        reasons = BACKENDS[candidate].unsupported(problem)
         if not reasons:
-            if name == "auto" and problem.q.device.type != "cpu":
+            if name == "auto" and problem.q.device.type == "cuda" and not torch.compiler.is_compiling():
                 _say_once(candidate, problem.q.device.type)
             return candidate
         objections.append(f"  {candidate}: {'; '.join(reasons)}")

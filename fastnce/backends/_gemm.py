@@ -7,6 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+# Multiplications from which the better rate is worth the 10 us that oneDNN takes to look up its kernel.
+ONEDNN_FROM = 2**20
+
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T for x (m, d) and w (n, d), where w is contiguous or the transpose of a contiguous matrix.
@@ -15,7 +18,8 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     layer of oneDNN reaches 220 there. Its weight must be dense in one of the two orders: for any other stride it falls back to a
     reference loop that is a thousand times slower, which is why the argument is restricted.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_works():
+    large = x.shape[0] * x.shape[1] * w.shape[0] >= ONEDNN_FROM
+    if large and x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_works():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return x @ w.T
 

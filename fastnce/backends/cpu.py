@@ -44,9 +44,10 @@ def forward(problem: Problem) -> list[Side]:
     work = _prepare(problem)
     sums = [_Sums(problem, work, len(rows)) for rows in (work.x, work.y)[: 2 if problem.two_sided else 1]]
     if not work.in_tile:
-        for side, own, other in _aligned(problem):
-            a, b = (work.x, work.y) if side == 0 else (work.y, work.x)
-            sums[side].set_positive(own, _inner(a[own], b[other]))
+        i, j = _aligned(problem)
+        aligned = _inner(work.x[i], work.y[j])
+        for side, own in _ends(problem, i, j):
+            sums[side].set_positive(own, aligned)
     elif problem.metrics:
         for tile, t in _tiles(work):
             classes = _classify(problem, work, tile, t)
@@ -184,14 +185,19 @@ def _classify(problem: Problem, work: _Work, tile: Tile, t: Tensor) -> _Classes:
     return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
 
 
-def _aligned(problem: Problem) -> Iterator[tuple[int, slice, slice]]:
-    """(side, own rows, rows of the other side) for every diagonal of aligned positives, seen from every side."""
-    for diagonal in problem.pairs.diagonals(problem.symmetric)[1]:
-        i = slice(max(0, -diagonal), max(0, -diagonal, min(problem.q.shape[0], problem.keys.shape[0] - diagonal)))
-        j = slice(i.start + diagonal, i.stop + diagonal)
-        yield 0, i, j
-        if problem.two_sided:
-            yield 1, j, i
+def _aligned(problem: Problem) -> tuple[slice, slice]:
+    """Rows i and columns j of the aligned positives, pair by pair; where k is q, j is above i."""
+    offset = problem.pairs.offset
+    if offset is None or (problem.pairs.exclude_self and offset == 0):
+        return slice(0, 0), slice(0, 0)
+    start = max(0, -offset)
+    stop = max(start, min(problem.q.shape[0], problem.keys.shape[0] - offset))
+    return slice(start, stop), slice(start + offset, stop + offset)
+
+
+def _ends(problem: Problem, i: slice, j: slice) -> list[tuple[int, slice]]:
+    """(side, rows of its statistics) that the pairs (i, j) belong to: the row always, the column where it is counted too."""
+    return [(0, i), (1, j)] if problem.two_sided else [(0, i), (0, j)] if problem.symmetric else [(0, i)]
 
 
 class _LogSum:
@@ -264,10 +270,14 @@ class _Sums:
             self.positive.add(view.own, view.of(classes.positive))
 
     def result(self) -> Side:
-        pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(self.n_pos == 0, 0.0)
-        many = self._nats(self.positive.log2()) if self.positive is not None else -torch.inf
-        own = (self.negative.own(), self.pos if self.positive is None else self.positive.own())
-        side = Side(self._nats(self.negative.log2()), torch.where(self.n_pos == 1, pos, many), pos, self.n_pos, *own)
+        lse_neg, own_neg, none = self._nats(self.negative.log2()), self.negative.own(), self.n_pos == 0
+        if self.positive is None:
+            pos = self._nats(self.pos).masked_fill_(none, 0.0)
+            side = Side(lse_neg, pos.masked_fill(none, -torch.inf), pos, self.n_pos, own_neg, self.pos)
+        else:
+            pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(none, 0.0)
+            lse_pos = torch.where(self.n_pos == 1, pos, self._nats(self.positive.log2()))
+            side = Side(lse_neg, lse_pos, pos, self.n_pos, own_neg, self.positive.own())
         if not self.problem.metrics:
             return side
         logits = {"hardest_logit": self._nats(self.hardest_logit), "pos_max": self._nats(self.pos_max)}
@@ -306,8 +316,9 @@ class _Weights(NamedTuple):
         negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
         positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
         mean = grad.dpos.masked_fill(no_positive, 0.0)
-        total = (negative + positive + mean).sum(dtype=torch.float64)
-        mean = mean / side.n_pos.clamp(min=1)
+        total = negative + positive + mean
+        if work.in_tile:
+            mean = mean / side.n_pos.clamp(min=1)
         empty = 1.0 if work.unshifted else 0.0
         base_neg, base_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
         if work.unshifted:
@@ -328,14 +339,14 @@ class _Weights(NamedTuple):
 
 
 def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None) -> None:
-    for side, own, other in _aligned(problem):
-        (a, da), (b, db) = ((work.x, dx), (work.y, dy)) if side == 0 else ((work.y, dy), (work.x, dx))
-        # One positive: lse_pos and pos are the same number.
-        w = (weights[side].positive + weights[side].mean)[own, None]
-        if da is not None:
-            da[own].addcmul_(w, b[other])
-        if db is not None:
-            db[other].addcmul_(w, a[own])
+    i, j = _aligned(problem)
+    # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
+    ends = [(weights[side].positive + weights[side].mean)[own, None] for side, own in _ends(problem, i, j)]
+    w = ends[0] if len(ends) == 1 else ends[0] + ends[1]
+    if dx is not None:
+        dx[i].addcmul_(w, work.y[j])
+    if dy is not None:
+        dy[j].addcmul_(w, work.x[i])
 
 
 def _finish(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, wanted: Wanted) -> Gradients:
@@ -347,7 +358,7 @@ def _finish(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor |
         dscale = dscale.to(problem.scale.dtype)
     if wanted.bias:
         # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
-        dbias = torch.stack([side.total for side in weights]).sum().to(problem.scale.dtype)
+        dbias = torch.stack([side.total.sum(dtype=torch.float64) for side in weights]).sum().to(problem.scale.dtype)
     dq = _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype) if wanted.q and dx is not None else None
     dk = _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype) if wanted.k and dy is not None and dy is not dx else None
     return Gradients(dq, dk, dscale, dbias)

@@ -1,0 +1,286 @@
+"""Every loss against its definition, written as Python loops over pairs in float64: values, and gradients by torch's autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnce
+
+BACKENDS = ("auto", "reference", "cpu")
+
+
+def features(*shape: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=g, dtype=torch.float64) + 0.1
+    return torch.randn(*shape, generator=g, dtype=torch.float64) * lengths
+
+
+def cos(a: Tensor, b: Tensor) -> Tensor:
+    return F.normalize(a, dim=0) @ F.normalize(b, dim=0)
+
+
+def lse(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).logsumexp(0)
+
+
+def same(found: Callable[[], Tensor], defined: Callable[[], Tensor], *inputs: Tensor) -> None:
+    """Equal values, and equal gradients of a random projection of them."""
+    leaves = [x.requires_grad_() for x in inputs]
+    a, b = found(), defined()
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for x, y in zip(torch.autograd.grad(a, leaves, weights), torch.autograd.grad(b, leaves, weights), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("keys", [9, 14])
+def test_info_nce_in_batch(backend: str, reduction: str, keys: int) -> None:
+    q, k, t = features(9, 5), features(keys, 5, seed=1), torch.tensor(0.3, dtype=torch.float64)
+
+    def defined() -> Tensor:
+        rows = [lse([cos(q[i], k[j]) / t for j in range(keys)]) - cos(q[i], k[i]) / t for i in range(9)]
+        return reduce(torch.stack(rows), reduction)
+
+    same(lambda: fastnce.info_nce(q, k, temperature=t, reduction=reduction, backend=backend), defined, q, k, t)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_batch", [None, True, False])
+@pytest.mark.parametrize("kind", ["unpaired", "paired", "ragged"])
+def test_info_nce_explicit_negatives(backend: str, in_batch: bool | None, kind: str) -> None:
+    q, k, scale = features(6, 5), features(6, 5, seed=1), torch.tensor(4.0, dtype=torch.float64)
+    offsets = [0, 3, 3, 4, 9, 11, 11]
+    negatives = {"unpaired": features(8, 5, seed=2), "paired": features(6, 4, 5, seed=2), "ragged": features(11, 5, seed=2)}[kind]
+
+    def own(i: int) -> list[Tensor]:
+        rows = negatives if kind == "unpaired" else negatives[i] if kind == "paired" else negatives[offsets[i] : offsets[i + 1]]
+        return list(rows)
+
+    def defined() -> Tensor:
+        rows = []
+        for i in range(6):
+            candidates = [k[i]] + (own(i) if in_batch is not True else own(i) + [k[j] for j in range(6) if j != i])
+            rows.append(lse([scale * cos(q[i], c) for c in candidates]) - scale * cos(q[i], k[i]))
+        return torch.stack(rows)
+
+    given = (negatives, torch.tensor(offsets)) if kind == "ragged" else negatives
+
+    def found() -> Tensor:
+        mode = "paired" if kind == "paired" else "unpaired"
+        return fastnce.info_nce(q, k, given, scale=scale, reduction="none", negative_mode=mode, in_batch=in_batch, backend=backend)
+
+    same(found, defined, q, k, negatives, scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_info_nce_ids(backend: str) -> None:
+    """query_ids make more positives (mean over them), exclude ids drop negatives but never the own pair; over in-batch and shared keys."""
+    q, k, shared = features(7, 5), features(7, 5, seed=1), features(5, 5, seed=2)
+    q_id, k_id = torch.tensor([0, 1, 2, 0, 4, -1, 6]), torch.tensor([0, 1, 2, 0, 4, -1, 6, 0, 1, -1, 9, 4])
+    q_no, k_no = torch.tensor([5, 5, 1, 2, 3, 4, -1]), torch.tensor([5, 5, 1, 2, 3, 4, -1, 1, -1, 3, 3, 5])
+    keys = lambda j: k[j] if j < 7 else shared[j - 7]  # noqa: E731
+
+    def defined() -> Tensor:
+        rows = []
+        for i in range(7):
+            kept = [j for j in range(12) if j == i or q_no[i] < 0 or q_no[i] != k_no[j]]
+            positive = [j for j in kept if j == i or (q_id[i] >= 0 and q_id[i] == k_id[j])]
+            s = {j: cos(q[i], keys(j)) / 0.2 for j in kept}
+            rows.append(lse(list(s.values())) - torch.stack([s[j] for j in positive]).mean())
+        return torch.stack(rows)
+
+    ids = {"query_ids": q_id, "key_ids": k_id, "exclude_query_ids": q_no, "exclude_key_ids": k_no}
+    same(lambda: fastnce.info_nce(q, k, shared, 0.2, "none", in_batch=True, backend=backend, **ids), defined, q, k, shared)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("as_one", [True, False])
+def test_nt_xent(backend: str, as_one: bool) -> None:
+    a, b, t = features(8, 5), features(8, 5, seed=1), torch.tensor([0.4], dtype=torch.float64)
+
+    def defined() -> Tensor:
+        z = torch.cat([a, b])
+        rows = [lse([cos(z[i], z[j]) / t[0] for j in range(16) if j != i]) - cos(z[i], z[(i + 8) % 16]) / t[0] for i in range(16)]
+        return torch.stack(rows).mean()
+
+    same(lambda: fastnce.nt_xent(*((torch.cat([a, b]), None) if as_one else (a, b)), t, backend=backend), defined, a, b, t)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("no_positive", ["zero", "skip"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("views", ["all", "one"])
+@pytest.mark.parametrize("kind", ["labels", "mask", "neither", "one view"])
+def test_sup_con(kind: str, views: str, variant: str, no_positive: str, backend: str) -> None:
+    n_views, examples = (1 if kind == "one view" else 3), 6
+    x = features(examples, n_views, 5) if n_views > 1 else features(examples, 5)
+    labels = torch.tensor([0, 0, 1, 2, -1, 1])
+    mask = torch.rand(examples, examples, generator=torch.Generator().manual_seed(3)) < 0.4
+
+    def together(i: int, j: int) -> bool:
+        if kind == "neither":
+            return i == j
+        return bool(mask[i, j]) if kind == "mask" else int(labels[i]) >= 0 and int(labels[i]) == int(labels[j])
+
+    def defined() -> Tensor:
+        flat = [(e, x[e, v] if n_views > 1 else x[e]) for v in range(n_views) for e in range(examples)]
+        rows, counted = [], []
+        for i, (example, anchor) in enumerate(flat[: examples if views == "one" else len(flat)]):
+            others = [j for j in range(len(flat)) if j != i]
+            s = {j: cos(anchor, flat[j][1]) / 0.1 for j in others}
+            positive = [s[j] for j in others if together(example, flat[j][0])]
+            counted.append(bool(positive))
+            if not positive:
+                rows.append(torch.zeros((), dtype=torch.float64))
+            elif variant == "out":
+                rows.append(lse(list(s.values())) - torch.stack(positive).mean())
+            else:
+                rows.append(lse(list(s.values())) - lse(positive) + torch.tensor(float(len(positive)), dtype=torch.float64).log())
+        return torch.stack(rows).sum() / (sum(counted) if no_positive == "skip" else len(rows))
+
+    given = {"labels": labels} if kind in ("labels", "one view") else {"mask": mask} if kind == "mask" else {}
+    options = {"variant": variant, "views": views, "no_positive": no_positive, "backend": backend}
+    same(lambda: fastnce.sup_con(x, **given, **options), defined, x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("captions", [None, "square", "more"])
+def test_clip(backend: str, captions: str | None) -> None:
+    n = 11 if captions == "more" else 7
+    a, b = features(7, 5), features(n, 5, seed=1)
+    scale, bias = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    image_ids = None if captions is None else torch.tensor([0, 1, 2, 3, 4, 0, 6])
+    text_ids = None if captions is None else torch.tensor([0, 1, 2, 3, 4, 0, 6, 6, 2, 2, 1][:n])
+
+    def together(i: int, j: int) -> bool:
+        return i == j if captions is None else int(image_ids[i]) == int(text_ids[j])
+
+    def direction(m: int, n: int, s: Callable[[int, int], Tensor], positive: Callable[[int, int], bool]) -> Tensor:
+        rows = []
+        for i in range(m):
+            row = [s(i, j) for j in range(n)]
+            rows.append(lse(row) - torch.stack([row[j] for j in range(n) if positive(i, j)]).mean())
+        return torch.stack(rows).mean()
+
+    def defined() -> Tensor:
+        def s(i: int, j: int) -> Tensor:
+            return scale * cos(a[i], b[j]) + bias
+
+        to_text = direction(7, n, s, together)
+        return (to_text + direction(n, 7, lambda j, i: s(i, j), lambda j, i: together(i, j))) / 2
+
+    def found() -> Tensor:
+        return fastnce.clip_loss(a, b, scale, bias, image_ids=image_ids, text_ids=text_ids, backend=backend)
+
+    same(found, defined, a, b, scale)
+    # The bias cancels in a softmax: its gradient is 0, up to rounding.
+    bias.requires_grad_()
+    assert torch.autograd.grad(found(), bias)[0].abs() < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symmetric_info_nce_is_clip(backend: str) -> None:
+    a, b = features(7, 5), features(7, 5, seed=1)
+    same(lambda: fastnce.info_nce(a, b, temperature=0.25, symmetric=True, backend=backend), lambda: fastnce.clip_loss(a, b, 4.0), a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("as_queue", [True, False])
+def test_moco(backend: str, as_queue: bool) -> None:
+    q, k, queue = features(6, 5), features(6, 5, seed=1), fastnce.NegativeQueue(9, 5, dtype=torch.float64)
+
+    def defined() -> Tensor:
+        rows = []
+        for i in range(6):
+            pos = cos(q[i], k[i]) / 0.07
+            rows.append(lse([pos] + [cos(q[i], n) / 0.07 for n in queue.keys]) - pos)
+        return torch.stack(rows).mean()
+
+    same(lambda: fastnce.moco_loss(q, k, queue if as_queue else queue.keys, backend=backend), defined, q, k)
+
+
+def test_weights_are_a_weighted_mean() -> None:
+    q, k, w = features(9, 5), features(9, 5, seed=1), torch.rand(9, dtype=torch.float64)
+    rows = fastnce.info_nce(q, k, reduction="none")
+    torch.testing.assert_close(fastnce.info_nce(q, k, weight=w), (rows * w).sum() / w.sum())
+    torch.testing.assert_close(fastnce.info_nce(q, k, weight=w, reduction="sum"), (rows * w).sum())
+    torch.testing.assert_close(fastnce.info_nce(q, k, weight=w, reduction="none"), rows * w)
+    twice = fastnce.nt_xent(q, k, weight=w)
+    torch.testing.assert_close(twice, fastnce.nt_xent(q, k, weight=torch.cat([w, w])))
+    assert fastnce.info_nce(q, k, weight=torch.zeros(9, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_return_stats(backend: str) -> None:
+    """Rank, top-1 and hardest negative over in-batch, shared, paired and ragged keys, against a sort of the dense similarities."""
+    q, k, shared, paired = features(6, 5), features(6, 5, seed=1), features(8, 5, seed=2), features(6, 3, 5, seed=3)
+    unit = lambda x: F.normalize(x, dim=-1)  # noqa: E731
+    own = torch.eye(6, dtype=torch.bool)
+    in_batch = (unit(q) @ unit(k).T).masked_fill(own, -torch.inf)
+    cases = {
+        "in-batch": ({}, in_batch),
+        "shared": ({"negative_keys": shared}, unit(q) @ unit(shared).T),
+        "both": ({"negative_keys": shared, "in_batch": True}, torch.cat([in_batch, unit(q) @ unit(shared).T], 1)),
+        "paired": ({"negative_keys": paired, "negative_mode": "paired"}, torch.einsum("nd,nkd->nk", unit(q), unit(paired))),
+        "ragged": ({"negative_keys": (paired.flatten(0, 1), torch.arange(0, 19, 3))}, None),
+    }
+    pos = (unit(q) * unit(k)).sum(1)
+    for name, (given, negatives) in cases.items():
+        shift = torch.arange(6) * 3 if name == "ragged" else 0
+        negatives = torch.einsum("nd,nkd->nk", unit(q), unit(paired)) if negatives is None else negatives
+        loss, found = fastnce.info_nce(q, k, temperature=0.2, return_stats=True, backend=backend, **given)
+        assert loss.dim() == 0
+        assert torch.equal(found.rank, (negatives > pos[:, None]).sum(1)), name
+        assert torch.equal(found.top1, found.rank == 0), name
+        assert torch.equal(found.hardest, negatives.argmax(1) + shift), name
+        torch.testing.assert_close(found.hardest_similarity, negatives.amax(1))
+    _, both = fastnce.clip_loss(q, k, 5.0, 1.0, return_stats=True, backend=backend)
+    assert both.columns is not None
+    assert torch.equal(both.columns.rank, (pos[:, None] < in_batch.T).sum(1))
+    torch.testing.assert_close(both.columns.hardest_similarity, in_batch.amax(0))
+
+
+@pytest.mark.parametrize("n", [4, 130, 700])
+def test_landmarks(n: int) -> None:
+    """Values that need no second implementation: equal embeddings give log of the number of candidates, one pair alone gives 0."""
+    same_rows = torch.ones(n, 8)
+    torch.testing.assert_close(fastnce.info_nce(same_rows, same_rows), torch.tensor(float(n)).log())
+    torch.testing.assert_close(fastnce.nt_xent(same_rows), torch.tensor(float(n - 1)).log())
+    torch.testing.assert_close(fastnce.clip_loss(same_rows, same_rows, 10.0), torch.tensor(float(n)).log())
+    torch.testing.assert_close(fastnce.sup_con(same_rows, torch.zeros(n, dtype=torch.long)), torch.tensor(float(n - 1)).log())
+    assert fastnce.info_nce(torch.randn(1, 8), torch.randn(1, 8)) == 0
+
+
+@pytest.mark.parametrize("n", [60, 256, 448, 512])
+def test_small_problems_agree_with_the_tiles(n: int) -> None:
+    """The dense shortcut of small problems and the tiles give the same numbers, and it steps aside for solved, broken and zero rows."""
+    z, w = features(n, 32).float().requires_grad_(), features(n, 32, seed=1).float().requires_grad_()
+    losses = (
+        lambda b: fastnce.nt_xent(z, backend=b),
+        lambda b: fastnce.info_nce(z, w, backend=b),
+        lambda b: fastnce.clip_loss(z, w, 9.0, backend=b),
+    )
+    for loss in losses:
+        a, b = loss("auto"), loss("cpu")
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+        (ga,), (gb,) = torch.autograd.grad(a, z), torch.autograd.grad(b, z)
+        assert (ga - gb).norm() <= 2e-6 * gb.norm()
+    solved = z.detach().clone().requires_grad_()
+    a, b = (fastnce.info_nce(solved, z.detach(), temperature=0.01, backend=name) for name in ("auto", "cpu"))
+    assert torch.equal(a, b)
+    with torch.no_grad():
+        z[3] = 0.0
+    (grad,) = torch.autograd.grad(fastnce.nt_xent(z), z)
+    assert torch.equal(grad[3], torch.zeros(32))
+    assert torch.isfinite(grad).all()

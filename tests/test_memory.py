@@ -1,0 +1,145 @@
+"""O((M + N) D) memory and no host synchronisation, proved without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from typing import Any
+
+import pytest
+import torch
+from problems import PROBLEMS
+from problems import Problem as Case
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastnce
+from fastnce.backends import cpu
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem, SideGrad, Wanted
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in elements of its storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+def solve(p: Case, backend: Any, device: str = "cpu") -> None:
+    """Forward and backward of one problem, called as the operators call them; on meta there are no values."""
+
+    def there(x: torch.Tensor | None) -> torch.Tensor | None:
+        return x if x is None or device == "cpu" else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+    q, k, scale, bias = (there(x) for x in p.tensors(torch.float32))
+    assert q is not None
+    assert scale is not None
+    rules = p.rules()
+    ids = (there(rules.get(name)) for name in ("q_label", "k_label", "q_exclude", "k_exclude", "mask"))
+    problem = Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, *ids), p.two_sided, p.normalize, metrics=True)
+    stats = backend.forward(problem)
+    grads = [SideGrad(*(torch.ones_like(v) for v in side[:3])) for side in stats]
+    backend.backward(problem, grads, stats, Wanted(True, k is not None, True, bias is not None))
+
+
+TILED = [p for p in PROBLEMS if p.m > 9]
+
+
+@pytest.mark.parametrize("p", TILED, ids=str)
+def test_no_tensor_as_large_as_the_logits(p: Case, small_tiles: int) -> None:
+    """Tiles are 16 x 16 here: nothing may be larger than the largest of an input, a tile, and a caller's own mask."""
+    with Largest() as seen:
+        solve(p, cpu)
+    allowed = max(p.m * p.d, p.n * p.d, 16 * 16, p.mask[0] * p.mask[1] if p.mask else 0)
+    assert seen.elements <= allowed
+    if p.m * p.n > allowed:
+        assert seen.elements < p.m * p.n
+
+
+def test_the_detector_sees_the_dense_backend() -> None:
+    from fastnce.backends import reference
+
+    p = next(p for p in TILED if p.why.startswith("queue"))
+    with Largest() as seen:
+        solve(p, reference)
+    assert seen.elements >= p.m * p.n
+
+
+@pytest.mark.parametrize("p", TILED, ids=str)
+def test_no_value_is_read_back_on_a_device(p: Case, small_tiles: int) -> None:
+    """Meta tensors have no values: whatever reads one back, as .item() does, raises."""
+    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+        torch.empty((), device="meta").item()
+    solve(p, cpu, "meta")
+
+
+LOSSES = {
+    "info_nce": lambda q, k: fastnce.info_nce(q, k, k[:50], temperature=torch.ones((), device=q.device), in_batch=True),
+    "ragged": lambda q, k: fastnce.info_nce(q, k, (k, torch.arange(601, device=q.device))),
+    "nt_xent": lambda q, k: fastnce.nt_xent(q, k),
+    "sup_con": lambda q, k: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(600, device=q.device) // 3, no_positive="skip"),
+    "clip": lambda q, k: fastnce.clip_loss(q, k, torch.ones((), device=q.device), return_stats=True)[0],
+    "moco": lambda q, k: fastnce.moco_loss(q, k, k),
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_do_not_synchronise(name: str, device: str) -> None:
+    """Every loss, forward and backward, on tensors that have a shape and no values."""
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        q, k = (torch.empty(600, 16, device=device, requires_grad=True) for _ in range(2))
+        loss = LOSSES[name](q, k)
+        assert loss.shape == ()
+        assert loss.device.type == device
+        loss.backward()
+        assert q.grad is not None
+        assert q.grad.shape == q.shape
+
+
+def test_a_million_rows_need_no_matrix() -> None:
+    """Shapes and memory of 2^20 rows under fake tensors: the operators themselves return vectors and input-shaped gradients only."""
+    with FakeTensorMode(), Largest() as seen:
+        z = torch.empty(2**20, 128, dtype=torch.bfloat16, requires_grad=True)
+        fastnce.nt_xent(z).backward()
+    assert seen.elements <= 2**20 * 128
+
+
+@pytest.mark.parametrize("kind", ["nt_xent", "clip", "sup_con"])
+def test_peak_memory(kind: str) -> None:
+    """Real peak of resident memory above the inputs at 6,000 rows: the dense form's single matrix would take 144 MB."""
+    clear = "/proc/self/clear_refs"
+    try:
+        open(clear, "w").close()
+    except OSError:
+        pytest.fail("this test resets the peak through /proc/self/clear_refs, which this system refuses")
+
+    def resident(name: str) -> int:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+    q, k = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
+    labels = torch.arange(6000) // 2
+    loss = {
+        "nt_xent": lambda: fastnce.nt_xent(q),
+        "clip": lambda: fastnce.clip_loss(q, k, torch.tensor(10.0, requires_grad=True)),
+        "sup_con": lambda: fastnce.sup_con(q, labels),
+    }[kind]
+    loss().backward()
+    q.grad = k.grad = None
+    gc.collect()
+    with open(clear, "w") as peak:
+        peak.write("5")
+    before = resident("VmRSS")
+    loss().backward()
+    assert resident("VmHWM") - before <= 40 * 2**20
