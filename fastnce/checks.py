@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -135,12 +135,12 @@ def ids(where: str, name: str, value: object, rows: int, like: Tensor, of: str) 
 
 
 def id_pair(
-    where: str, q_name: str, q_ids: object, k_name: str, k_ids: object, like: Tensor, rows: int, columns: int
+    where: str, q_name: str, q_ids: object, k_name: str, k_ids: object, like: Tensor, rows: int, columns: int, paired: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of queries and of keys; where only one is given and there are as many keys as queries, it serves both."""
+    """Ids of queries and of keys; where only one is given and row i of one belongs to row i of the other (paired), it serves both."""
     if q_ids is None and k_ids is None:
         return None, None
-    if (q_ids is None or k_ids is None) and rows != columns:
+    if (q_ids is None or k_ids is None) and not paired:
         missing = q_name if q_ids is None else k_name
         raise ValueError(f"{where}: {missing} is missing: with {rows} queries and {columns} keys both {q_name} and {k_name} are needed")
     q_ids, k_ids = k_ids if q_ids is None else q_ids, q_ids if k_ids is None else k_ids
@@ -154,7 +154,7 @@ def mask(where: str, name: str, value: object, like: Tensor, shape: tuple[int, i
     x = a_tensor(where, name, value)
     if x.dtype != torch.bool:
         raise TypeError(f"{where}: {name} must have dtype torch.bool, got {x.dtype} ({name}.bool())")
-    if x.dim() != 2 or 0 in x.shape or (shape is not None and x.shape != shape):
+    if x.dim() != 2 or (0 in x.shape if shape is None else x.shape != shape):
         wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, one row and column per example"
         raise ValueError(f"{where}: {name} must be {wanted}, got shape {tuple(x.shape)}")
     same_device(where, features=like, **{name: x})
@@ -175,45 +175,47 @@ def weights(where: str, value: object, rows: int, like: Tensor) -> Tensor | None
 
 
 def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = True) -> Tensor:
-    """A Python number or a one-element tensor as a 0-dim tensor in the dtype of the logits, differentiable if it was."""
+    """A Python number or a one-element tensor as a 0-dim tensor in the dtype of the logits, differentiable if it was.
+
+    The value of a tensor is known to its device alone: where it must be positive and is not, the result is nan; debug mode raises.
+    """
     dtype = compute_dtype(like.dtype)
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
     if not isinstance(value, Tensor):
-        if not math.isfinite(value) or (positive and value <= 0):
-            rule = "a positive finite number" if positive else "a finite number"
-            hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
-            raise ValueError(f"{where}: {name} must be {rule}, got {value}{hint}")
-        return torch.full((), value, dtype=dtype, device=like.device)
+        return torch.full((), _number(where, name, value, dtype, positive), dtype=dtype, device=like.device)
     if value.numel() != 1:
         raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
     if value.device != like.device and (value.device.type != "cpu" or value.requires_grad):
         same_device(where, features=like, **{name: value})
-    if _debug and not torch.isfinite(value).item():
-        raise ValueError(f"{where}: {name} is {value.item()}; it must be finite")
-    if _debug and positive and value.item() <= 0:
-        raise ValueError(f"{where}: {name} must be positive, got {value.item()}")
-    return value.reshape(()).to(device=like.device, dtype=dtype)
+    if _debug:
+        _number(where, name, value.item(), dtype, positive)
+    value = value.reshape(()).to(device=like.device, dtype=dtype)
+    return value.where(value > 0, math.nan) if positive else value
+
+
+def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
+    # 1 / temperature must be a number too.
+    largest = torch.finfo(dtype).max
+    if not abs(value) <= largest or (positive and not value >= 1 / largest):
+        rule = "a positive finite number" if positive else "a finite number"
+        hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
+        raise ValueError(f"{where}: {name} must be {rule}, got {value}{hint}")
+    return value
 
 
 def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | None, default: float, like: Tensor) -> Tensor:
     """scale = 1 / temperature, from whichever of the two was given."""
-    if scale is None:
-        return (
-            scalar(where, "temperature", temperature, like).reciprocal()
-            if isinstance(temperature, Tensor)
-            else scalar(where, "scale", 1.0 / _positive(where, temperature), like)
-        )
-    if isinstance(temperature, Tensor) or temperature != default:
-        raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
-    return scalar(where, "scale", scale, like)
-
-
-def _positive(where: str, temperature: float) -> float:
-    scalar(where, "temperature", temperature, torch.empty(0))
-    return temperature
+    if scale is not None:
+        if isinstance(temperature, Tensor) or temperature != default:
+            raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
+        return scalar(where, "scale", scale, like)
+    if isinstance(temperature, Tensor):
+        return scalar(where, "temperature", temperature, like).reciprocal()
+    dtype = compute_dtype(like.dtype)
+    return torch.full((), 1.0 / _number(where, "temperature", temperature, dtype, True), dtype=dtype, device=like.device)
 
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:
@@ -228,13 +230,45 @@ def values(where: str, normalize: bool, **named: Tensor) -> None:
         problems = [(~torch.isfinite(rows).all(1), "contains non-finite values")]
         if normalize:
             problems.append((norm < EPS, "is zero: its similarities and its gradient are defined as 0"))
-            problems.append((norm > LARGEST, f"has a norm above {LARGEST:g}: its similarities are nan"))
+            if x.dtype != torch.float64:
+                problems.append((norm > LARGEST, f"has a norm above {LARGEST:g}: its similarities are nan"))
         for bad, what in problems:
             if bad.any():
                 raise ValueError(f"{where}: {name} row {int(bad.nonzero()[0])} {what}")
 
 
-def candidates(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
-    """Debug mode only: at least one row must have something to be compared with."""
-    if _debug and lse_neg.numel() > 0 and bool(((lse_neg == -torch.inf) & (n_pos == 0)).all()):
-        raise ValueError(f"{where}: the ids, labels or mask exclude every pair of every row: the loss is 0 and trains nothing")
+def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
+    """Debug mode only: in a batch of several rows, one at least must have a positive and something beside it."""
+    if _debug and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
+        raise ValueError(
+            f"{where}: no row has both a positive and another candidate: the ids, labels or mask leave a loss of 0 that trains nothing"
+        )
+
+
+def something_to_compare(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
+    """Debug mode only: one row at least must have a candidate."""
+    if _debug and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
+        raise ValueError(f"{where}: no row has any candidate: the ids, labels or mask exclude every pair")
+
+
+def backend(where: str, name: object, known: Collection[str]) -> None:
+    """auto, or the name of a backend."""
+    if name != "auto" and name not in known:
+        raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, known))}")
+
+
+def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | None:
+    """One logit per row; None stays None."""
+    if value is None:
+        return None
+    x = a_tensor(where, "threshold", value)
+    if x.shape != (rows,) or not x.dtype.is_floating_point:
+        raise ValueError(f"{where}: threshold must have shape ({rows},) and a floating-point dtype, got {tuple(x.shape)}, {x.dtype}")
+    same_device(where, features=like, threshold=x)
+    return x.detach().to(compute_dtype(like.dtype))
+
+
+def integer(where: str, name: str, value: object) -> None:
+    """Raise unless value is an integer or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
+        raise TypeError(f"{where}: {name} must be an integer, got {type(value).__name__} {value}")

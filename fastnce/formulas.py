@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fastnce import checks
+from fastnce.norms import compute_dtype
 from fastnce.stats import ContrastiveStats, softplus
 
 Reduction = Literal["none", "mean", "sum"]
@@ -15,8 +17,9 @@ Reduction = Literal["none", "mean", "sum"]
 class RetrievalStats(NamedTuple):
     """How well every anchor finds its positive, from the logits of the loss; no gradient.
 
-    rank         negatives above the best positive, int64; mean(1 / (1 + rank)) is the in-batch MRR
-    top1         rank == 0 where the anchor has a positive, bool
+    rank         negatives above the best positive, int64; mean(1 / (1 + rank)) is the in-batch MRR. A tie is not above: where all
+                 embeddings are equal, every rank is 0
+    top1         rank == 0, bool; False where the anchor has no positive or is nan
     hardest      index of the hardest negative among the row's keys, in the order in-batch keys, then negative_keys; -1 without any.
                  A paired negative counts from its own row, a ragged one by its position in `values`
     hardest_similarity   its similarity (cosine where normalize), -inf without any
@@ -44,7 +47,8 @@ def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
         return softplus(found.lse_neg - found.pos)
     several = found.n_pos > 1
     anchor = torch.where(several, found.lse_pos, found.pos)
-    values = softplus(found.lse_neg - anchor) + (anchor - found.pos)
+    # Not anchor - pos: with one positive that is 0 in value, but its gradient, +1 - 1 beside -p, would round p away.
+    values = softplus(found.lse_neg - anchor) + torch.where(several, found.lse_pos - found.pos, 0.0)
     return values.masked_fill(found.n_pos == 0, 0.0)
 
 
@@ -55,24 +59,32 @@ def l_in(found: ContrastiveStats) -> Tensor:
     return values.masked_fill(none, 0.0)
 
 
-def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
-    """none, sum, or mean (with weights: sum of weight * value over sum of weight, 0 where that is 0)."""
-    if weight is None:
-        return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
-    values = values * weight
-    if reduction != "mean":
-        return values if reduction == "none" else values.sum()
-    total = weight.sum()
-    return values.sum() / total.masked_fill(total == 0, 1.0)
+def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction, like: Tensor) -> Tensor:
+    """none, sum, or mean (with weights: sum of weight * value over sum of weight, 0 where that is 0), in the dtype of results for
+    features `like`."""
+    if weight is not None:
+        values = values * weight
+    if reduction == "sum":
+        values = values.sum()
+    elif reduction == "mean" and weight is None:
+        values = values.mean()
+    elif reduction == "mean" and weight is not None:
+        total = weight.sum()
+        values = values.sum() / total.masked_fill(total == 0, 1.0)
+    return values.to(compute_dtype(like.dtype))
 
 
-def answer(loss: Tensor, found: ContrastiveStats, scale: Tensor, bias: Tensor | None, return_stats: bool) -> Loss:
+def answer(where: str, loss: Tensor, found: ContrastiveStats, scale: Tensor, bias: Tensor | None, return_stats: bool) -> Loss:
     """The loss, or the pair of loss and RetrievalStats."""
+    checks.something_to_learn(where, found.lse_neg, found.n_pos)
     return (loss, _retrieval(found, scale, bias)) if return_stats else loss
 
 
 def _retrieval(found: ContrastiveStats, scale: Tensor, bias: Tensor | None) -> RetrievalStats:
-    assert found.rank is not None and found.hardest is not None and found.hardest_logit is not None
+    assert found.rank is not None and found.hardest is not None
+    assert found.hardest_logit is not None and found.pos_max is not None
     logit = found.hardest_logit.detach() if bias is None else found.hardest_logit.detach() - bias.detach()
     columns = None if found.columns is None else _retrieval(found.columns, scale, bias)
-    return RetrievalStats(found.rank, (found.rank == 0) & (found.n_pos > 0), found.hardest, logit / scale.detach(), columns)
+    return RetrievalStats(
+        found.rank, (found.rank == 0) & (found.pos_max > -torch.inf), found.hardest, (logit / scale.detach()).to(scale.dtype), columns
+    )

@@ -65,11 +65,19 @@ def info_nce(
     """
     where = "info_nce"
     checks.features(where, query=query, positive_key=positive_key)
-    query, positive_key = checks.one_dtype(where, query=query, positive_key=positive_key)
     rows, in_batch_keys = query.shape[0], positive_key.shape[0]
     checks.reduction(where, reduction, rows)
     checks.choice(where, "negative_mode", negative_mode, ("unpaired", "paired"))
+    stats.check_backend(where, backend)
     negatives = Negatives.of(where, negative_keys, negative_mode, query)
+    if negatives is None:
+        query, positive_key = checks.one_dtype(where, query=query, positive_key=positive_key)
+    else:
+        features = {"query": query, "positive_key": positive_key, negatives.name: negatives.keys}
+        query, positive_key, keys = checks.one_dtype(where, **features)
+        negatives = negatives._replace(keys=keys)
+        checks.values(where, normalize, **{negatives.name: keys})
+    checks.values(where, normalize, query=query, positive_key=positive_key)
     use_batch = negatives is None if in_batch is None else in_batch
     if negatives is None and not use_batch:
         raise ValueError(f"{where}: in_batch=False needs negative_keys: there would be nothing to compare with")
@@ -85,10 +93,11 @@ def info_nce(
 
     shared = negatives.keys if negatives is not None and negatives.kind == "unpaired" else None
     met = (in_batch_keys if use_batch else 0) + (0 if shared is None else shared.shape[0])
-    if met == 0 and any(v is not None for v in (query_ids, key_ids, exclude_query_ids, exclude_key_ids)):
+    if not use_batch and shared is None and any(v is not None for v in (query_ids, key_ids, exclude_query_ids, exclude_key_ids)):
         raise ValueError(f"{where}: ids relate queries to in-batch or unpaired keys, and there are none here")
-    label = checks.id_pair(where, "query_ids", query_ids, "key_ids", key_ids, query, rows, met)
-    exclude = checks.id_pair(where, "exclude_query_ids", exclude_query_ids, "exclude_key_ids", exclude_key_ids, query, rows, met)
+    paired = negatives is None and rows == in_batch_keys
+    label = checks.id_pair(where, "query_ids", query_ids, "key_ids", key_ids, query, rows, met, paired)
+    exclude = checks.id_pair(where, "exclude_query_ids", exclude_query_ids, "exclude_key_ids", exclude_key_ids, query, rows, met, paired)
 
     def part(ids: Tensor | None, keys: slice) -> Tensor | None:
         return None if ids is None else ids[keys]
@@ -115,7 +124,7 @@ def info_nce(
     if symmetric:
         assert found.columns is not None
         values = (values + l_out(found.columns, label[0] is None)) / 2
-    return answer(reduced(values, weight, reduction), found, scale, None, return_stats)
+    return answer(where, reduced(values, weight, reduction, query), found, scale, None, return_stats)
 
 
 def nt_xent(
@@ -147,12 +156,14 @@ def nt_xent(
         checks.features(where, z0=z0)
         if z0.shape[0] % 2:
             raise ValueError(f"{where}: z0 is {tuple(z0.shape)}; without z1 it holds two views, [view 0; view 1]: an even number of rows")
+        checks.values(where, normalize, z0=z0)
         z = z0
     else:
         checks.features(where, z0=z0, z1=z1)
         z0, z1 = checks.one_dtype(where, z0=z0, z1=z1)
         if z0.shape != z1.shape:
             raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
+        checks.values(where, normalize, z0=z0, z1=z1)
         z = torch.cat([z0, z1])
     rows = z.shape[0]
     checks.reduction(where, reduction, rows)
@@ -165,7 +176,7 @@ def nt_xent(
     if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
-    return answer(reduced(l_out(found, one_positive=True), weight, reduction), found, scale, None, return_stats)
+    return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, z), found, scale, None, return_stats)
 
 
 def sup_con(
@@ -186,7 +197,7 @@ def sup_con(
 ) -> Loss:
     """Supervised contrastive loss. Per anchor i, over the candidates C_i (all rows but i) and its positives P_i (same label):
 
-        L_out = log sum_{C_i} exp s - mean_{P_i} s           L_in = log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
+        variant="out": log sum_{C_i} exp s - mean_{P_i} s        "in": log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
 
     features      (B, V, D): V views of B examples, or (N, D): one view; s = cos / temperature
     labels        integers (B,) or (N,): equal labels are positives; a negative label matches nothing but the example's other views
@@ -204,6 +215,7 @@ def sup_con(
     """
     where = "sup_con"
     checks.features(where, (2, 3), features=features)
+    checks.values(where, normalize, features=features)
     examples, n_views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
     if n_views == 0:
         raise ValueError(f"{where}: features is {tuple(features.shape)}; it needs at least one view")
@@ -212,12 +224,12 @@ def sup_con(
     checks.choice(where, "no_positive", no_positive, ("zero", "skip", "error"))
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
+    anchors = examples * (1 if views == "one" else n_views)
+    checks.reduction(where, reduction, anchors)
     labels = checks.ids(where, "labels", labels, examples, features, "features")
     mask = checks.mask(where, "mask", mask, features, (examples, examples))
     # Row v * B + b of z is view v of example b.
-    z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, -1)
-    anchors = examples if views == "one" else z.shape[0]
-    checks.reduction(where, reduction, anchors)
+    z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, features.shape[-1])
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (examples,):
         weight = weight.repeat(anchors // max(examples, 1))
     weight = checks.weights(where, weight, anchors, features)
@@ -240,7 +252,7 @@ def sup_con(
     counted = some.to(values.dtype) if no_positive == "skip" else None
     if counted is not None:
         weight = counted if weight is None else weight * counted
-    return answer(reduced(values, weight, reduction), found, scale, None, return_stats)
+    return answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
 
 
 def clip_loss(
@@ -275,9 +287,10 @@ def clip_loss(
     where = "clip_loss"
     checks.features(where, image=image, text=text)
     image, text = checks.one_dtype(where, image=image, text=text)
+    checks.values(where, normalize, image=image, text=text)
     rows, columns = image.shape[0], text.shape[0]
     checks.reduction(where, reduction, min(rows, columns))
-    label = checks.id_pair(where, "image_ids", image_ids, "text_ids", text_ids, image, rows, columns)
+    label = checks.id_pair(where, "image_ids", image_ids, "text_ids", text_ids, image, rows, columns, rows == columns)
     if rows != columns and (label[0] is None or reduction == "none" or weight is not None):
         raise ValueError(
             f"{where}: image is {tuple(image.shape)} and text is {tuple(text.shape)}; without image_ids and text_ids, or with weight or "
@@ -295,10 +308,10 @@ def clip_loss(
     assert found.columns is not None
     by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
     if rows == columns:
-        loss = reduced((by_row + by_column) / 2, weight, reduction)
+        loss = reduced((by_row + by_column) / 2, weight, reduction, image)
     else:
-        loss = (reduced(by_row, None, reduction) + reduced(by_column, None, reduction)) / 2
-    return answer(loss, found, scale, bias, return_stats)
+        loss = (reduced(by_row, None, reduction, image) + reduced(by_column, None, reduction, image)) / 2
+    return answer(where, loss, found, scale, bias, return_stats)
 
 
 def moco_loss(
@@ -328,6 +341,7 @@ def moco_loss(
     negatives = queue.keys if isinstance(queue, NegativeQueue) else queue
     checks.features(where, q=q, k=k, queue=negatives)
     q, k, negatives = checks.one_dtype(where, q=q, k=k, queue=negatives)
+    checks.values(where, normalize, q=q, k=k, queue=negatives)
     if q.shape != k.shape:
         raise ValueError(f"{where}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; row i of k is the positive of row i of q")
     checks.some_keys(where, "queue", negatives, q.shape[0])
@@ -337,4 +351,4 @@ def moco_loss(
     found = one_positive(q, k, scale, normalize, return_stats)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)
     found = stats.merge(found, stats.compute(where, problem, backend))
-    return answer(reduced(l_out(found, one_positive=True), weight, reduction), found, scale, None, return_stats)
+    return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, q), found, scale, None, return_stats)

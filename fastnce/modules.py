@@ -26,6 +26,9 @@ class LogitScale(nn.Module):
 
     def __init__(self, init: float = 1 / 0.07, max: float | None = 100.0) -> None:
         super().__init__()
+        for name, value in (("init", init), ("max", max)):
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise TypeError(f"LogitScale: {name} must be a float, got {type(value).__name__}")
         if not (math.isfinite(init) and init > 0) or (max is not None and not max >= init):
             raise ValueError(f"LogitScale: init must be positive and at most max, got init={init}, max={max}")
         self.max = max
@@ -202,6 +205,8 @@ class MoCoLoss(_Loss):
     queue it was computed with, without a copy per step. In eval mode nothing is enqueued.
     """
 
+    _waiting: Tensor | None
+
     def __init__(
         self,
         queue_size: int,
@@ -215,14 +220,15 @@ class MoCoLoss(_Loss):
     ) -> None:
         super().__init__(temperature=temperature, reduction=reduction, normalize=normalize, return_stats=return_stats, backend=backend)
         self.queue = NegativeQueue(queue_size, dim)
-        self._waiting: Tensor | None = None
-        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.flush())
+        self.register_buffer("_waiting", None, persistent=False)
+        self.register_state_dict_pre_hook(_flush)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Loss:
         self.flush()
         loss = losses.moco_loss(q, k, self.queue, weight=weight, **self._given())
         if self.training:
-            self._waiting = k.detach()
+            # A copy of one batch: a momentum encoder may reuse its output before the next step.
+            self._waiting = k.detach().clone()
         return loss
 
     def flush(self) -> None:
@@ -230,3 +236,11 @@ class MoCoLoss(_Loss):
         if self._waiting is not None:
             keys, self._waiting = self._waiting, None
             self.queue.enqueue(keys)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._waiting = None  # it belongs to the state that is being replaced
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _flush(module: MoCoLoss, prefix: str, keep_vars: bool) -> None:
+    module.flush()

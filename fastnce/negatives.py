@@ -20,6 +20,11 @@ class Negatives(NamedTuple):
     keys: Tensor
     rows: Tensor | None = None
 
+    @property
+    def name(self) -> str:
+        """The caller's name of the keys."""
+        return "values" if self.kind == "ragged" else "negative_keys"
+
     @staticmethod
     def of(where: str, given: Tensor | Ragged | None, mode: str, query: Tensor) -> Negatives | None:
         """What the caller passed as negative_keys, checked; None stays None."""
@@ -27,15 +32,15 @@ class Negatives(NamedTuple):
             return None
         if isinstance(given, tuple | list):
             return _ragged(where, given, query)
-        checks.features(where, (2,) if mode == "unpaired" else (3,), negative_keys=given, query=query[None] if mode == "paired" else query)
-        (_, keys) = checks.one_dtype(where, query=query, negative_keys=given)
-        if mode == "paired" and keys.shape[0] != query.shape[0]:
+        checks.features(where, (2, 3), query=query, negative_keys=given)
+        if given.dim() != (2 if mode == "unpaired" else 3) or (mode == "paired" and given.shape[0] != query.shape[0]):
+            wanted = "(K, D), shared by all queries" if mode == "unpaired" else "(M, K, D), K for each query"
             raise ValueError(
-                f"{where}: negative_keys is {tuple(keys.shape)} and query is {tuple(query.shape)}; "
-                "paired negatives are (M, K, D), K for each query"
+                f"{where}: negative_keys is {tuple(given.shape)} and query is {tuple(query.shape)}; {mode} negatives are {wanted}"
             )
-        checks.some_keys(where, "negative_keys", keys if mode == "unpaired" else keys[0] if len(keys) else keys, query.shape[0])
-        return Negatives(mode, keys)
+        if 0 in given.shape and query.shape[0] > 0:
+            raise ValueError(f"{where}: negative_keys is {tuple(given.shape)}; at least one key is needed")
+        return Negatives(mode, given)
 
     def statistics(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> ContrastiveStats:
         """Row statistics of listed negatives. threshold (M,): metrics too, rank counted from there."""
@@ -84,7 +89,6 @@ def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
         raise ValueError(f"{where}: ragged negative_keys is (values, offsets), got {len(given)} entries")
     values, offsets = given
     checks.features(where, query=query, values=values)
-    (_, values) = checks.one_dtype(where, query=query, values=values)
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
     ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
     assert ends is not None
@@ -97,6 +101,9 @@ def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
 
 
 def _by_row(s: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if s.shape[1] == 0:  # only where there is no query either
+        none = s.new_empty(0)
+        return s.sum(1), none, none.long(), none.long()
     most, hardest = s.detach().max(1)
     above = hardest if threshold is None else (s > threshold[:, None]).sum(1)
     return s.logsumexp(1), most, hardest, above

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastnce import backends
-from fastnce.norms import compute_dtype, no_autocast
+from fastnce.norms import no_autocast, vector_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side, SideGrad, Wanted, sides
 
@@ -73,8 +73,14 @@ class Arguments(NamedTuple):
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
-    function = _Statistics if torch.compiler.is_compiling() else _RefusesForwardMode
-    flat = function.apply(*Arguments.of(problem, backend))
+    arguments = Arguments.of(problem, backend)
+    if torch.compiler.is_compiling():
+        # Dynamo traces neither a Function that defines jvp nor one whose inputs need no gradient.
+        tensors = (problem.q, problem.k, problem.scale, problem.bias)
+        learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        flat = _Statistics.apply(*arguments) if learning else torch.ops.fastnce.forward(*arguments)
+    else:
+        flat = _RefusesForwardMode.apply(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
 
 
@@ -108,7 +114,7 @@ class _Statistics(torch.autograd.Function):
 
 
 class _RefusesForwardMode(_Statistics):
-    """The same with a message of our own for forward mode. torch.compile cannot trace a Function that defines jvp, not even this one."""
+    """The same with a message of our own for forward mode."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -137,6 +143,14 @@ class _FirstOrderOnly(torch.autograd.Function):
         raise RuntimeError(SECOND_ORDER)
 
 
+def first_order_only(grad: Tensor) -> Tensor:
+    """A gradient as it is; differentiating it once more raises."""
+    if not torch.is_grad_enabled():
+        return grad
+    nothing = grad.new_empty(0)
+    return _FirstOrderOnly.apply(grad, nothing, nothing, nothing)[0]
+
+
 def _forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     with no_autocast(args.q):
@@ -161,7 +175,7 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     out = []
     for rows in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
-        real = rows.new_empty(rows.shape[0], dtype=compute_dtype(rows.dtype))
+        real = rows.new_empty(rows.shape[0], dtype=vector_dtype(rows))
         count = rows.new_empty(rows.shape[0], dtype=torch.int64)
         kinds = (real, real, real, count, real, real) + ((count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]

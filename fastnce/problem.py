@@ -45,13 +45,12 @@ class Problem(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Statistics of the rows (or of the columns): vectors of length M (or N).
+    """Statistics of the rows (or of the columns): vectors of length M (or N), in vector_dtype where not integer.
 
     lse_neg, lse_pos  log-sum-exp over negatives, over positives; -inf where there are none
     pos               mean logit of the positives, 0 where there are none
     n_pos             how many positives, int64
-    own_neg, own_pos  the two log-sums in the form the backend's backward wants them back: a value that went to nats and to the bias
-                      and back would have lost the last bits, and they are the relative error of every weight of the row
+    own_neg, own_pos  the two log-sums in the form the backend's backward wants them back
     rank              negatives above the threshold, int64            } metrics only
     hardest           column of the largest negative, -1 without      }
     hardest_logit     its logit, -inf without                         }

@@ -31,6 +31,8 @@ class NegativeQueue(nn.Module):
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"NegativeQueue: {name} must be a positive integer, got {value!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"NegativeQueue: dtype must be a floating-point dtype, got {dtype}")
         self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1).to(dtype or torch.get_default_dtype()), persistent)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64), persistent)
 

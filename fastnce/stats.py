@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends, checks, ops
-from fastnce.norms import compute_dtype, inverse_norms, no_autocast
+from fastnce.norms import compute_dtype, inverse_norms
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side
 
@@ -89,6 +89,7 @@ def contrastive_stats(
         rows, columns = q.shape[0], k.shape[0]
         checks.some_keys(where, "k", k, rows)
     symmetric = k is None
+    checks.integer(where, "offset", offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:
@@ -103,27 +104,32 @@ def contrastive_stats(
         if not symmetric and (other[0] is None) != (other[1] is None):
             raise ValueError(f"{where}: q_{one} and k_{one} go together: give both")
     mask = checks.mask(where, "positive_mask", positive_mask, q)
-    if threshold is not None and (symmetric or two_sided or not metrics or threshold.shape != (rows,)):
-        raise ValueError(f"{where}: threshold must have shape ({rows},) and needs metrics=True, k, and two_sided=False")
+    threshold = checks.threshold(where, threshold, rows, q)
+    if threshold is not None and (symmetric or two_sided or not metrics):
+        raise ValueError(f"{where}: threshold counts ranks of rows against other keys: it needs metrics=True, k, and two_sided=False")
     checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
     pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
     scale = checks.scalar(where, "scale", scale, q)
     bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
-    return compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
+    checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
+    found = compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
+    checks.something_to_compare(where, found.lse_neg, found.n_pos)
+    return _rounded(found, compute_dtype(q.dtype))
+
+
+def check_backend(where: str, name: str) -> None:
+    """For losses that may not come to ask a backend."""
+    checks.backend(where, name, backends.BACKENDS)
 
 
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
-    """Statistics of a problem whose inputs have been checked. Errors about values and about the backend start with `where`."""
-    checks.values(where, problem.normalize, **({"q": problem.q} if problem.k is None else {"q": problem.q, "k": problem.k}))
-    pairs, threshold = problem.pairs, problem.threshold
+    """Statistics of a problem whose inputs have been checked, in vector_dtype. Errors start with `where`."""
+    pairs = problem.pairs
     if problem.symmetric and pairs.mask is not None:
         # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
         problem = problem._replace(k=problem.q.clone(), pairs=pairs)
-    if threshold is not None:
-        problem = problem._replace(threshold=threshold.detach().to(compute_dtype(problem.q.dtype)))
     found = [_public(side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
-    checks.candidates(where, found[0].lse_neg, found[0].n_pos)
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
 
@@ -131,13 +137,21 @@ def _public(side: Side) -> ContrastiveStats:
     return ContrastiveStats(side.lse_neg, side.lse_pos, side.pos, side.n_pos, side.rank, side.hardest, side.hardest_logit, side.pos_max)
 
 
+def _rounded(found: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
+    def rounded(v: Tensor | None) -> Tensor | None:
+        return v if v is None or not v.is_floating_point() else v.to(dtype)
+
+    columns = None if found.columns is None else _rounded(found.columns, dtype)
+    return ContrastiveStats(*(rounded(v) for v in found[:-1]), columns)  # type: ignore
+
+
 def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> ContrastiveStats:
-    """Statistics of the same rows over two disjoint sets of keys, as if they were one: what a ring, a queue or a chunk adds up.
+    """Statistics (M,) of the same rows over two disjoint sets of keys, as if they were one: what a ring, a queue or a chunk adds up.
 
         lse = log(exp lse_a + exp lse_b)      pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)      n_pos, rank: sums
 
     Rank is right if both counted from the same threshold. `shift` is added to the hardest index of b: the number of keys before b's.
-    `columns` are dropped: the columns of the two are different keys.
+    Returns ContrastiveStats. `columns` are dropped: the columns of the two are different keys.
     """
     n_pos = a.n_pos + b.n_pos
     total = n_pos.clamp(min=1)
@@ -178,10 +192,10 @@ def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, n
     keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
     """
     dtype = compute_dtype(q.dtype)
-    with no_autocast(q):
-        q, keys = q.to(dtype), keys.to(dtype)
-        if normalize:
-            q = q * inverse_norms(q)[:, None]
-        s = torch.bmm(keys, q[:, :, None]).squeeze(2) if rows is None else (keys * q[rows]).sum(1)
-        s = s * (scale * inverse_norms(keys) if normalize else scale)
+    q, keys = q.to(dtype), keys.to(dtype)
+    if normalize:
+        q = q * inverse_norms(q)[:, None]
+    # Not bmm: under autocast it, or its backward, would round to half precision.
+    s = (keys * (q[:, None] if rows is None else q[rows])).sum(-1)
+    s = s * (scale * inverse_norms(keys) if normalize else scale)
     return s if bias is None else s + bias

@@ -98,6 +98,17 @@ def test_compile_is_one_graph(name: str, dynamic: bool) -> None:
     assert graphs["unique_graphs"] == 1
 
 
+@each_loss
+def test_compile_without_gradient(name: str) -> None:
+    """A validation loss: no input needs a gradient, or gradients are off."""
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    q, k = q_and_k(dtype=torch.float32)
+    torch.testing.assert_close(compiled(q, k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0, backend="cpu"), rtol=2e-6, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q.requires_grad_(), k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0), rtol=2e-6, atol=1e-7)
+
+
 def test_compile_dynamic_batch() -> None:
     """Five batch sizes, at most two compilations."""
     graphs = fresh_counters()

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from fastnce import checks
 from fastnce.backends import cpu, reference
 from fastnce.problem import Problem
 
@@ -21,8 +22,7 @@ def pick(where: str, name: str, problem: Problem) -> str:
 
     Raises NotImplementedError with every objection of every candidate, ValueError for an unknown name.
     """
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+    checks.backend(where, name, BACKENDS)
     objections = []
     for candidate in AUTO if name == "auto" else (name,):
         reasons = BACKENDS[candidate].unsupported(problem)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastnce.backends._gemm import product
-from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.norms import compute_dtype, inverse_norms, vector_dtype
 from fastnce.pairs import Tile, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_ROWS, CPU_TILE
@@ -71,9 +71,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     weights = [_Weights.of(work, *side) for side in zip(grads, stats, strict=True)]
     dx = torch.zeros_like(work.x) if wanted.q or (wanted.scale and not wanted.k) else None
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
+    applied = torch.zeros((), dtype=vector_dtype(work.x), device=work.x.device)  # sum of all w as they were rounded
     if dx is not None or dy is not None:
         if not work.in_tile:
-            _add_aligned(problem, work, weights, dx, dy)
+            applied += _add_aligned(problem, work, weights, dx, dy)
         for tile, t in _tiles(work):
             classes = _classify(problem, work, tile, t)
             if work.unshifted:
@@ -81,6 +82,8 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
             w = torch.zeros_like(t)
             for view in _views(problem, tile):
                 weights[view.side].add_to(view.of(w), view, classes)
+            if wanted.scale:
+                applied += w.sum(1).sum(dtype=applied.dtype)
             on_diagonal = problem.symmetric and tile.i0 == tile.j0
             if on_diagonal:
                 w = w + w.T
@@ -90,7 +93,12 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
             if dy is not None and not on_diagonal:
                 # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
                 dy[j] += product(w.T.contiguous(), work.x[i].T)
-    return _finish(problem, work, weights, dx, dy, wanted)
+    # sum of all w as they should be: the exponentials of a set, over their own sum, add up to one.
+    due = torch.stack([side.total for side in weights]).sum()
+    dscale = _scale_gradient(problem, work, stats[0], dx, dy, due - applied) if wanted.scale else None
+    dq = _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype) if wanted.q and dx is not None else None
+    dk = _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype) if wanted.k and dy is not None else None
+    return Gradients(dq, dk, dscale, due.to(problem.scale.dtype) if wanted.bias else None)
 
 
 class _Work(NamedTuple):
@@ -108,7 +116,7 @@ class _Work(NamedTuple):
 
 def _prepare(problem: Problem) -> _Work:
     q, k, scale = problem.q, problem.keys, problem.scale
-    root = (scale * LOG2E).sqrt()
+    root = (scale.to(vector_dtype(q)) * LOG2E).sqrt()
     x, r_x = _scaled(q, root, problem.normalize)
     y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize)
     unshifted = False
@@ -125,9 +133,11 @@ def _prepare(problem: Problem) -> _Work:
 def _scaled(rows: Tensor, root: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     dtype = compute_dtype(rows.dtype)
     if not normalize:
-        return (rows.to(dtype) * root).contiguous(), None
+        return (rows.to(dtype) * root.to(dtype)).contiguous(), None
     r = inverse_norms(rows)
-    return (rows.to(dtype) * (r * root)[:, None]).contiguous(), r
+    # One rounding per row: that of root alone would shift all logits the same way, and the mean loss with them.
+    factor = (r.to(root.dtype) * root).to(dtype)
+    return (rows.to(dtype) * factor[:, None]).contiguous(), r
 
 
 class _View(NamedTuple):
@@ -204,8 +214,8 @@ class _LogSum:
     """log2 of a running sum of exp2 per row. Unshifted it is given exponentials, otherwise logits, and keeps a running maximum."""
 
     def __init__(self, work: _Work, rows: int) -> None:
-        self.total = work.x.new_zeros(rows)
-        self.top = None if work.unshifted else torch.full_like(self.total, -torch.inf)
+        self.total = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
+        self.top = None if work.unshifted else work.x.new_full((rows,), -torch.inf)
 
     def add(self, own: slice, tile: Tensor) -> None:
         if self.top is None:
@@ -233,13 +243,13 @@ class _Sums:
         self.problem = problem
         self.negative = _LogSum(work, rows)
         self.positive = _LogSum(work, rows) if work.in_tile else None
-        self.pos = work.x.new_zeros(rows)
+        self.pos = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
         self.n_pos = torch.zeros(rows, dtype=torch.int64, device=work.x.device)
         if problem.metrics:
-            self.pos_max = torch.full_like(self.pos, -torch.inf)
+            self.pos_max = work.x.new_full((rows,), -torch.inf)
             self.rank = torch.zeros_like(self.n_pos)
             self.hardest = torch.full_like(self.n_pos, -1)
-            self.hardest_logit = torch.full_like(self.pos, -torch.inf)
+            self.hardest_logit = torch.full_like(self.pos_max, -torch.inf)
 
     def set_positive(self, own: slice, t: Tensor) -> None:
         self.pos[own] = t
@@ -258,6 +268,7 @@ class _Sums:
             self.n_pos[view.own] += is_positive.sum(1)
         if self.problem.metrics:
             negative, threshold = view.of(classes.negative), self._threshold()[view.own]
+            negative = negative.masked_fill(negative.isnan(), -torch.inf)
             self.rank[view.own] += (negative > threshold[:, None]).sum(1)
             best, where = negative.max(1)
             better = best > self.hardest_logit[view.own]
@@ -290,7 +301,7 @@ class _Sums:
         return (given if bias is None else given - bias) * LOG2E
 
     def _nats(self, t: Tensor) -> Tensor:
-        s = t * LN2
+        s = t.to(self.pos.dtype) * LN2
         return s if self.problem.bias is None else s + self.problem.bias
 
 
@@ -316,15 +327,20 @@ class _Weights(NamedTuple):
         negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
         positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
         mean = grad.dpos.masked_fill(no_positive, 0.0)
-        total = negative + positive + mean
+        total = (negative + positive + mean).sum()
         if work.in_tile:
             mean = mean / side.n_pos.clamp(min=1)
         empty = 1.0 if work.unshifted else 0.0
-        base_neg, base_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
+        own_neg, own_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
+        dtype = work.x.dtype
+        base_neg, base_pos = own_neg.to(dtype), own_pos.to(dtype)
         if work.unshifted:
-            negative = negative / base_neg
-            positive = positive / base_pos if work.in_tile else positive
-        return _Weights(negative, positive, mean, base_neg, base_pos, work.unshifted, total)
+            negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
+        else:
+            # The tile subtracts a rounded base; what was rounded off, up to 1e-5, goes into the coefficient.
+            negative = negative * torch.exp2(base_neg - own_neg)
+            positive = positive * torch.exp2(base_pos - own_pos) if work.in_tile else positive
+        return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted, total)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
         def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
@@ -338,7 +354,8 @@ class _Weights(NamedTuple):
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 
-def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None) -> None:
+def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None) -> Tensor:
+    """Adds the terms of the aligned positives and returns the sum of their weights."""
     i, j = _aligned(problem)
     # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
     ends = [(weights[side].positive + weights[side].mean)[own, None] for side, own in _ends(problem, i, j)]
@@ -347,21 +364,19 @@ def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Ten
         dx[i].addcmul_(w, work.y[j])
     if dy is not None:
         dy[j].addcmul_(w, work.x[i])
+    return w.sum(dtype=vector_dtype(w))
 
 
-def _finish(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, wanted: Wanted) -> Gradients:
-    dscale = dbias = None
-    if wanted.scale:
-        # sum_ij w_ij t_ij = sum_i <x_i, dx_i>; where k is q, dx holds every pair from both of its ends.
-        total = _inner(work.x, dx) if dx is not None else _inner(work.y, dy) if dy is not None else work.root
-        dscale = total.sum(dtype=torch.float64) * (0.5 if problem.symmetric else 1.0) / (LOG2E * problem.scale)
-        dscale = dscale.to(problem.scale.dtype)
-    if wanted.bias:
-        # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
-        dbias = torch.stack([side.total.sum(dtype=torch.float64) for side in weights]).sum().to(problem.scale.dtype)
-    dq = _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype) if wanted.q and dx is not None else None
-    dk = _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype) if wanted.k and dy is not None and dy is not dx else None
-    return Gradients(dq, dk, dscale, dbias)
+def _scale_gradient(problem: Problem, work: _Work, rows: Side, dx: Tensor | None, dy: Tensor | None, missing: Tensor) -> Tensor:
+    """sum_ij w_ij t_ij / (scale log2 e), with sum_ij w_ij t_ij = sum_i <x_i, dx_i>.
+
+    In a cone all t are nearly the same large number t0 and the w cancel: what their rounding left over, times t0, would be the result.
+    So it is put back: adding t0 * missing is subtracting t0 from every t.
+    """
+    inner = _inner(work.x, dx) if dx is not None else _inner(work.y, dy) if dy is not None else rows.pos
+    total = inner.sum(dtype=missing.dtype) * (0.5 if problem.symmetric else 1.0)  # where k is q, dx holds every pair from both ends
+    pos = rows.pos if problem.bias is None else rows.pos - problem.bias
+    return ((total + pos.sum() / max(len(pos), 1) * LOG2E * missing) / (LOG2E * problem.scale)).to(problem.scale.dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -372,6 +387,6 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor) -> Tensor:
     """From dL/dx (natural log) to dL/dq, in place: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q."""
     if r is None:
-        return dx.mul_(root / LOG2E)
-    radial = _inner(x, dx) / -(root * root)
-    return dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E))[:, None])
+        return dx.mul_((root / LOG2E).to(dx.dtype))
+    radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
+    return dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E)).to(dx.dtype)[:, None])

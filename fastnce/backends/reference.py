@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.norms import compute_dtype, inverse_norms, vector_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "reference"
@@ -27,7 +27,9 @@ def forward(problem: Problem) -> list[Side]:
     q_hat, k_hat, _, _ = _operands(problem)
     s, positive, negative = _logits(problem, q_hat, k_hat)
     views = [(s, positive, negative), (s.T, positive.T, negative.T)]
-    return [_statistics(problem, *view) for view in views[: 2 if problem.two_sided else 1]]
+    precise = vector_dtype(s)
+    found = [_statistics(problem, *view) for view in views[: 2 if problem.two_sided else 1]]
+    return [Side(*[v if v is None or not v.is_floating_point() else v.to(precise) for v in side]) for side in found]  # type: ignore[arg-type]
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
@@ -75,11 +77,11 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
         return side
-    negatives = s.masked_fill(~negative, -torch.inf)
+    negatives = s.masked_fill(~negative | s.isnan(), -torch.inf)
     pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
     threshold = pos_max if problem.threshold is None else problem.threshold
     hardest_logit, hardest = negatives.max(1)
-    hardest = hardest.masked_fill(~negative.any(1), -1)
+    hardest = hardest.masked_fill(hardest_logit == -torch.inf, -1)
     rank = (negatives > threshold[:, None]).sum(1)
     return side._replace(rank=rank, hardest=hardest, hardest_logit=hardest_logit, pos_max=pos_max)
 
@@ -90,6 +92,7 @@ def _lse(s: Tensor, kept: Tensor) -> Tensor:
 
 def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
     zero = s.new_zeros(())
+    grad, side = SideGrad(*(v.to(s.dtype) for v in grad)), side._replace(own_neg=side.own_neg.to(s.dtype), own_pos=side.own_pos.to(s.dtype))
     # An empty set has lse -inf, and -inf - -inf is nan: no pair of it is selected below, so any finite base will do.
     base_neg = side.own_neg.masked_fill(side.own_neg == -torch.inf, 0.0)
     base_pos = side.own_pos.masked_fill(side.own_pos == -torch.inf, 0.0)

@@ -1,0 +1,84 @@
+"""What a result says about itself: the machine, the versions, a digest of the sources it measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import peers
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+SOURCES = {".py", ".cpp", ".hpp", ".h", ".cu", ".cuh"}
+
+# Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
+ALLOCATOR = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
+
+
+def digest() -> str:
+    """sha256 over the sources in fastnce/, csrc/ and bench/: a result belongs to exactly these."""
+    found = hashlib.sha256()
+    for folder in ("fastnce", "csrc", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in SOURCES:
+                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+def cpu_model() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Folder name for results of machines like this one: the CPU and how many, never a host name."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cpus".lower()).strip("-")
+
+
+def environment(program: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    import fastnce
+
+    return {
+        "cpu": cpu_model(),
+        "cpus": os.cpu_count(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastnce": fastnce.__version__,
+        "peers": peers.versions(),
+        "threads": threads,
+        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "sources": digest(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(["python", f"bench/{program}", *arguments]),
+    }
+
+
+def save(result: dict[str, Any], markdown: str, out: Path, kind: str = "") -> Path:
+    """Write <out>/<machine>/<UTC date>-<digest>.json and .md; an earlier result of the same day and sources is kept."""
+    folder = out / machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = result["env"]
+    stem = "-".join(filter(None, [environment["time"][:10], environment["sources"][:8], kind]))
+    path, again = folder / f"{stem}.json", 1
+    while path.exists():
+        again += 1
+        path = folder / f"{stem}-{again}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown)
+    return path

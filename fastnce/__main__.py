@@ -1,0 +1,115 @@
+"""`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastnce import __version__, backends, selftest
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
+
+
+def report() -> dict[str, Any]:
+    """Everything this command knows, ready for JSON."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = [_backend(name, device) for device in devices for name in backends.BACKENDS]
+    tests = [_self_test(row["name"], row["device"]) for row in found if row["available"]]
+    return {
+        "versions": {
+            "fastnce": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _installed("triton"),
+        },
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if "cuda" in devices else [],
+        "cores": os.cpu_count(),
+        "backends": found,
+        "auto": {device: _auto(device) for device in devices},
+        "self_test": {"limit": selftest.LIMIT, "ok": all(test["ok"] for test in tests), "runs": tests},
+    }
+
+
+def _problem(device: str) -> Problem:
+    """The smallest problem there is: what a backend objects to here, it objects to everywhere on this device."""
+    q, k = torch.ones(2, 1, 1, device=device)
+    return Problem(q, k, torch.ones((), device=device), None, Pairs(offset=0), two_sided=False, normalize=True)
+
+
+def _backend(name: str, device: str) -> dict[str, Any]:
+    reasons = backends.BACKENDS[name].unsupported(_problem(device))
+    return {"name": name, "device": device, "available": not reasons, "reasons": reasons}
+
+
+def _auto(device: str) -> str | None:
+    with warnings.catch_warnings():
+        # "No fused kernel for this device" is what the table of backends says already.
+        warnings.simplefilter("ignore")
+        try:
+            return backends.pick("python -m fastnce", "auto", _problem(device))
+        except NotImplementedError:
+            return None
+
+
+def _self_test(name: str, device: str) -> dict[str, Any]:
+    results = selftest.run(name, device)
+    return {
+        "backend": name,
+        "device": device,
+        "ok": all(result.ok for result in results),
+        "seconds": sum(result.seconds for result in results),
+        "losses": [result._asdict() for result in results],
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = ["   ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())]
+    lines.append("device     " + (", ".join(found["gpus"]) or f"none (CPU, {found['cores']} cores)"))
+    lines.append("backends")
+    for row in found["backends"]:
+        lines.append(f"  {_where(row['name'], row['device'])}{'yes' if row['available'] else 'no    ' + '; '.join(row['reasons'])}")
+    for device, name in found["auto"].items():
+        lines.append(f"auto uses  {name or 'nothing'} for {device} tensors")
+    limit = found["self_test"]["limit"]
+    lines.append(f"self-test: largest relative error of float32 values and gradients against float64 (limit {limit:g})")
+    lines.append(" " * 22 + "".join(f"{loss:>11}" for loss in selftest.CASES))
+    for run in found["self_test"]["runs"]:
+        errors = "".join(f"{'-' if loss['error'] is None else format(loss['error'], '.1e'):>11}" for loss in run["losses"])
+        lines.append(f"  {_where(run['backend'], run['device'])}{errors}   {'ok' if run['ok'] else 'FAILED'}   {run['seconds']:.2f} s")
+        lines += [f"    {loss['loss']}: {loss['problem']}" for loss in run["losses"] if not loss["ok"]]
+    return "\n".join(lines)
+
+
+def _where(name: str, device: str) -> str:
+    return f"{name:<11}on {device:<6}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; 1 where the self-test failed."""
+    parser = argparse.ArgumentParser(prog="python -m fastnce", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    options = parser.parse_args(arguments)
+    found = report()
+    print(json.dumps(found, indent=2, allow_nan=False) if options.json else text(found))
+    return 0 if found["self_test"]["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""Promises about the source itself: who imports whom, what importing costs, what is public and how it is described."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.metadata
+import inspect
+import os
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import fastnce
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastnce"
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Its dotted name below the package: losses, backends, backends.cpu; __init__ for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_of(path): path for path in sources("fastnce")}
+
+# Data walks down: losses say which pairs are what, stats ask, ops register, a backend computes. Losses know no kernels, backends know
+# neither losses nor each other, and nothing below knows anything above. A new module takes its place in this table.
+MAY_IMPORT: dict[str, set[str]] = {
+    "_version": set(),
+    "norms": set(),
+    "pairs": set(),
+    "tiles": set(),
+    "problem": {"pairs"},
+    "checks": {"norms"},
+    "queue": {"checks"},
+    "backends": {"checks", "problem", *(m for m in MODULES if re.fullmatch(r"backends\.[a-z]\w*", m))},
+    "ops": {"backends", "norms", "pairs", "problem"},
+    "stats": {"backends", "checks", "norms", "ops", "pairs", "problem"},
+    "formulas": {"checks", "norms", "stats"},
+    "negatives": {"checks", "stats"},
+    "small": {"norms", "ops", "problem"},
+    "losses": {"checks", "formulas", "negatives", "pairs", "problem", "queue", "small", "stats"},
+    "modules": {"formulas", "losses", "negatives", "queue"},
+    "selftest": {"losses"},
+    "__init__": {"_version", "checks", "formulas", "losses", "modules", "queue", "stats"},
+    "__main__": {"__init__", "backends", "pairs", "problem", "selftest"},
+}
+# A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
+BACKEND_MAY_IMPORT = {"norms", "pairs", "problem", "tiles"}
+
+
+def names_imported(tree: ast.AST, package: str = "") -> Iterator[str]:
+    """Absolute dotted names, those of `from a import b` as a.b; relative imports count from `package`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            start = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules of the package that one of them imports, also inside functions."""
+    path = MODULES[module]
+    package = "fastnce" + "".join(f".{part}" for part in path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+    for name in names_imported(ast.parse(path.read_text()), package):
+        if name.split(".")[0] == "fastnce":
+            inside = name.removeprefix("fastnce").removeprefix(".")
+            while inside not in MODULES and "." in inside:
+                inside = inside.rpartition(".")[0]
+            found.add(inside if inside in MODULES else "__init__")
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_who_may_import_whom(module: str) -> None:
+    folder, _, rest = module.partition(".")
+    if folder == "backends" and rest:
+        own = rest.split(".")[0]
+        allowed = BACKEND_MAY_IMPORT | {m for m in MODULES if m.startswith(("backends._", f"backends.{own}"))}
+    else:
+        assert module in MAY_IMPORT, f"a new module: give {module} its place in MAY_IMPORT"
+        allowed = MAY_IMPORT[module]
+    assert imports_of(module) <= allowed
+
+
+def test_the_table_names_no_module_that_is_gone() -> None:
+    assert MAY_IMPORT.keys() <= MODULES.keys()
+
+
+def test_imports_make_no_circle() -> None:
+    graphlib.TopologicalSorter({module: imports_of(module) for module in MODULES}).prepare()
+
+
+def test_dense_reference_losses_import_nothing_that_they_check() -> None:
+    names = set(names_imported(ast.parse((ROOT / "train_ref" / "losses.py").read_text())))
+    assert names and not {n for n in names if n.split(".")[0] not in {"__future__", "math", "typing", "torch"}}
+
+
+def module_level(tree: ast.Module) -> ast.Module:
+    """Without the bodies of functions, which run later."""
+
+    class WithoutFunctions(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+    return WithoutFunctions().visit(tree)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith("backends.triton.")])
+def test_triton_is_imported_by_its_backend_only_when_asked(module: str) -> None:
+    tree = module_level(ast.parse(MODULES[module].read_text()))
+    assert not {name for name in names_imported(tree) if name.split(".")[0] == "triton"}
+
+
+def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, *options, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+
+
+def test_works_without_triton_and_without_a_gpu() -> None:
+    """And brings nothing along that torch has not already: no plotting, no test tools, no other numerics."""
+    code = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+before = {name.partition(".")[0] for name in sys.modules}
+import fastnce
+z = torch.eye(4).requires_grad_()
+fastnce.info_nce(z, z, temperature=1.0).backward()
+fastnce.sup_con(z, torch.tensor([0, 0, 1, 1])).backward()
+print(*sorted({name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)))
+print(torch.cuda.is_available(), "triton" in sys.modules)
+"""
+    assert python(code, CUDA_VISIBLE_DEVICES="").stdout.split("\n")[:2] == ["fastnce", "False False"]
+
+
+def test_import_costs_at_most_three_tenths_of_a_second() -> None:
+    """On top of torch, which is imported first: the time of fastnce is then its own. The least of three, the others are noise."""
+    times = []
+    for _ in range(3):
+        report = python("import torch; import fastnce", "-X", "importtime").stderr
+        found = re.findall(r"^import time:\s+\d+ \|\s+(\d+) \| (torch|fastnce)$", report, re.MULTILINE)
+        assert [name for _, name in found] == ["torch", "fastnce"]
+        times.append(int(found[1][0]) * 1e-6)
+    assert 0 < min(times) <= 0.3
+
+
+# Public names ---------------------------------------------------------------------------------------------------------------------------
+
+FUNCTIONS = [name for name in fastnce.__all__ if inspect.isfunction(getattr(fastnce, name))]
+CLASSES = [name for name in fastnce.__all__ if inspect.isclass(getattr(fastnce, name))]
+
+
+def public_methods(name: str) -> list[tuple[str, typing.Any]]:
+    """Written in the class itself."""
+    return [(n, f) for n, f in vars(getattr(fastnce, name)).items() if inspect.isfunction(f) and (not n.startswith("_") or n == "__init__")]
+
+
+def test_public_names_are_listed_sorted_and_there() -> None:
+    assert list(fastnce.__all__) == sorted(fastnce.__all__)
+    assert {*FUNCTIONS, *CLASSES, "__version__"} == set(fastnce.__all__)
+    imported = {n for n, v in vars(fastnce).items() if inspect.isfunction(v) or inspect.isclass(v)}
+    assert imported == {*FUNCTIONS, *CLASSES}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
+def test_public_names_say_what_they_are(name: str) -> None:
+    """A docstring of its own (a NamedTuple without one has a generated list of its fields), and one for every method but forward."""
+    thing = getattr(fastnce, name)
+    documented = [thing.__doc__] + [f.__doc__ for n, f in public_methods(name) if n not in ("__init__", "forward", "extra_repr")]
+    if name in CLASSES:
+        assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
+    assert all(text and len(text.split()) >= 5 for text in documented)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "debug"])
+def test_public_functions_give_shapes_and_what_they_return(name: str) -> None:
+    text = getattr(fastnce, name).__doc__
+    assert "Returns" in text
+    assert re.search(r"\([A-Z0-9]+, ?[A-Z0-9]*\)", text), "no shape"
+    for argument in inspect.signature(getattr(fastnce, name)).parameters:
+        shared = (
+            {"reduction", "normalize", "weight", "return_stats", "backend", "scale"} if "Others as in info_nce" in text else {"normalize"}
+        )
+        assert argument in shared or re.search(rf"\b{argument}\b", text), f"{argument} is not described"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
+def test_public_names_have_types(name: str) -> None:
+    thing = getattr(fastnce, name)
+    for function in [thing] if name in FUNCTIONS else [f for _, f in public_methods(name)]:
+        hints, parameters = typing.get_type_hints(function), set(inspect.signature(function).parameters) - {"self"}
+        assert parameters | {"return"} == hints.keys()
+    if name in CLASSES and not issubclass(thing, nn.Module):
+        assert typing.get_type_hints(thing).keys() >= set(thing._fields)
+
+
+def test_version() -> None:
+    """One number, in the one file that the build reads; and the installed distribution, where there is one, is this source."""
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", fastnce.__version__)
+    assert re.search(r'version = \{ attr = "fastnce\._version\.__version__" \}', (ROOT / "pyproject.toml").read_text())
+    for distribution in importlib.metadata.distributions(name="fastnce"):
+        assert distribution.version == fastnce.__version__
+
+
+def test_typed_marker_is_packaged() -> None:
+    assert (PACKAGE / "py.typed").is_file() and 'fastnce = ["py.typed"]' in (ROOT / "pyproject.toml").read_text()
+
+
+# Text -----------------------------------------------------------------------------------------------------------------------------------
+
+FOLDERS = ("fastnce", "tests", "bench", "train_ref", "examples", "docs", "csrc", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.py")
+
+
+def project_files() -> list[Path]:
+    """What git tracks or would track; all files where there is no git."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0 and listed.stdout:
+        return [path for name in listed.stdout.splitlines() if (path := ROOT / name).is_file()]
+    found = [path for name in FOLDERS for path in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])]
+    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+
+
+def lines_with(pattern: str, files: list[Path]) -> list[str]:
+    """path:line of every match, binary files left out."""
+    found = []
+    for path in files:
+        data = path.read_bytes()
+        if b"\0" not in data:
+            lines = enumerate(data.decode().splitlines(), 1)
+            found += [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if re.search(pattern, line)]
+    return found
+
+
+# Written in two halves, so that this file does not find itself.
+MARKS = r"\b(TO" + "DO|FIX" + r"ME|XX" + "X|HA" + r"CK)\b"
+PLACES = "/wo" + r"rk\b|/tm" + r"p/|\bsha" + r"red/|/ho" + "me/|/ro" + "ot/"
+
+
+@pytest.mark.parametrize("pattern", [MARKS, PLACES], ids=["unfinished", "paths of one machine"])
+def test_text_without(pattern: str) -> None:
+    files = project_files()
+    assert len(files) > 20 and Path(__file__) in files
+    assert lines_with(pattern, files) == []
+
+
+def test_the_patterns_find_what_they_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    file = tmp_path / "text.md"
+    file.write_text("fine\n# TO" + "DO: later\nsee /wo" + "rk/main\nin /tm" + "p/x\n../sha" + "red/notes\nworks, tmp/, to do\n")
+    assert lines_with(MARKS, [file]) == ["text.md:2"]
+    assert lines_with(PLACES, [file]) == ["text.md:3", "text.md:4", "text.md:5"]
+
+
+@pytest.mark.parametrize("path", sources("fastnce", "train_ref", "bench"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 450, "split it by concept"

@@ -1,0 +1,484 @@
+"""The reference runs: dense losses against hand loops, honest evaluation, and the script from end to end."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train_ref import losses
+from train_ref.augment import two_views
+from train_ref.data import DIGITS, N_CLASSES, N_TRAIN, load_digits
+from train_ref.evaluate import evaluate_encoder, evaluate_features
+from train_ref.loop import LEARNING_RATE, History, learning_rate, train_network
+from train_ref.methods import MOMENTUM, QUEUE_SIZE, DenseQueue, MoCo, dense_losses
+from train_ref.model import EMBEDDING, FEATURES, Network, build_network
+from train_ref.train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train_ref" / "train.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# The losses, pair by pair in Python floats ---------------------------------------------------------------------------
+
+
+def rows(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    inner = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    return inner / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+
+
+def log_sum(values: Sequence[float]) -> float:
+    return math.log(math.fsum(math.exp(value) for value in values))
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def hand_info_nce(query: Tensor, positive: Tensor, negatives: Callable[[int], Sequence[Tensor]], temperature: float) -> float:
+    """negatives(i) are the negative keys of query i."""
+    values = []
+    for i, q in enumerate(query):
+        pos = cosine(q.tolist(), positive[i].tolist()) / temperature
+        negative = [cosine(q.tolist(), key.tolist()) / temperature for key in negatives(i)]
+        values.append(log_sum([pos, *negative]) - pos)
+    return mean(values)
+
+
+def hand_sup_con(z: Tensor, labels: Sequence[int], temperature: float, variant: str) -> list[float | None]:
+    """The loss of every anchor, None for those without positives."""
+    values: list[float | None] = []
+    for i, anchor in enumerate(z):
+        s = {j: cosine(anchor.tolist(), z[j].tolist()) / temperature for j in range(len(z)) if j != i}
+        pos = [s[j] for j in s if labels[j] == labels[i] and labels[i] >= 0]
+        if not pos:
+            values.append(None)
+        elif variant == "out":
+            values.append(log_sum(list(s.values())) - mean(pos))
+        else:
+            values.append(log_sum(list(s.values())) - log_sum(pos) + math.log(len(pos)))
+    return values
+
+
+def agrees(loss: Tensor, expected: float) -> None:
+    assert loss.dtype == torch.float64
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected, rel=1e-13)
+
+
+def test_info_nce_in_batch() -> None:
+    query, key = rows(0, 5, 3), rows(1, 5, 3)
+    expected = hand_info_nce(query, key, lambda i: [key[j] for j in range(5) if j != i], 0.3)
+    agrees(losses.info_nce(query, key, temperature=0.3), expected)
+
+
+def test_info_nce_shared_and_own_negatives() -> None:
+    query, key, shared, own = rows(0, 5, 3), rows(1, 5, 3), rows(2, 7, 3), rows(3, 5, 4, 3)
+    agrees(losses.info_nce(query, key, shared, 0.3), hand_info_nce(query, key, lambda i: list(shared), 0.3))
+    agrees(losses.moco_loss(query, key, shared, 0.2), hand_info_nce(query, key, lambda i: list(shared), 0.2))
+    agrees(losses.info_nce(query, key, own, 0.3), hand_info_nce(query, key, lambda i: list(own[i]), 0.3))
+
+
+def test_nt_xent() -> None:
+    first, second = rows(0, 4, 3), rows(1, 4, 3)
+    z = torch.cat([first, second])
+    partner = [4, 5, 6, 7, 0, 1, 2, 3]
+    expected = hand_info_nce(z, z[partner], lambda i: [z[j] for j in range(8) if j not in (i, partner[i])], 0.4)
+    agrees(losses.nt_xent(first, second, 0.4), expected)
+    agrees(losses.nt_xent(z, temperature=0.4), expected)
+    with pytest.raises(ValueError, match="z0 has 7 rows"):
+        losses.nt_xent(z[:7])
+
+
+def test_nt_xent_of_equal_rows_is_the_log_of_the_other_rows() -> None:
+    z = torch.ones(6, 4, dtype=torch.float64)
+    agrees(losses.nt_xent(z, z, 0.1), math.log(11))
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_sup_con_of_views(variant: Literal["out", "in"]) -> None:
+    features, labels = rows(0, 4, 2, 3), torch.tensor([1, 0, 1, 2])
+    values = hand_sup_con(features.flatten(0, 1), [1, 1, 0, 0, 1, 1, 2, 2], 0.3, variant)
+    assert None not in values
+    agrees(losses.sup_con(features, labels, 0.3, variant), mean([v for v in values if v is not None]))
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+def test_sup_con_anchors_without_positives(variant: Literal["out", "in"]) -> None:
+    # Label 2 is alone, and the two -1 match nothing, not even each other.
+    z, labels = rows(0, 7, 3), [0, 0, 1, 1, 2, -1, -1]
+    values = hand_sup_con(z, labels, 0.3, variant)
+    paired = [value for value in values if value is not None]
+    assert len(paired) == 4
+    z.requires_grad_()
+    counted = losses.sup_con(z, torch.tensor(labels), 0.3, variant)
+    agrees(counted, math.fsum(paired) / 7)
+    agrees(losses.sup_con(z, torch.tensor(labels), 0.3, variant, "skip"), math.fsum(paired) / 4)
+    assert torch.autograd.grad(counted, z)[0].isfinite().all()
+    with pytest.raises(ValueError, match="3 of 7 anchors have no positive"):
+        losses.sup_con(z, torch.tensor(labels), 0.3, variant, "error")
+
+
+@pytest.mark.parametrize("how", ["zero", "skip"])
+def test_sup_con_without_any_positive_is_zero(how: Literal["zero", "skip"]) -> None:
+    z = rows(0, 3, 2).requires_grad_()
+    loss = losses.sup_con(z, torch.arange(3), no_positive=how)
+    agrees(loss, 0.0)
+    assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros(3, 2))
+
+
+def test_sup_con_refuses_what_it_does_not_know() -> None:
+    z, labels = rows(0, 4, 2), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match="variant is 'both'"):
+        losses.sup_con(z, labels, variant="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no_positive is 'drop'"):
+        losses.sup_con(z, labels, no_positive="drop")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels has 3 entries, features 4"):
+        losses.sup_con(z, labels[:3])
+
+
+def test_clip_loss_and_the_gradient_of_its_scale() -> None:
+    image, text = rows(0, 5, 3), rows(1, 5, 3)
+
+    def expected(scale: float) -> float:
+        there = hand_info_nce(image, text, lambda i: [text[j] for j in range(5) if j != i], 1 / scale)
+        back = hand_info_nce(text, image, lambda i: [image[j] for j in range(5) if j != i], 1 / scale)
+        return (there + back) / 2
+
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    loss = losses.clip_loss(image, text, scale)
+    agrees(loss, expected(4.0))
+    slope = (expected(4.0 + 1e-4) - expected(4.0 - 1e-4)) / 2e-4
+    assert torch.autograd.grad(loss, scale)[0].item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    z = rows(0, 8, 3).to(torch.bfloat16)
+    loss = losses.nt_xent(z)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(losses.nt_xent(z.double()).item(), rel=1e-6)
+
+
+def test_the_dense_losses_import_nothing_of_what_is_compared_with_them() -> None:
+    tree = ast.parse(Path(losses.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} == {"__future__", "math", "torch", "typing"}
+
+
+# Data, views, methods ------------------------------------------------------------------------------------------------
+
+
+def test_the_digits() -> None:
+    digits = load_digits()
+    assert digits.images.shape == (1797, 1, 8, 8)
+    assert (digits.images.min().item(), digits.images.max().item()) == (0.0, 1.0)
+    assert digits.labels[:N_TRAIN].bincount().tolist() == [128, 131, 128, 132, 130, 131, 130, 129, 128, 130]
+    assert digits.labels[N_TRAIN:].bincount().tolist() == [50, 51, 49, 51, 51, 51, 51, 50, 46, 50]
+
+
+def test_a_damaged_or_missing_file_is_refused(tmp_path: Path) -> None:
+    content = bytearray(DIGITS.read_bytes())
+    content[5000] ^= 1
+    damaged = tmp_path / "digits.npz"
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"digits\.npz is damaged or another file: its sha256 is"):
+        load_digits(damaged)
+    with pytest.raises(FileNotFoundError, match=r"none\.npz is missing; train_ref/data/README\.md"):
+        load_digits(tmp_path / "none.npz")
+
+
+def test_views_are_distinct_and_reproducible() -> None:
+    images = load_digits().images[:5]
+    views = two_views(images, torch.Generator().manual_seed(0))
+    assert views.shape == (10, 1, 8, 8)
+    assert not torch.equal(views[:5], views[5:])
+    assert torch.equal(views, two_views(images, torch.Generator().manual_seed(0)))
+    # A view of a digit is still nearer to it than to the mean of the five, on average over many views.
+    many = torch.stack([two_views(images, torch.Generator().manual_seed(seed))[:5] for seed in range(40)]).mean(0)
+    assert torch.cdist(many.flatten(1), images.flatten(1)).argmin(1).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero() -> None:
+    rates = [learning_rate(step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([LEARNING_RATE * (step + 1) / 10 for step in range(10)])
+    assert max(rates) == rates[9] == rates[10]
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert rates[-1] < 1e-3 * LEARNING_RATE
+    assert learning_rate(0, 1) == LEARNING_RATE
+
+
+def test_the_queue_keeps_the_last_keys() -> None:
+    queue = DenseQueue(5, 1, CPU)
+    for start in (1, 4, 7):
+        queue.enqueue(torch.arange(start, start + 3).view(3, 1).float())
+    assert sorted(queue.keys.flatten().tolist()) == [5, 6, 7, 8, 9]
+
+
+def test_moco_follows_slowly_and_queues_its_keys() -> None:
+    network = build_network(0, CPU)
+    moco = MoCo(network, dense_losses(), 0.5, torch.Generator().manual_seed(0))
+    views = two_views(load_digits().images[:4], torch.Generator().manual_seed(0))
+    start = moco.queue.keys.clone()
+    loss = moco.loss(views, torch.zeros(4))
+    with torch.no_grad():
+        (q0, q1), (k0, k1) = network(views).chunk(2), moco.key_network(views).chunk(2)
+        expected = (losses.moco_loss(q0, k1, start, 0.5) + losses.moco_loss(q1, k0, start, 0.5)) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert all(weight.grad is None for weight in moco.key_network.parameters())
+    before = [weight.clone() for weight in moco.key_network.parameters()]
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(1)
+    moco.after_step()
+    for key_weight, old in zip(moco.key_network.parameters(), before, strict=True):
+        assert torch.allclose(key_weight - old, torch.full_like(old, 1 - MOMENTUM), atol=1e-6)
+    assert moco.queue.keys.shape == (QUEUE_SIZE, EMBEDDING)
+    assert torch.equal(moco.queue.keys[:8], moco.keys)
+    assert torch.equal(moco.queue.keys[8:], start[8:])
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_raw_pixels_score_what_is_known_of_them() -> None:
+    digits = load_digits()
+    found = evaluate_features(digits.images.flatten(1), digits.labels)
+    assert found.knn_20 == pytest.approx(0.956, abs=0.003)
+    # scikit-learn's LogisticRegression(C=1) reaches 0.916 on this split.
+    assert found.linear == pytest.approx(0.916, abs=0.004)
+    assert found.one_shot == pytest.approx(0.62, abs=0.02)
+
+
+def test_perfect_and_useless_features() -> None:
+    labels = load_digits().labels
+    noise = torch.randn(len(labels), N_CLASSES, generator=torch.Generator().manual_seed(0))
+    perfect = evaluate_features(nn.functional.one_hot(labels, N_CLASSES) + 0.01 * noise, labels)
+    assert (perfect.knn_20, perfect.linear, perfect.one_shot) == (1.0, 1.0, 1.0)
+    useless = evaluate_features(noise, labels)
+    assert max(useless.knn_20, useless.linear, useless.one_shot) < 0.2
+
+
+def test_evaluation_leaves_the_encoder_as_it_was() -> None:
+    encoder = build_network(0, CPU).encoder
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    evaluate_encoder(encoder, load_digits())
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert all(weight.grad is None for weight in encoder.parameters())
+
+
+class StillTraining(nn.BatchNorm2d):
+    """Updates its running statistics even in eval mode."""
+
+    def train(self, mode: bool = True) -> StillTraining:
+        return super().train(True)
+
+
+def test_evaluation_that_changes_the_encoder_raises() -> None:
+    encoder = nn.Sequential(StillTraining(1), nn.Flatten())
+    with pytest.raises(RuntimeError, match=r"evaluation changed the encoder \(0\.running_mean, 0\.running_var"):
+        evaluate_encoder(encoder, load_digits())
+
+
+class ZeroTurnsNegative(nn.Module):
+    """A buffer keeps its value, but not its bits."""
+
+    zero: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.zero.fill_(-0.0)
+        return images.flatten(1)
+
+
+def test_not_one_bit_may_change() -> None:
+    with pytest.raises(RuntimeError, match=r"evaluation changed the encoder \(zero\)"):
+        evaluate_encoder(ZeroTurnsNegative(), load_digits())
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def train(method: str, seed: int, epochs: int = 1) -> tuple[Network, History]:
+    return train_network(
+        method,
+        dense_losses(),
+        load_digits(),
+        seed=seed,
+        temperature=0.5,
+        epochs=epochs,
+        batch_size=256,
+        on_epoch=lambda history: None,
+    )
+
+
+@pytest.mark.parametrize("method", ["simclr", "supcon", "moco"])
+def test_the_same_seed_gives_the_same_run(method: str) -> None:
+    (network, history), (again, history_again), (_, other) = train(method, 0), train(method, 0), train(method, 1)
+    assert len(history.step_losses) == 5
+    assert history.step_losses == history_again.step_losses
+    assert history.order_sha256 == history_again.order_sha256
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    assert history.step_losses != other.step_losses
+    assert history.order_sha256 != other.order_sha256
+
+
+def test_training_makes_features_that_need_fewer_labels() -> None:
+    digits = load_digits()
+    network, history = train("simclr", 0, epochs=8)
+    assert history.epochs[-1].loss < history.epochs[0].loss - 0.5
+    assert evaluate_encoder(network.encoder, digits).one_shot > 0.68  # raw pixels: 0.62
+
+
+# The script ----------------------------------------------------------------------------------------------------------
+
+
+def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    arguments = ["--quick", "--epochs", "1", "--loss", "both", "--method", "all", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+
+    text = (tmp_path / "result.json").read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+    assert os.uname().nodename not in text
+    result = json.loads(text)
+    assert set(result) == {
+        "schema",
+        "config",
+        "versions",
+        "seconds",
+        "cpu_seconds",
+        "summary",
+        "comparisons",
+        "baselines",
+        "runs",
+    }
+    assert set(result["versions"]) == {"python", "numpy", "torch", "fastnce"}
+    assert result["config"]["seeds"] == [0]
+    assert result["config"]["backend"] == "cpu"
+    assert result["config"]["temperatures"] == {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
+    labels = [row["row"] for row in result["summary"]]
+    trained = [f"{name}, {loss}" for name in ("SimCLR", "SupCon", "MoCo") for loss in ("fused", "reference")]
+    assert labels == ["raw pixels", "random network", *trained]
+    assert all(label in shown for label in labels)
+
+    runs = {(run["method"], run["loss"]): run for run in result["runs"]}
+    assert len(runs) == 6
+    for (method, loss), run in runs.items():
+        assert f"{method:<7} {loss:<9} seed 0  epoch 1/1  loss {run['epochs'][0]['loss']:.4f}" in shown
+        assert len(run["step_losses"]) == 5
+        assert set(run["accuracies"]) == {"knn_20", "linear", "one_shot"}
+        reference = runs[method, "reference"]
+        assert run["order_sha256"] == reference["order_sha256"]
+        assert run["step_losses"][0] == pytest.approx(reference["step_losses"][0], rel=1e-5)
+    for comparison in result["comparisons"]:
+        assert comparison["same_order"]
+        assert comparison["first_step"] <= comparison["first_ten_steps"] <= comparison["all_steps"] < 1e-2
+
+    picture = image.imread(tmp_path / "result.png")
+    assert picture.shape[1] > picture.shape[0] > 500
+    assert (picture[:4] == 1).all()  # opaque white, whatever is behind it
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules["fastnce"] = sys.modules["matplotlib"] = None
+sys.argv = [sys.argv[1], *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_reference_runs_anywhere_without_fastnce_and_matplotlib(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, str(TRAIN), "--loss", "reference", "--quick", "--epochs", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pip install matplotlib" in done.stdout
+    (found,) = (tmp_path / "runs").iterdir()
+    assert [file.name for file in found.iterdir()] == ["result.json"]
+    assert found.name.endswith("Z-simclr-reference")
+    assert "fastnce" not in json.loads((found / "result.json").read_text(encoding="utf-8"))["versions"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--epochs 0", "argument --epochs: '0' is not a whole number of at least 1"),
+        ("--seeds two", "argument --seeds: 'two' is not a whole number of at least 1"),
+        ("--temperature 0", "argument --temperature: '0' is not a positive number"),
+        ("--temperature nan", "argument --temperature: 'nan' is not a positive number"),
+        ("--batch-size 2000", "argument --batch-size: '2000' is not a whole number from 2 to 1297"),
+        ("--batch-size 600 --method moco", "argument --batch-size: 600 images give 1200 keys a step"),
+        ("--device nowhere", "argument --device: 'nowhere' cannot be used"),
+        ("--device meta", "argument --device: 'meta' cannot be used"),
+        ("--backend fastest", "argument --backend: 'fastest' cannot be used on cpu"),
+        ("--backend cpu --loss reference", "argument --backend: the reference losses have no backends"),
+        ("--method byol", "argument --method: invalid choice: 'byol'"),
+        ("--out {file}/below", "argument --out: cannot make the folder"),
+    ],
+)
+def test_bad_options_are_named(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as left:
+        main([*arguments.format(file=file).split(), *([] if "--out" in arguments else ["--out", str(tmp_path / "out")])])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_without_fastnce_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "fastnce", None)
+    with pytest.raises(SystemExit) as left:
+        main(["--quick", "--out", str(tmp_path)])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "argument --loss: fused needs fastnce" in said
+    assert "--loss reference" in said
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--loss", "reference", "--temperature", "1e-45", "--out", str(tmp_path)]) == 1
+    assert "simclr, reference loss, seed 0: the loss is nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_features_and_embeddings_are_as_wide_as_they_say() -> None:
+    network = build_network(0, CPU)
+    assert network.encoder(torch.zeros(2, 1, 8, 8)).shape == (2, FEATURES)
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, EMBEDDING)

@@ -1,0 +1,124 @@
+"""One picture of a reference run: the losses, and the features' worth next to raw pixels and a random network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train_ref.report import METRICS, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#22272e"
+MUTED = "#6b7480"
+GRID = "#e3e6ea"
+BASELINES = ("#d0d5db", "#98a1ac")
+COLOURS = {"simclr": "#1f6fb4", "supcon": "#c4511a", "moco": "#178a63"}
+
+
+def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row]) -> None:
+    """Write a PNG. Raises ImportError where matplotlib is missing."""
+    from matplotlib.figure import Figure
+
+    n_rows = len(baselines) + len(trained)
+    # White and opaque, so that the text can be read on a dark page too.
+    figure = Figure(figsize=(9 + 0.5 * n_rows, 4.6), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
+    losses, accuracies = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * n_rows))
+    draw_losses(losses, trained)
+    draw_accuracies(accuracies, baselines, trained)
+    # Without it the file names the version of matplotlib that wrote it.
+    figure.savefig(path, metadata={"Software": None})
+
+
+def is_twin(row: Row, trained: Sequence[Row]) -> bool:
+    """A reference training that is drawn beside its fused one, and so needs another look than its colour."""
+    return row.histories[0].loss == "reference" and any(other.histories[0].loss == "fused" for other in trained)
+
+
+def draw_losses(axes: Axes, trained: Sequence[Row]) -> None:
+    """Mean loss of every epoch, one line per seed; a dashed twin on top of its fused line."""
+    from matplotlib.ticker import MaxNLocator
+
+    entries: list[str] = []
+    for row in sorted(trained, key=lambda row: is_twin(row, trained)):
+        twin = is_twin(row, trained)
+        label = "reference, on top" if twin else row.label
+        for history in row.histories:
+            axes.plot(
+                [epoch.epoch for epoch in history.epochs],
+                [epoch.loss for epoch in history.epochs],
+                color=INK if twin else COLOURS[history.method],
+                linestyle=(0, (2, 3)) if twin else "solid",
+                linewidth=1.1 if twin else 1.7,
+                marker="o" if len(history.epochs) == 1 else None,
+                label=None if label in entries else label,
+            )
+            entries.append(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02)
+    n_seeds = len(trained[0].histories)
+    finish(axes, "Loss by epoch, nats" + (f" ({n_seeds} seeds)" if n_seeds > 1 else ""), len(set(entries)))
+
+
+def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row]) -> None:
+    """Means over seeds as bars from zero, standard deviations as whiskers, every value written out."""
+    bars = [(row, colour, False) for row, colour in zip(baselines, BASELINES, strict=True)]
+    bars += [(row, COLOURS[row.histories[0].method], is_twin(row, trained)) for row in trained]
+    # From six bars a group on, 95.6 is wider than its bar.
+    rotation = 90 if len(bars) > 5 else 0
+    width = 0.84 / len(bars)
+    for place, (row, colour, twin) in enumerate(bars):
+        centres = [group + (place - (len(bars) - 1) / 2) * width for group in range(len(METRICS))]
+        heights = [100 * row.mean(metric) for metric in METRICS]
+        spread = [100 * (row.sd(metric) or 0.0) for metric in METRICS]
+        axes.bar(
+            centres,
+            heights,
+            0.9 * width,
+            yerr=spread if any(spread) else None,
+            error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2},
+            color=colour,
+            alpha=0.6 if twin else 1.0,
+            hatch="///" if twin else None,
+            edgecolor="white",
+            linewidth=0,
+            label=row.label,
+        )
+        for centre, height, sd in zip(centres, heights, spread, strict=True):
+            axes.text(
+                centre,
+                height + sd + (2.5 if rotation else 1.5),
+                f"{height:.1f}",
+                horizontalalignment="center",
+                verticalalignment="bottom",
+                rotation=rotation,
+                fontsize=8,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # no grid line through a number
+            )
+    axes.set_xticks(range(len(METRICS)), ["20 nearest neighbours", "linear probe", "one label per class"])
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylim(0, 114 if rotation else 108)
+    finish(axes, "Accuracy of frozen features on 500 test digits, %", len(bars))
+    axes.tick_params(axis="x", labelcolor=INK)
+
+
+def finish(axes: Axes, title: str, n_entries: int) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, pad=12)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    # Below the axes, where no curve or bar can run into it; two lines at most.
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+        ncols=n_entries if n_entries <= 3 else (n_entries + 1) // 2,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.09),
+    )
