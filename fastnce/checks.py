@@ -4,7 +4,7 @@ from a GPU stalls it."""
 from __future__ import annotations
 
 import contextlib
-import math
+import numbers
 import os
 from collections.abc import Collection, Iterator
 
@@ -35,9 +35,15 @@ def debug(enabled: bool = True) -> Iterator[None]:
         _debug = before
 
 
-def debugging() -> bool:
-    """Whether values are checked."""
-    return _debug
+def has_values(x: Tensor) -> bool:
+    """Whether x's values exist and may be read here: not where it is meta or fake, traced, or batched by vmap."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def free_to_read(x: Tensor) -> bool:
+    """Whether reading a value of x costs no synchronisation, or debug mode pays for it."""
+    return (_debug or x.device.type == "cpu") and has_values(x)
 
 
 def a_tensor(where: str, name: str, x: object) -> Tensor:
@@ -188,22 +194,21 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
         raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
     if value.device != like.device and (value.device.type != "cpu" or value.requires_grad):
         same_device(where, features=like, **{name: value})
-    if _debug:
+    if _debug and has_values(value):
         _number(where, name, value.item(), dtype, positive)
-    value = value.reshape(()).to(device=like.device, dtype=dtype)
-    return value.where(value > 0, math.nan) if positive else value
+    return value.reshape(()).to(device=like.device, dtype=dtype)
 
 
 def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
     # 1 / temperature must be a number too.
-    largest = torch.finfo(dtype).max
-    if not abs(value) <= largest or (positive and not value >= 1 / largest):
+    number, largest = float(value), torch.finfo(dtype).max
+    if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
         raise ValueError(f"{where}: {name} must be {rule}, got {value}{hint}")
-    return value
+    return number
 
 
 def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | None, default: float, like: Tensor) -> Tensor:
@@ -220,9 +225,9 @@ def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | No
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:
     """Debug mode only: rows that are not finite, zero, or too long, by name and first index."""
-    if not _debug:
-        return
     for name, x in named.items():
+        if not _debug or not has_values(x):
+            continue
         rows = x.detach().reshape(-1, x.shape[-1])
         if rows.numel() == 0:
             continue
@@ -239,7 +244,7 @@ def values(where: str, normalize: bool, **named: Tensor) -> None:
 
 def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
     """Debug mode only: in a batch of several rows, one at least must have a positive and something beside it."""
-    if _debug and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
+    if _debug and has_values(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
         raise ValueError(
             f"{where}: no row has both a positive and another candidate: the ids, labels or mask leave a loss of 0 that trains nothing"
         )
@@ -247,7 +252,7 @@ def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
 
 def something_to_compare(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
     """Debug mode only: one row at least must have a candidate."""
-    if _debug and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
+    if _debug and has_values(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
         raise ValueError(f"{where}: no row has any candidate: the ids, labels or mask exclude every pair")
 
 

@@ -202,7 +202,8 @@ class MoCoLoss(_Loss):
     """losses.moco_loss with its NegativeQueue; forward(q, k, weight=None).
 
     The keys of a call enter the queue at the beginning of the next one (or when the state is saved), so that backward still finds the
-    queue it was computed with, without a copy per step. In eval mode nothing is enqueued.
+    queue it was computed with, without a copy per step. So call backward before the next forward (and before state_dict): to accumulate
+    gradients over several batches, use moco_loss and enqueue after the last backward. In eval mode nothing is enqueued.
     """
 
     _waiting: Tensor | None

@@ -34,6 +34,11 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def valid_scale(scale: Tensor) -> Tensor:
+    """A scale that is no positive number is nan, and so is everything computed with it: only the device knows its value."""
+    return scale.where((scale > 0) & (scale < math.inf), math.nan)
+
+
 def inverse_norms(x: Tensor) -> Tensor:
     """r = 1 / |x| of every row (last dimension of x), in compute_dtype, differentiable.
 

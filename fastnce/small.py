@@ -8,11 +8,14 @@ are exact there. Values are read to find out, which costs nothing on a CPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.autograd.forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnce import checks
 from fastnce.norms import EPS, LARGEST
 from fastnce.ops import first_order_only
 from fastnce.problem import Problem
@@ -28,7 +31,7 @@ def mean_cross_entropy(problem: Problem, backend: str) -> Tensor | None:
     if not _serves(problem, backend):
         return None
     q, k, pairs, scale = problem.q, problem.keys, problem.pairs, problem.scale
-    if not float(scale.detach()) > 0:
+    if not 0 < float(scale.detach()) < math.inf:
         return None
     x = _unit(q)
     y = x if problem.symmetric or x is None else _unit(k)
@@ -68,11 +71,9 @@ def _serves(problem: Problem, backend: str) -> bool:
         and problem.normalize
         and not problem.metrics
         and q.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
         and torch.autograd.forward_ad._current_level == -1
-        and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
-        and all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in (q, k, problem.scale))
+        and all(t.device.type == "cpu" and checks.has_values(t) for t in (q, k, problem.scale))
     )
 
 

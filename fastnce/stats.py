@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends, checks, ops
-from fastnce.norms import compute_dtype, inverse_norms
+from fastnce.norms import compute_dtype, inverse_norms, valid_scale
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side
 
@@ -192,7 +192,7 @@ def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, n
     keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
     """
     dtype = compute_dtype(q.dtype)
-    q, keys = q.to(dtype), keys.to(dtype)
+    q, keys, scale = q.to(dtype), keys.to(dtype), valid_scale(scale)
     if normalize:
         q = q * inverse_norms(q)[:, None]
     # Not bmm: under autocast it, or its backward, would round to half precision.

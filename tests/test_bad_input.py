@@ -108,6 +108,13 @@ def kind(mode: str) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def debug_mode_off() -> Iterator[None]:
+    """Whatever FASTNCE_DEBUG says."""
+    with fastnce.debug(False):
+        yield
+
+
 # What raises ----------------------------------------------------------------------------------------------------------------------------
 
 FEATURE_MISTAKES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
@@ -882,8 +889,7 @@ def test_debug_mode_names_the_row(name: str, feature: str, bad: float) -> None:
     entry = ENTRIES[name]
     arguments = entry.arguments()
     arguments[feature][3:5] = bad
-    argument = "negative_keys" if feature == "values" else feature
-    place = f"{argument} row 3 " if arguments[feature].dim() == 2 else f"{argument} row ..."
+    place = f"{feature} row 3 " if arguments[feature].dim() == 2 else f"{feature} row ..."
     with fastnce.debug(), raises(ValueError, f"{entry.name}: {place}{BAD_ROWS[bad]}"):
         entry.function(**arguments)
 
@@ -914,6 +920,18 @@ def test_debug_mode_accepts_what_is_fine(name: str, feature: str) -> None:
 def test_debug_mode_complains_where_there_is_nothing_to_learn(call: Callable[[], object]) -> None:
     with fastnce.debug(), pytest.raises(ValueError, match=r"^(sup_con|info_nce|contrastive_stats): .*(labels|mask|ids)"):
         call()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ENTRIES)
+def test_tensors_without_values(name: str, mode: str) -> None:
+    """The shape and dtype of the result come from those of the input; there is no value that debug mode could look at."""
+    for on in (False, True):
+        with kind(mode), fastnce.debug(on):
+            found = ENTRIES[name](**({"reduction": "none"} if name in LOSSES else {}))
+            vector = found if name in LOSSES else found.lse_neg
+            assert vector.shape == ({"nt_xent": 12, "views": 12}.get(name, 6),) and vector.dtype == torch.float32
+            assert vector.is_meta == (mode == "meta")
 
 
 def test_debug_mode_is_content_where_some_keys_are_left() -> None:

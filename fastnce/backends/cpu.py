@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastnce.backends._gemm import product
-from fastnce.norms import compute_dtype, inverse_norms, vector_dtype
+from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.pairs import Tile, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_ROWS, CPU_TILE
@@ -69,36 +69,38 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = _prepare(problem)
     weights = [_Weights.of(work, *side) for side in zip(grads, stats, strict=True)]
-    dx = torch.zeros_like(work.x) if wanted.q or (wanted.scale and not wanted.k) else None
-    dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
-    applied = torch.zeros((), dtype=vector_dtype(work.x), device=work.x.device)  # sum of all w as they were rounded
-    if dx is not None or dy is not None:
-        if not work.in_tile:
-            applied += _add_aligned(problem, work, weights, dx, dy)
-        for tile, t in _tiles(work):
-            classes = _classify(problem, work, tile, t)
-            if work.unshifted:
-                classes.exp2_()
-            w = torch.zeros_like(t)
-            for view in _views(problem, tile):
-                weights[view.side].add_to(view.of(w), view, classes)
-            if wanted.scale:
-                applied += w.sum(1).sum(dtype=applied.dtype)
-            on_diagonal = problem.symmetric and tile.i0 == tile.j0
-            if on_diagonal:
-                w = w + w.T
-            i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
-            if dx is not None:
-                dx[i] += product(w, work.y[j].T)
-            if dy is not None and not on_diagonal:
-                # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
-                dy[j] += product(w.T.contiguous(), work.x[i].T)
-    # sum of all w as they should be: the exponentials of a set, over their own sum, add up to one.
+    # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
     due = torch.stack([side.total for side in weights]).sum()
-    dscale = _scale_gradient(problem, work, stats[0], dx, dy, due - applied) if wanted.scale else None
-    dq = _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype) if wanted.q and dx is not None else None
-    dk = _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype) if wanted.k and dy is not None else None
-    return Gradients(dq, dk, dscale, due.to(problem.scale.dtype) if wanted.bias else None)
+    moment = _Moment(problem, stats[0], due) if wanted.scale else None
+    dx = torch.zeros_like(work.x) if wanted.q else None
+    dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
+    if not work.in_tile:
+        _add_aligned(problem, work, weights, dx, dy, moment)
+    for tile, t in _tiles(work) if wanted.q or wanted.k or wanted.scale else ():
+        centered = None if moment is None else t - moment.center
+        classes = _classify(problem, work, tile, t)
+        if work.unshifted:
+            classes.exp2_()
+        w = torch.zeros_like(t)
+        for view in _views(problem, tile):
+            weights[view.side].add_to(view.of(w), view, classes)
+        if moment is not None and centered is not None:
+            moment.add(centered.mul_(w).sum(1))
+        on_diagonal = problem.symmetric and tile.i0 == tile.j0
+        if on_diagonal:
+            w = w + w.T
+        i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        if dx is not None:
+            dx[i] += product(w, work.y[j].T)
+        if dy is not None and not on_diagonal:
+            # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
+            dy[j] += product(w.T.contiguous(), work.x[i].T)
+    return Gradients(
+        None if dx is None else _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype),
+        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype),
+        None if moment is None else (moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
+        due.to(problem.scale.dtype) if wanted.bias else None,
+    )
 
 
 class _Work(NamedTuple):
@@ -116,7 +118,7 @@ class _Work(NamedTuple):
 
 def _prepare(problem: Problem) -> _Work:
     q, k, scale = problem.q, problem.keys, problem.scale
-    root = (scale.to(vector_dtype(q)) * LOG2E).sqrt()
+    root = (valid_scale(scale).to(vector_dtype(q)) * LOG2E).sqrt()
     x, r_x = _scaled(q, root, problem.normalize)
     y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize)
     unshifted = False
@@ -354,29 +356,35 @@ class _Weights(NamedTuple):
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 
-def _add_aligned(problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None) -> Tensor:
-    """Adds the terms of the aligned positives and returns the sum of their weights."""
+class _Moment:
+    """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
+
+    In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
+    For the same reason it is not taken from <x_i, dx_i>, which holds it already.
+    """
+
+    def __init__(self, problem: Problem, rows: Side, due: Tensor) -> None:
+        pos = rows.pos if problem.bias is None else rows.pos - problem.bias
+        self.center = (pos.sum() / max(len(pos), 1) * LOG2E).to(problem.scale.dtype)
+        self.total = self.center * due
+
+    def add(self, terms: Tensor) -> None:
+        self.total = self.total + terms.sum(dtype=self.total.dtype)
+
+
+def _add_aligned(
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
+) -> None:
     i, j = _aligned(problem)
     # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
-    ends = [(weights[side].positive + weights[side].mean)[own, None] for side, own in _ends(problem, i, j)]
+    ends = [(weights[side].positive + weights[side].mean)[own] for side, own in _ends(problem, i, j)]
     w = ends[0] if len(ends) == 1 else ends[0] + ends[1]
+    if moment is not None:
+        moment.add((_inner(work.x[i], work.y[j]) - moment.center) * w)
     if dx is not None:
-        dx[i].addcmul_(w, work.y[j])
+        dx[i].addcmul_(w[:, None], work.y[j])
     if dy is not None:
-        dy[j].addcmul_(w, work.x[i])
-    return w.sum(dtype=vector_dtype(w))
-
-
-def _scale_gradient(problem: Problem, work: _Work, rows: Side, dx: Tensor | None, dy: Tensor | None, missing: Tensor) -> Tensor:
-    """sum_ij w_ij t_ij / (scale log2 e), with sum_ij w_ij t_ij = sum_i <x_i, dx_i>.
-
-    In a cone all t are nearly the same large number t0 and the w cancel: what their rounding left over, times t0, would be the result.
-    So it is put back: adding t0 * missing is subtracting t0 from every t.
-    """
-    inner = _inner(work.x, dx) if dx is not None else _inner(work.y, dy) if dy is not None else rows.pos
-    total = inner.sum(dtype=missing.dtype) * (0.5 if problem.symmetric else 1.0)  # where k is q, dx holds every pair from both ends
-    pos = rows.pos if problem.bias is None else rows.pos - problem.bias
-    return ((total + pos.sum() / max(len(pos), 1) * LOG2E * missing) / (LOG2E * problem.scale)).to(problem.scale.dtype)
+        dy[j].addcmul_(w[:, None], work.x[i])
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype, inverse_norms, vector_dtype
+from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "reference"
@@ -62,7 +62,7 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor |
 
 
 def _logits(problem: Problem, q_hat: Tensor, k_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    s = problem.scale * (q_hat @ k_hat.T)
+    s = valid_scale(problem.scale) * (q_hat @ k_hat.T)
     if problem.bias is not None:
         s = s + problem.bias
     positive, excluded = problem.pairs.dense(s.shape[0], s.shape[1], problem.symmetric, s.device)
