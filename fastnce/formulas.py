@@ -17,8 +17,8 @@ Reduction = Literal["none", "mean", "sum"]
 class RetrievalStats(NamedTuple):
     """How well every anchor finds its positive, from the logits of the loss; no gradient.
 
-    rank         negatives above the best positive, int64; mean(1 / (1 + rank)) is the in-batch MRR. A tie is not above: where all
-                 embeddings are equal, every rank is 0
+    rank         negatives above the best positive, int64; mean(1 / (1 + rank)) is the in-batch MRR. Cosines within 2^-20 are a
+                 tie and not above: where all embeddings are equal, every rank is 0
     top1         rank == 0, bool; False where the anchor has no positive or is nan
     hardest      index of the hardest negative among the row's keys, in the order in-batch keys, then negative_keys; -1 without any.
                  A paired negative counts from its own row, a ragged one by its position in `values`

@@ -42,7 +42,8 @@ def info_nce(
     negative_keys  None: the other rows of positive_key (in-batch); (K, D): shared by all queries ("unpaired");
                    (M, K, D): K of its own for each query (negative_mode="paired");
                    (values (T, D), offsets (M + 1,)): query i has values[offsets[i]:offsets[i + 1]] (ragged; offsets rise from 0 to T)
-    temperature    float or one-element tensor, or give scale = 1 / temperature; differentiable
+    temperature    float or one-element tensor, or give scale = 1 / temperature; differentiable. A temperature equal to the default
+                   counts as not given
     reduction      "none": (M,); "mean" (weighted by weight); "sum"
     weight         (M,) weight of each query
     query_ids, key_ids                   integers: keys with the query's id are positives too, and the row's value is the mean over its
@@ -92,10 +93,10 @@ def info_nce(
     weight = checks.weights(where, weight, rows, query)
 
     shared = negatives.keys if negatives is not None and negatives.kind == "unpaired" else None
+    paired = shared is None and rows == in_batch_keys
     met = (in_batch_keys if use_batch else 0) + (0 if shared is None else shared.shape[0])
     if not use_batch and shared is None and any(v is not None for v in (query_ids, key_ids, exclude_query_ids, exclude_key_ids)):
         raise ValueError(f"{where}: ids relate queries to in-batch or unpaired keys, and there are none here")
-    paired = negatives is None and rows == in_batch_keys
     label = checks.id_pair(where, "query_ids", query_ids, "key_ids", key_ids, query, rows, met, paired)
     exclude = checks.id_pair(where, "exclude_query_ids", exclude_query_ids, "exclude_key_ids", exclude_key_ids, query, rows, met, paired)
 
@@ -106,7 +107,7 @@ def info_nce(
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
         return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold)
 
-    simple = reduction == "mean" and weight is None and not return_stats
+    simple = reduction == "mean" and weight is None
     if use_batch:
         in_batch_problem = problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None)
         if simple and negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend)) is not None:
@@ -117,6 +118,12 @@ def info_nce(
     before = in_batch_keys if use_batch else 0
     if shared is not None:
         also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
+        if label[0] is not None and found.pos_max is not None and also.pos_max is not None:
+            # Ids may make a shared key the best positive: both parts then count their ranks from that.
+            best = torch.maximum(found.pos_max, also.pos_max)
+            if use_batch:
+                found = stats.compute(where, problem(positive_key, slice(0, before), 0, False, best), backend)
+            also = stats.compute(where, problem(shared, slice(before, met), None, False, best), backend)
         found = stats.merge(found, also, before)
     elif negatives is not None:
         found = stats.merge(found, negatives.statistics(query, scale, normalize, found.pos_max), before)
@@ -172,7 +179,7 @@ def nt_xent(
     weight = checks.weights(where, weight, rows, z)
     scale = checks.scale_of(where, temperature, scale, 0.5, z)
     problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
-    simple = reduction == "mean" and weight is None and not return_stats
+    simple = reduction == "mean" and weight is None
     if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
@@ -200,7 +207,8 @@ def sup_con(
         variant="out": log sum_{C_i} exp s - mean_{P_i} s        "in": log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
 
     features      (B, V, D): V views of B examples, or (N, D): one view; s = cos / temperature
-    labels        integers (B,) or (N,): equal labels are positives; a negative label matches nothing but the example's other views
+    labels        integers (B,) or (N,): equal labels are positives; a negative label matches nothing, not even
+                  the example's other views
     mask          bool (B, B) or (N, N) instead of labels: mask[i, j] makes example j a positive of example i. Without both, the other
                   views of the same example are its positives (SimCLR)
     views         "all": every view of every example is an anchor; "one": only view 0 is
@@ -289,6 +297,8 @@ def clip_loss(
     image, text = checks.one_dtype(where, image=image, text=text)
     checks.values(where, normalize, image=image, text=text)
     rows, columns = image.shape[0], text.shape[0]
+    checks.some_keys(where, "text", text, rows)
+    checks.some_keys(where, "image", image, columns)
     checks.reduction(where, reduction, min(rows, columns))
     label = checks.id_pair(where, "image_ids", image_ids, "text_ids", text_ids, image, rows, columns, rows == columns)
     if rows != columns and (label[0] is None or reduction == "none" or weight is not None):
@@ -301,7 +311,7 @@ def clip_loss(
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
     pairs = Pairs(False, 0 if rows == columns else None, *label)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats)
-    simple = reduction == "mean" and weight is None and not return_stats
+    simple = reduction == "mean" and weight is None
     if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
         return loss
     found = stats.compute(where, problem, backend)

@@ -26,8 +26,8 @@ class LogitScale(nn.Module):
 
     def __init__(self, init: float = 1 / 0.07, max: float | None = 100.0) -> None:
         super().__init__()
-        for name, value in (("init", init), ("max", max)):
-            if isinstance(value, bool) or not isinstance(value, int | float | None):
+        for name, value in (("init", init), ("max", init if max is None else max)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"LogitScale: {name} must be a float, got {type(value).__name__}")
         if not (math.isfinite(init) and init > 0) or (max is not None and not max >= init):
             raise ValueError(f"LogitScale: init must be positive and at most max, got init={init}, max={max}")
@@ -45,21 +45,19 @@ class LogitScale(nn.Module):
 
 
 class _Loss(nn.Module):
-    """Holds the options of a loss function. `temperature` may be a float, or a tensor or nn.Parameter to learn it."""
+    """Holds the options of a loss function. temperature or scale: a float, an nn.Parameter (learned), or a tensor (a buffer)."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        temperature = options.pop("temperature", None)
-        if isinstance(temperature, nn.Parameter):
-            self.temperature = temperature
-        elif isinstance(temperature, Tensor):
-            self.register_buffer("temperature", temperature)
-        elif temperature is not None:
-            self.temperature = temperature
         self.options = options
+        for name in ("temperature", "scale"):
+            if isinstance(options.get(name), nn.Parameter):
+                self.register_parameter(name, options.pop(name))
+            elif isinstance(options.get(name), Tensor):
+                self.register_buffer(name, options.pop(name))
 
     def _given(self) -> dict[str, Any]:
-        return self.options | ({"temperature": self.temperature} if hasattr(self, "temperature") else {})
+        return self.options | {name: getattr(self, name) for name in ("temperature", "scale") if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self._given().items() if not isinstance(value, Tensor))
@@ -74,6 +72,7 @@ class InfoNCE(_Loss):
         reduction: Reduction = "mean",
         negative_mode: Literal["unpaired", "paired"] = "unpaired",
         *,
+        scale: float | Tensor | None = None,
         normalize: bool = True,
         in_batch: bool | None = None,
         symmetric: bool = False,
@@ -84,6 +83,7 @@ class InfoNCE(_Loss):
             temperature=temperature,
             reduction=reduction,
             negative_mode=negative_mode,
+            scale=scale,
             normalize=normalize,
             in_batch=in_batch,
             symmetric=symmetric,
@@ -124,11 +124,19 @@ class NTXentLoss(_Loss):
         temperature: float | Tensor = 0.5,
         reduction: Reduction = "mean",
         *,
+        scale: float | Tensor | None = None,
         normalize: bool = True,
         return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, normalize=normalize, return_stats=return_stats, backend=backend)
+        super().__init__(
+            temperature=temperature,
+            reduction=reduction,
+            scale=scale,
+            normalize=normalize,
+            return_stats=return_stats,
+            backend=backend,
+        )
 
     def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Loss:
         return losses.nt_xent(z0, z1, weight=weight, **self._given())
@@ -145,6 +153,7 @@ class SupConLoss(_Loss):
         reduction: Reduction = "mean",
         *,
         no_positive: Literal["zero", "skip", "error"] = "zero",
+        scale: float | Tensor | None = None,
         normalize: bool = True,
         return_stats: bool = False,
         backend: str = "auto",
@@ -155,6 +164,7 @@ class SupConLoss(_Loss):
             views=views,
             reduction=reduction,
             no_positive=no_positive,
+            scale=scale,
             normalize=normalize,
             return_stats=return_stats,
             backend=backend,
@@ -201,9 +211,9 @@ class ClipLoss(_Loss):
 class MoCoLoss(_Loss):
     """losses.moco_loss with its NegativeQueue; forward(q, k, weight=None).
 
-    The keys of a call enter the queue at the beginning of the next one (or when the state is saved), so that backward still finds the
-    queue it was computed with, without a copy per step. So call backward before the next forward (and before state_dict): to accumulate
-    gradients over several batches, use moco_loss and enqueue after the last backward. In eval mode nothing is enqueued.
+    The keys of a call in training mode enter the queue at the beginning of the next call (or when the state is saved), so that backward
+    still finds the queue it was computed with, without a copy per step. So call backward before the next forward. For two losses in one
+    step, or gradients accumulated over several batches, use moco_loss and enqueue after backward.
     """
 
     _waiting: Tensor | None
@@ -215,19 +225,30 @@ class MoCoLoss(_Loss):
         temperature: float | Tensor = 0.07,
         reduction: Reduction = "mean",
         *,
+        scale: float | Tensor | None = None,
         normalize: bool = True,
         return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(temperature=temperature, reduction=reduction, normalize=normalize, return_stats=return_stats, backend=backend)
+        super().__init__(
+            temperature=temperature,
+            reduction=reduction,
+            scale=scale,
+            normalize=normalize,
+            return_stats=return_stats,
+            backend=backend,
+        )
         self.queue = NegativeQueue(queue_size, dim)
         self.register_buffer("_waiting", None, persistent=False)
         self.register_state_dict_pre_hook(_flush)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Loss:
-        self.flush()
+        # Inside backward this is the second run of a checkpointed step: it must see the queue of the first, and leave it alone.
+        again = torch._C._current_graph_task_id() != -1
+        if not again:
+            self.flush()
         loss = losses.moco_loss(q, k, self.queue, weight=weight, **self._given())
-        if self.training:
+        if self.training and not again:
             # A copy of one batch: a momentum encoder may reuse its output before the next step.
             self._waiting = k.detach().clone()
         return loss

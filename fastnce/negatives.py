@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnce import checks
+from fastnce.problem import TIE
 from fastnce.stats import ContrastiveStats, listed_logits
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
@@ -44,6 +45,8 @@ class Negatives(NamedTuple):
 
     def statistics(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> ContrastiveStats:
         """Row statistics of listed negatives. threshold (M,): metrics too, rank counted from there."""
+        if threshold is not None and normalize:
+            threshold = threshold + scale.detach() * TIE
         if self.rows is None:
             lse, most, hardest, above = _by_row(listed_logits(query, self.keys, scale, None, normalize), threshold)
         else:
@@ -89,6 +92,7 @@ def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
         raise ValueError(f"{where}: ragged negative_keys is (values, offsets), got {len(given)} entries")
     values, offsets = given
     checks.features(where, query=query, values=values)
+    checks.some_keys(where, "values", values, query.shape[0])
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
     ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
     assert ends is not None

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastnce.pairs import Pairs
 
+TIE = 2.0**-20  # of a cosine: 16 units in the last place of float32
+
 
 class Problem(NamedTuple):
     """s_ij = scale * r_q[i] * r_k[j] * <q_i, k_j> + bias and the rules of its pairs.
@@ -40,8 +42,9 @@ class Problem(NamedTuple):
         return self.k is None
 
     @property
-    def shape(self) -> str:
-        return "symmetric" if self.symmetric else "two_sided" if self.two_sided else "rows"
+    def tie(self) -> Tensor | float:
+        """How much larger a negative's logit must be to be above: two similarities that are equal may differ by their rounding."""
+        return self.scale * TIE if self.normalize else 0.0
 
 
 class Side(NamedTuple):

@@ -47,7 +47,7 @@ def mean_cross_entropy(problem: Problem, backend: str) -> Tensor | None:
         if pairs.exclude_self:
             start.fill_diagonal_(-torch.inf)
         s = torch.addmm(start, x, y.T, alpha=float(scale))
-    target = torch.arange(offset, rows + offset)
+    target = torch.arange(offset, rows + offset, device=q.device)
     if problem.symmetric:
         target = target.remainder_(rows)
     loss = F.cross_entropy(s, target)
@@ -60,20 +60,21 @@ def mean_cross_entropy(problem: Problem, backend: str) -> Tensor | None:
 def _serves(problem: Problem, backend: str) -> bool:
     q, k, pairs = problem.q, problem.keys, problem.pairs
     rows, columns = q.shape[0], k.shape[0]
+    # What traces comes first: a shape that is looked at before would become a guard of the traced code.
     return (
         backend == "auto"
-        and 0 < rows * columns <= LARGEST_LOGITS
-        and rows * columns * q.shape[1] <= LARGEST_PRODUCT
-        and pairs.offset is not None
-        and pairs.q_label is pairs.q_exclude is pairs.mask is problem.bias is None
-        and (2 * pairs.offset == rows if problem.symmetric else 0 <= pairs.offset <= columns - rows)
-        and (rows == columns or not problem.two_sided)
-        and problem.normalize
-        and not problem.metrics
-        and q.dtype in (torch.float32, torch.float64)
+        and all(checks.has_values(t) and t.device.type == "cpu" for t in (q, k, problem.scale))
         and torch.autograd.forward_ad._current_level == -1
         and not torch.is_autocast_enabled("cpu")
-        and all(t.device.type == "cpu" and checks.has_values(t) for t in (q, k, problem.scale))
+        and q.dtype in (torch.float32, torch.float64)
+        and problem.normalize
+        and not problem.metrics
+        and pairs.offset is not None
+        and pairs.q_label is pairs.q_exclude is pairs.mask is problem.bias is None
+        and 0 < rows * columns <= LARGEST_LOGITS
+        and rows * columns * q.shape[1] <= LARGEST_PRODUCT
+        and (2 * pairs.offset == rows if problem.symmetric else 0 <= pairs.offset <= columns - rows)
+        and (rows == columns or not problem.two_sided)
     )
 
 

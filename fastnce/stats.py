@@ -104,6 +104,8 @@ def contrastive_stats(
         if not symmetric and (other[0] is None) != (other[1] is None):
             raise ValueError(f"{where}: q_{one} and k_{one} go together: give both")
     mask = checks.mask(where, "positive_mask", positive_mask, q)
+    if symmetric and mask is not None and offset is not None:
+        raise ValueError(f"{where}: positive_mask and offset together need k; without, put the partners into the mask")
     threshold = checks.threshold(where, threshold, rows, q)
     if threshold is not None and (symmetric or two_sided or not metrics):
         raise ValueError(f"{where}: threshold counts ranks of rows against other keys: it needs metrics=True, k, and two_sided=False")
@@ -111,7 +113,6 @@ def contrastive_stats(
     pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
     scale = checks.scalar(where, "scale", scale, q)
     bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
-    checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
     found = compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
     checks.something_to_compare(where, found.lse_neg, found.n_pos)
     return _rounded(found, compute_dtype(q.dtype))

@@ -284,3 +284,35 @@ def test_small_problems_agree_with_the_tiles(n: int) -> None:
     (grad,) = torch.autograd.grad(fastnce.nt_xent(z), z)
     assert torch.equal(grad[3], torch.zeros(32))
     assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", [4, 64, 600])
+def test_ties_are_not_above(n: int, backend: str) -> None:
+    """Equal similarities may differ by their rounding; a collapsed batch, or one of duplicates, has rank 0 throughout."""
+    collapsed = torch.randn(1, 128, generator=torch.Generator().manual_seed(n)).expand(n, 128)
+    base = torch.randn(n // 2, 128, generator=torch.Generator().manual_seed(n)) * 3
+    twice = torch.cat([base, base])
+    for z in (collapsed, twice):
+        calls = (
+            lambda z=z: fastnce.info_nce(z, z, return_stats=True, backend=backend),
+            lambda z=z: fastnce.clip_loss(z, z, 50.0, return_stats=True, backend=backend),
+            lambda z=z: fastnce.moco_loss(z, z, z, return_stats=True, backend=backend),
+            lambda z=z: fastnce.info_nce(z, z, z[None].expand(n, n, 128), negative_mode="paired", return_stats=True, backend=backend),
+        )
+        for call in calls if n < 600 else calls[:3]:
+            assert call()[1].top1.all()
+    assert fastnce.nt_xent(collapsed, return_stats=True, backend=backend)[1].top1.all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_rank_from_the_best_positive_of_all_keys(in_batch: bool, backend: str) -> None:
+    """A shared key may be a positive by its id, and a better one than the query's own."""
+    q, k = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.1, 1.0]])
+    shared = torch.tensor([[1.0, 0.0], [0.7, 0.7]])
+    key_ids = torch.tensor([5, 9, 5, 6] if in_batch else [5, 6])
+    ids = {"query_ids": torch.tensor([5, 9]), "key_ids": key_ids}
+    _, found = fastnce.info_nce(q, k, shared, return_stats=True, in_batch=in_batch, backend=backend, **ids)
+    assert found.rank[0] == 0
+    assert found.top1[0]

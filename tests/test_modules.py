@@ -273,13 +273,13 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     ],
 )
 def test_a_twin_has_every_argument_of_its_function(module: Any, function: Any, own: set[str]) -> None:
-    """Once, in __init__ or in forward, with the same default. scale = 1 / temperature is for functions, the queue inside MoCoLoss."""
+    """Once, in __init__ or in forward, with the same default; the queue is inside MoCoLoss."""
     given: dict[str, Any] = {}
     for method in (module.__init__, module.forward):
         new = {n: p.default for n, p in inspect.signature(method).parameters.items() if n not in {"self"} | own}
         assert not given.keys() & new.keys()
         given |= new
-    wanted = {n: p.default for n, p in inspect.signature(function).parameters.items() if n not in {"scale", "queue"}}
+    wanted = {n: p.default for n, p in inspect.signature(function).parameters.items() if n != "queue"}
     if module is ClipLoss:
         wanted["logit_scale"] = None
     assert given == wanted
@@ -514,3 +514,29 @@ def test_moco_refuses_an_update_before_backward() -> None:
 def test_all_modules_are_tested_here() -> None:
     public = {n for n in fastnce.__all__ if inspect.isclass(getattr(fastnce, n)) and issubclass(getattr(fastnce, n), nn.Module)}
     assert public == {"LogitScale", "NegativeQueue"} | {name.split()[0] for name in TWINS}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_moco_under_activation_checkpointing(reentrant: bool) -> None:
+    """The second run of the forward, inside backward, sees the queue of the first and enqueues nothing."""
+    torch.manual_seed(0)
+    twin = MoCoLoss(16, 5)
+    queue = twin.queue.keys.clone()
+    for _ in range(3):
+        q, k = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+        twin.flush()
+        queue.copy_(twin.queue.keys)
+        pointer = int(twin.queue.pointer)
+        (expected,) = torch.autograd.grad(moco_loss(q, k, queue), q)
+        torch.utils.checkpoint.checkpoint(twin, q, k, use_reentrant=reentrant).backward()
+        assert torch.equal(q.grad, expected)
+        twin.flush()
+        assert int(twin.queue.pointer) == (pointer + 6) % 16
+
+
+def test_modules_take_a_scale() -> None:
+    q, k = torch.randn(6, 5), torch.randn(6, 5)
+    scale = nn.Parameter(torch.tensor(4.0))
+    for twin, loss in ((InfoNCE(scale=scale), info_nce), (NTXentLoss(scale=scale), nt_xent)):
+        assert list(twin.parameters()) == [scale]
+        assert torch.equal(twin(q, k), loss(q, k, scale=scale))

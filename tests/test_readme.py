@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastnce
+from bench import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -104,4 +105,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_generated_regions_are_marked_once(region: str) -> None:
     begin, end = f"<!-- {region}:begin (generated) -->", f"<!-- {region}:end -->"
     assert README.count(begin) == README.count(end) == 1
-    assert README.index(begin) < README.index(end)
+    assert README[README.index(begin) + len(begin) : README.index(end)].strip()
+
+
+def test_generated_regions_are_what_the_results_say() -> None:
+    assert readme.regenerate(README) == README

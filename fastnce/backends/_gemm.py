@@ -28,7 +28,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 def _onednn_works() -> bool:
     # A private operator: use it only where it exists and agrees with torch.mm, in both of the layouts that product() promises.
     try:
-        x, w = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+        x, w = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(4, 3)
         found = (torch.ops.mkldnn._linear_pointwise(x, v, None, "none", [], "") for v in (w, w.T.contiguous().T))
         return all(torch.equal(result, x @ w.T) for result in found)
     except (AttributeError, RuntimeError):

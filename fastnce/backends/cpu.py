@@ -124,9 +124,9 @@ def _prepare(problem: Problem) -> _Work:
     unshifted = False
     if q.device.type == "cpu":
         # Reading a value costs nothing here. On any other device it would stall the host: the running maximum is used instead.
-        bound = float(scale)
+        bound = float(scale.detach())
         if not problem.normalize and min(q.shape[0], k.shape[0]) > 0:
-            bound *= float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / (bound * LOG2E)
+            bound = float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / LOG2E
         unshifted = bound <= UNSHIFTED[x.dtype]
     in_tile = not problem.pairs.one_positive_at_most(q.shape[0], problem.symmetric)
     return _Work(x, y, r_x, r_y, root, unshifted, in_tile, problem.symmetric)
@@ -298,9 +298,8 @@ class _Sums:
 
     def _threshold(self) -> Tensor:
         given, bias = self.problem.threshold, self.problem.bias
-        if given is None:
-            return self.pos_max
-        return (given if bias is None else given - bias) * LOG2E
+        best = self.pos_max if given is None else (given if bias is None else given - bias) * LOG2E
+        return best + self.problem.tie * LOG2E
 
     def _nats(self, t: Tensor) -> Tensor:
         s = t.to(self.pos.dtype) * LN2
@@ -338,10 +337,6 @@ class _Weights(NamedTuple):
         base_neg, base_pos = own_neg.to(dtype), own_pos.to(dtype)
         if work.unshifted:
             negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
-        else:
-            # The tile subtracts a rounded base; what was rounded off, up to 1e-5, goes into the coefficient.
-            negative = negative * torch.exp2(base_neg - own_neg)
-            positive = positive * torch.exp2(base_pos - own_pos) if work.in_tile else positive
         return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted, total)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:

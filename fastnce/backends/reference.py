@@ -82,7 +82,7 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     threshold = pos_max if problem.threshold is None else problem.threshold
     hardest_logit, hardest = negatives.max(1)
     hardest = hardest.masked_fill(hardest_logit == -torch.inf, -1)
-    rank = (negatives > threshold[:, None]).sum(1)
+    rank = (negatives > (threshold + problem.tie)[:, None]).sum(1)
     return side._replace(rank=rank, hardest=hardest, hardest_logit=hardest_logit, pos_max=pos_max)
 
 
