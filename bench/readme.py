@@ -46,7 +46,7 @@ def accuracy_region() -> str:
         cells = sum(row["cells"] for row in summary)
         lines = [
             f"{cells - outside:,} of {cells:,} cells are inside the contract ({env['cpu']}, torch {env['torch']}, "
-            f"sources {env['sources'][:8]}, `{env['command']}`). Worst of each quantity, as a fraction of its limit, and the cells outside:",
+            f"sources {env['sources'][:8]}, `{env['command']}`). Worst of each quantity as a fraction of its limit, and cells outside:",
             "",
             "| dtype | loss | mean loss | row | gradient | d/d scale | outside |",
             "|---|---|--:|--:|--:|--:|--:|",
