@@ -2,8 +2,8 @@
 
 A tiled forward and backward start with 0.4 ms of bookkeeping; in that time a core multiplies 256 x 256 logits of dimension 128 three
 times. Up to about there a dozen dense operations with torch's own backward are faster. Cross-entropy is -log_softmax at the positive: its
-rounding, 6e-8 absolute, would show in a small loss and in its gradient, so that a loss below SOLVED is handed back to the tiles, which
-are exact there. Values are read to find out, which costs nothing on a CPU.
+rounding, 6e-8 absolute, would show in a small loss and in its gradient, so that below SOLVED the loss is taken from the same logits as
+softplus(lse_neg - pos), which is exact there and a little slower. Values are read to find out, which costs nothing on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastnce import checks
 from fastnce.norms import EPS, LARGEST
 from fastnce.ops import first_order_only
 from fastnce.problem import Problem
+from fastnce.stats import softplus
 
 LARGEST_LOGITS = 2**18  # one tile
 LARGEST_PRODUCT = 20 * 2**20  # multiplications; measured break-even between 16 and 36 times 2^20
@@ -50,11 +51,23 @@ def mean_cross_entropy(problem: Problem, backend: str) -> Tensor | None:
     target = torch.arange(offset, rows + offset, device=q.device)
     if problem.symmetric:
         target = target.remainder_(rows)
-    loss = F.cross_entropy(s, target)
-    if problem.two_sided:
-        loss = (loss + F.cross_entropy(s.T, target)) / 2
-    # Never "<": nan goes the long way too.
-    return loss if float(loss.detach()) >= SOLVED else None
+    sides = [s, s.T] if problem.two_sided else [s]
+    loss = _mean([F.cross_entropy(side, target) for side in sides])
+    value = float(loss.detach())
+    if value < SOLVED:
+        loss = _mean([_apart(side, target) for side in sides])
+    return loss if math.isfinite(value) else None
+
+
+def _mean(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else (parts[0] + parts[1]) / 2
+
+
+def _apart(s: Tensor, target: Tensor) -> Tensor:
+    """Mean over the rows of softplus(lse of the negatives - positive), the negatives relative to it before they are summed."""
+    positive = s.gather(1, target[:, None])
+    negatives = s.scatter(1, target[:, None], -torch.inf) - positive
+    return softplus(negatives.logsumexp(1)).mean()
 
 
 def _serves(problem: Problem, backend: str) -> bool:
@@ -71,6 +84,7 @@ def _serves(problem: Problem, backend: str) -> bool:
         and not problem.metrics
         and pairs.offset is not None
         and pairs.q_label is pairs.q_exclude is pairs.mask is problem.bias is None
+        and columns > (2 if problem.symmetric else 1)  # every row has a negative
         and 0 < rows * columns <= LARGEST_LOGITS
         and rows * columns * q.shape[1] <= LARGEST_PRODUCT
         and (2 * pairs.offset == rows if problem.symmetric else 0 <= pairs.offset <= columns - rows)
