@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stats": {"backends", "checks", "norms", "ops", "pairs", "problem"},
     "formulas": {"checks", "norms", "stats"},
     "negatives": {"checks", "problem", "stats"},
-    "small": {"checks", "norms", "ops", "problem", "stats"},
+    "small": {"checks", "norms", "ops", "problem"},
     "losses": {"checks", "formulas", "negatives", "pairs", "problem", "queue", "small", "stats"},
     "modules": {"formulas", "losses", "negatives", "queue"},
     "selftest": {"losses"},
