@@ -107,10 +107,9 @@ def info_nce(
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
         return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold)
 
-    simple = reduction == "mean" and weight is None
     if use_batch:
         in_batch_problem = problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None)
-        if simple and negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend)) is not None:
+        if negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend, reduction, weight)) is not None:
             return loss
         found = stats.compute(where, in_batch_problem, backend)
     else:
@@ -179,8 +178,7 @@ def nt_xent(
     weight = checks.weights(where, weight, rows, z)
     scale = checks.scale_of(where, temperature, scale, 0.5, z)
     problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
-    simple = reduction == "mean" and weight is None
-    if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
+    if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
     return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, z), found, scale, None, return_stats)
@@ -257,8 +255,8 @@ def sup_con(
         first = int((~some).nonzero()[0])
         raise ValueError(f"{where}: anchor {first} has no positive; give it one, or use no_positive='zero' or 'skip'")
     values = l_out(found) if variant == "out" else l_in(found)
-    counted = some.to(values.dtype) if no_positive == "skip" else None
-    if counted is not None:
+    if no_positive == "skip":
+        counted = some.to(values.dtype)
         weight = counted if weight is None else weight * counted
     return answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
 
@@ -311,8 +309,7 @@ def clip_loss(
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
     pairs = Pairs(False, 0 if rows == columns else None, *label)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats)
-    simple = reduction == "mean" and weight is None
-    if simple and (loss := small.mean_cross_entropy(problem, backend)) is not None:
+    if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
     assert found.columns is not None

@@ -48,7 +48,7 @@ class Negatives(NamedTuple):
         if threshold is not None and normalize:
             threshold = threshold + scale.detach() * TIE
         if self.rows is None:
-            lse, most, hardest, above = _by_row(listed_logits(query, self.keys, scale, None, normalize), threshold)
+            lse, most, hardest, above = _by_row(listed_logits(query, self.keys, scale, normalize), threshold)
         else:
             lse, most, hardest, above = self._by_segment(query, scale, normalize, threshold)
         none = lse.new_full((query.shape[0],), -torch.inf)
@@ -61,7 +61,7 @@ class Negatives(NamedTuple):
         assert self.rows is not None
         n, count = query.shape[0], len(self.rows)
         nobody, rows = self.rows >= n, self.rows.clamp(max=n - 1)
-        s = listed_logits(query, self.keys, scale, None, normalize, rows).masked_fill(nobody, -torch.inf)
+        s = listed_logits(query, self.keys, scale, normalize, rows).masked_fill(nobody, -torch.inf)
         most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
         base = most.masked_fill(most == -torch.inf, 0.0)
         total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
@@ -78,7 +78,7 @@ class Negatives(NamedTuple):
 
 def one_positive(query: Tensor, key: Tensor, scale: Tensor, normalize: bool, metrics: bool) -> ContrastiveStats:
     """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo."""
-    pos = listed_logits(query, key[:, None], scale, None, normalize).squeeze(1)
+    pos = listed_logits(query, key[:, None], scale, normalize).squeeze(1)
     none = torch.full_like(pos, -torch.inf)
     one = torch.ones_like(pos, dtype=torch.int64)
     found = ContrastiveStats(none, pos, pos, one)

@@ -18,18 +18,13 @@ from torch.autograd.function import FunctionCtx
 from fastnce import backends
 from fastnce.norms import no_autocast, vector_dtype
 from fastnce.pairs import Pairs
-from fastnce.problem import Problem, Side, SideGrad, Wanted, sides
+from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
 
 _PROBLEM = (
     "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
     "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, str backend"
 )
 _TENSORS = 10  # of the arguments above, the first are tensors
-
-SECOND_ORDER = (
-    "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
-    "write the loss as dense torch operations where you need it"
-)
 
 _library = torch.library.Library("fastnce", "DEF")
 _library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,17 +89,17 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         args = Arguments(*inputs)
-        per_side = 10 if args.metrics else 6
+        per_side = FIELDS if args.metrics else WITHOUT_METRICS
         ctx.per_side, ctx.flags = per_side, inputs[_TENSORS:]
-        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + 6]]
+        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
         ctx.save_for_backward(*inputs[:_TENSORS], *vectors)
-        ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= 3])
+        ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
-        differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < 3]
+        differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[:4])
         found = torch.ops.fastnce.backward(differentiable, list(vectors), wanted, *tensors, *ctx.flags)
         if torch.is_grad_enabled():
@@ -140,7 +135,10 @@ class _FirstOrderOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(SECOND_ORDER)
+        raise RuntimeError(
+            "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+            "write the loss as dense torch operations where you need it"
+        )
 
 
 def first_order_only(grad: Tensor) -> Tensor:
@@ -164,8 +162,8 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
     with no_autocast(args.q):
         found = backends.BACKENDS[args.backend].backward(
             problem,
-            [SideGrad(*run) for run in sides(grads, problem, 3)],
-            [Side(*run) for run in sides(stats, problem, 6)],
+            [SideGrad(*run) for run in sides(grads, problem, DIFFERENTIABLE)],
+            [Side(*run) for run in sides(stats, problem, WITHOUT_METRICS)],
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)

@@ -80,6 +80,11 @@ class SideGrad(NamedTuple):
     dpos: Tensor
 
 
+FIELDS = len(Side._fields)
+WITHOUT_METRICS = Side._fields.index("rank")
+DIFFERENTIABLE = len(SideGrad._fields)  # the first of a Side, in the same order
+
+
 class Gradients(NamedTuple):
     """dL/d of the inputs; None where not asked for."""
 

@@ -25,10 +25,10 @@ LARGEST_PRODUCT = 20 * 2**20  # multiplications; measured break-even between 16 
 SOLVED = 0.05
 
 
-def mean_cross_entropy(problem: Problem, backend: str) -> Tensor | None:
+def mean_cross_entropy(problem: Problem, backend: str, reduction: str, weight: Tensor | None) -> Tensor | None:
     """Mean over the rows (with two_sided: and over both directions) of log sum exp - positive logit, where every row has exactly one
-    positive, at `offset`; None where this shortcut does not serve the problem."""
-    if not _serves(problem, backend):
+    positive, at `offset`; None where this shortcut does not serve the problem, or anything but that plain mean is asked for."""
+    if reduction != "mean" or weight is not None or not _serves(problem, backend):
         return None
     q, k, pairs, scale = problem.q, problem.keys, problem.pairs, problem.scale
     if not 0 < float(scale.detach()) < math.inf:

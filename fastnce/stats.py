@@ -187,7 +187,7 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80.0)
 
 
-def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, normalize: bool, rows: Tensor | None = None) -> Tensor:
+def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, normalize: bool, rows: Tensor | None = None) -> Tensor:
     """Logits of pairs that are listed one by one, so that there are no more of them than key rows: O(keys) memory, plain autograd.
 
     keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
@@ -198,5 +198,4 @@ def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, bias: Tensor | None, n
         q = q * inverse_norms(q)[:, None]
     # Not bmm: under autocast it, or its backward, would round to half precision.
     s = (keys * (q[:, None] if rows is None else q[rows])).sum(-1)
-    s = s * (scale * inverse_norms(keys) if normalize else scale)
-    return s if bias is None else s + bias
+    return s * (scale * inverse_norms(keys) if normalize else scale)

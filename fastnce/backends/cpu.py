@@ -49,11 +49,11 @@ def forward(problem: Problem) -> list[Side]:
         for side, own in _ends(problem, i, j):
             sums[side].set_positive(own, aligned)
     elif problem.metrics:
-        for tile, t in _tiles(work):
+        for tile, t in _tiles(problem, work):
             classes = _classify(problem, work, tile, t)
             for view in _views(problem, tile):
                 sums[view.side].see_positive(view, classes)
-    for tile, t in _tiles(work):
+    for tile, t in _tiles(problem, work):
         classes = _classify(problem, work, tile, t)
         views = _views(problem, tile)
         for view in views:
@@ -76,7 +76,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if not work.in_tile:
         _add_aligned(problem, work, weights, dx, dy, moment)
-    for tile, t in _tiles(work) if wanted.q or wanted.k or wanted.scale else ():
+    for tile, t in _tiles(problem, work) if wanted.q or wanted.k or wanted.scale else ():
         centered = None if moment is None else t - moment.center
         classes = _classify(problem, work, tile, t)
         if work.unshifted:
@@ -113,7 +113,6 @@ class _Work(NamedTuple):
     root: Tensor
     unshifted: bool
     in_tile: bool  # positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
-    symmetric: bool
 
 
 def _prepare(problem: Problem) -> _Work:
@@ -129,7 +128,7 @@ def _prepare(problem: Problem) -> _Work:
             bound = float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / LOG2E
         unshifted = bound <= UNSHIFTED[x.dtype]
     in_tile = not problem.pairs.one_positive_at_most(q.shape[0], problem.symmetric)
-    return _Work(x, y, r_x, r_y, root, unshifted, in_tile, problem.symmetric)
+    return _Work(x, y, r_x, r_y, root, unshifted, in_tile)
 
 
 def _scaled(rows: Tensor, root: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -164,10 +163,10 @@ def _views(problem: Problem, tile: Tile) -> list[_View]:
     return views
 
 
-def _tiles(work: _Work) -> Iterator[tuple[Tile, Tensor]]:
+def _tiles(problem: Problem, work: _Work) -> Iterator[tuple[Tile, Tensor]]:
     rows, columns = len(work.x), len(work.y)
     for i in range(0, rows, CPU_TILE):
-        for j in range(i if work.symmetric else 0, columns, CPU_TILE):
+        for j in range(i if problem.symmetric else 0, columns, CPU_TILE):
             tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
             yield tile, product(work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
 
@@ -269,7 +268,7 @@ class _Sums:
             self.pos[view.own] += view.of(classes.positive).where(is_positive, 0.0).sum(1)
             self.n_pos[view.own] += is_positive.sum(1)
         if self.problem.metrics:
-            negative, threshold = view.of(classes.negative), self._threshold()[view.own]
+            negative, threshold = view.of(classes.negative), self._threshold(view.own)
             negative = negative.masked_fill(negative.isnan(), -torch.inf)
             self.rank[view.own] += (negative > threshold[:, None]).sum(1)
             best, where = negative.max(1)
@@ -296,9 +295,9 @@ class _Sums:
         logits = {"hardest_logit": self._nats(self.hardest_logit), "pos_max": self._nats(self.pos_max)}
         return side._replace(rank=self.rank, hardest=self.hardest, **logits)
 
-    def _threshold(self) -> Tensor:
+    def _threshold(self, own: slice) -> Tensor:
         given, bias = self.problem.threshold, self.problem.bias
-        best = self.pos_max if given is None else (given if bias is None else given - bias) * LOG2E
+        best = self.pos_max[own] if given is None else (given[own] if bias is None else given[own] - bias) * LOG2E
         return best + self.problem.tie * LOG2E
 
     def _nats(self, t: Tensor) -> Tensor:
