@@ -127,9 +127,9 @@ def materialised(loss: str, sides: list[Tensor], scale: Tensor) -> Tensor:
     units = [F.normalize(side.to(wide), dim=1).to(side.dtype) for side in sides]
     logits = units[0] @ units[-1].T
     n = len(logits)
-    labels = torch.arange(n)
+    labels = torch.arange(n, device=logits.device)
     if loss == "nt_xent":
-        logits = (logits / scale).masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf)
+        logits = (logits / scale).masked_fill(torch.eye(n, dtype=torch.bool, device=logits.device), -torch.inf)
         labels = labels.roll(n // 2)
     else:
         logits = scale * logits

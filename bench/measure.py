@@ -5,7 +5,8 @@
     memory  one process per contestant: the peak of resident memory during one forward and backward, above what the
             process held with its inputs. A smaller problem ran before, so code and thread pools are already there.
 
-A cell ends as ok, oom (an allocation was refused), crash (with the signal or the last line of its error) or timeout.
+A cell ends as ok, oom (an allocation was refused), missing (a package is not installed), crash (with the signal or the last
+line of its error) or timeout. What a cell on a GPU does instead is in gpu_measure.py.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ class Cell:
     threads: int = 1
     repeats: int = 5
     mem_limit: int = 0  # MiB of address space above the process with its inputs; 0: no limit
+    device: str = "cpu"
+    clock: str = "host"  # "device": as gpu_measure.py measures; it falls back to the host's clock where the device has none
+    backend: str = "auto"  # of fastnce
+    noise: float = 0.5  # of the second view
+    temperature: float = 0.0  # 0: that of peers.py
+    seconds: float = 0.0  # stop the rounds of a device clock after that, if three are done; 0: never
 
     def title(self) -> str:
         return f"{self.mode:6} {self.loss:8} N={self.n:<6} D={self.d:<4} {', '.join(self.names)}"
@@ -69,7 +76,7 @@ def run(cell: Cell, timeout: float) -> list[Row]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
     except subprocess.TimeoutExpired:
-        return [_row(cell, name, "timeout", detail=f"{timeout:g} s") for name in cell.names]
+        return [row_of(cell, name, "timeout", detail=f"{timeout:g} s") for name in cell.names]
     if done.returncode == 0:
         rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
         return rows
@@ -77,12 +84,17 @@ def run(cell: Cell, timeout: float) -> list[Row]:
         detail = signal.Signals(-done.returncode).name
     else:
         detail = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    return [_row(cell, name, "crash", detail=detail) for name in cell.names]
+    return [row_of(cell, name, "crash", detail=detail) for name in cell.names]
 
 
-def _row(cell: Cell, name: str, status: str, **measured: Any) -> Row:
+def row_of(cell: Cell, name: str, status: str, **measured: Any) -> Row:
     problem = {"mode": cell.mode, "loss": cell.loss, "n": cell.n, "d": cell.d, "dtype": cell.dtype}
-    return {**problem, "threads": cell.threads, "contestant": name, "status": status, **measured}
+    return {**problem, "threads": cell.threads, "device": cell.device, "contestant": name, "status": status, **measured}
+
+
+def leaves_of(cell: Cell, rows: int | None = None) -> tuple[Tensor, ...]:
+    """The leaves of a cell, or of its like with another number of rows."""
+    return peers.leaves(cell.loss, rows or cell.n, cell.d, getattr(torch, cell.dtype), device=cell.device, noise=cell.noise)
 
 
 # ---------------------------------------------------------------- inside the fresh process
@@ -114,21 +126,21 @@ def limit_memory(mebibytes: int) -> None:
 
 
 def measure_time(cell: Cell) -> list[Row]:
-    leaves = peers.leaves(cell.loss, cell.n, cell.d, getattr(torch, cell.dtype))
+    leaves = leaves_of(cell)
     running: dict[str, peers.Contestant] = {}
     rows: dict[str, Row] = {}
     limit_memory(cell.mem_limit)
     for name in cell.names:
-        function = peers.contestant(cell.loss, name)
+        function = peers.contestant(cell.loss, name, cell.backend)
         try:
             value = step(function, leaves)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            rows[name] = _row(cell, name, "oom")
+            rows[name] = row_of(cell, name, "oom")
             continue
         running[name] = function
-        rows[name] = _row(cell, name, "ok", loss_value=value, gradient_norm=gradient_norm(leaves))
+        rows[name] = row_of(cell, name, "ok", loss_value=value, gradient_norm=gradient_norm(leaves))
 
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     gc.collect()
@@ -150,7 +162,7 @@ def measure_time(cell: Cell) -> list[Row]:
     return list(rows.values())
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
     """VmRSS or VmHWM of this process, MiB."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[field].split()[0]) / 1024
@@ -158,33 +170,50 @@ def _resident(field: str) -> float:
 
 def measure_memory(cell: Cell) -> list[Row]:
     (name,) = cell.names
-    function = peers.contestant(cell.loss, name)
-    dtype = getattr(torch, cell.dtype)
-    step(function, peers.leaves(cell.loss, WARM_UP, cell.d, dtype))
-    leaves = peers.leaves(cell.loss, cell.n, cell.d, dtype)
+    function = peers.contestant(cell.loss, name, cell.backend)
+    step(function, leaves_of(cell, WARM_UP))
+    leaves = leaves_of(cell)
     gc.collect()
     # What building the inputs freed would otherwise be reused by the loss and not count.
     ctypes.CDLL(None).malloc_trim(0)
     limit_memory(cell.mem_limit)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     try:
         value = step(function, leaves)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return [_row(cell, name, "oom")]
-    peak = _resident("VmHWM") - before
-    return [_row(cell, name, "ok", peak_mib=peak, loss_value=value, gradient_norm=gradient_norm(leaves))]
+        return [row_of(cell, name, "oom")]
+    peak = resident("VmHWM") - before
+    return [row_of(cell, name, "ok", peak_mib=peak, loss_value=value, gradient_norm=gradient_norm(leaves))]
 
 
 MEASURES: dict[str, Callable[[Cell], list[Row]]] = {"time": measure_time, "memory": measure_memory}
 
 
+def here(cell: Cell) -> list[Row]:
+    """A cell in this process: what the fresh one does."""
+    if cell.clock == "host":
+        measures = MEASURES
+    else:
+        from bench import gpu_measure
+
+        measures = gpu_measure.MEASURES
+    before = peers.TEMPERATURE, peers.LOGIT_SCALE
+    if cell.temperature:
+        # The contestants read it when they are made and when they run.
+        peers.TEMPERATURE, peers.LOGIT_SCALE = cell.temperature, 1 / cell.temperature
+    try:
+        return measures[cell.mode](cell)
+    finally:
+        peers.TEMPERATURE, peers.LOGIT_SCALE = before
+
+
 def main() -> None:
     cell = Cell(**json.loads(sys.argv[1]))
     torch.set_num_threads(cell.threads)
-    print(json.dumps(MEASURES[cell.mode](cell)))
+    print(json.dumps(here(cell)))
 
 
 if __name__ == "__main__":

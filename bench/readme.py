@@ -3,7 +3,8 @@
     python bench/readme.py            # rewrite them
     python bench/readme.py --check    # exit 1 where README and results differ
 
-Every file of bench/results is shown: one paragraph of conditions each, then its tables.
+Every file of bench/results that run.py or accuracy.py wrote is shown: one paragraph of conditions each, then its tables. What the
+parts of gpu_run.sh wrote is not: docs/benchmarks.md speaks of those.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
 def results(accuracy: bool) -> list[dict[str, Any]]:
     """Recorded results of one kind, oldest first."""
     files = sorted(RESULTS.glob("*/*.json"), key=lambda path: path.name)
-    return [json.loads(path.read_text()) for path in files if path.stem.endswith("-accuracy") == accuracy]
+    found = [json.loads(path.read_text()) for path in files if path.stem.endswith("-accuracy") == accuracy]
+    return [result for result in found if "part" not in result]
 
 
 def bench_region() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -43,15 +44,34 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> str:
-    """Folder name for results of machines like this one: the CPU and how many, never a host name."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {os.cpu_count()} cpus".lower()).strip("-")
+def gpu() -> dict[str, Any]:
+    """The GPU and what stands between it and us; never its serial number."""
+    seen = torch.cuda.get_device_properties(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        "name": seen.name,
+        "capability": f"{major}.{minor}",
+        "multiprocessors": seen.multi_processor_count,
+        "memory_gib": round(seen.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "triton": triton,
+    }
 
 
-def environment(program: str, arguments: list[str], threads: int) -> dict[str, Any]:
+def machine(device: str = "cpu") -> str:
+    """Folder name for results of machines like this one: the GPU, or the CPU and how many; never a host name."""
+    name = f"{cpu_model()} {os.cpu_count()} cpus" if device == "cpu" else gpu()["name"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment(program: str, arguments: list[str], threads: int, device: str = "cpu") -> dict[str, Any]:
     import fastnce
 
-    return {
+    return ({} if device == "cpu" else {"gpu": gpu()}) | {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "vector": torch.backends.cpu.get_cpu_capability(),
@@ -71,7 +91,7 @@ def environment(program: str, arguments: list[str], threads: int) -> dict[str, A
 
 def save(result: dict[str, Any], markdown: str, out: Path, kind: str = "") -> Path:
     """Write <out>/<machine>/<UTC date>-<digest>.json and .md; an earlier result of the same day and sources is kept."""
-    folder = out / machine()
+    folder = out / machine("cuda" if "gpu" in result["env"] else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     environment = result["env"]
     stem = "-".join(filter(None, [environment["time"][:10], environment["sources"][:8], kind]))

@@ -40,6 +40,8 @@ def _table(rows: list[Row], figure: Callable[[Row], float], ratio: Callable[[Row
 def _time_tables(rows: list[Row], threads: int) -> list[str]:
     # One thread's CPU time leaves out what other processes did meanwhile; with more threads only the wall clock counts.
     clock, words = ("cpu", "process CPU time") if threads == 1 else ("wall", "wall time")
+    if on_gpu(rows):
+        clock, words = "gpu", "CUDA events"
     return [
         f"{words}, median ms (× = the same round's fastnce)",
         "",
@@ -48,10 +50,25 @@ def _time_tables(rows: list[Row], threads: int) -> list[str]:
     ]
 
 
+def on_gpu(rows: list[Row]) -> bool:
+    """Results from before there was a choice do not say where they ran: on the CPU."""
+    return rows[0].get("device", "cpu") == "cuda"
+
+
+def _rate_tables(rows: list[Row], gemm: float | None) -> list[str]:
+    """Nominal TFLOP/s: 6 N^2 D (4 M N D for moco) over the time, whatever was executed; next to a plain matrix product's."""
+
+    def share(row: Row, ours: Row) -> float:
+        return float(row["tflops"]) / float(ours["tflops"])
+
+    beside = "" if gemm is None else f"; a bfloat16 product of 8192 x 8192 matrices runs at {gemm:.0f}"
+    return [f"nominal TFLOP/s (× = fastnce){beside}", "", *_table(rows, lambda row: float(row["tflops"]), share), ""]
+
+
 def _memory_tables(rows: list[Row]) -> list[str]:
     # Below a page or two of difference a ratio means nothing.
     return [
-        "peak resident memory above the inputs, MiB (× = fastnce)",
+        f"peak {'allocated device' if on_gpu(rows) else 'resident'} memory above the inputs, MiB (× = fastnce)",
         "",
         *_table(rows, lambda row: float(row["peak_mib"]), lambda row, ours: row["peak_mib"] / max(ours["peak_mib"], 1 / 256)),
         "",
@@ -61,20 +78,25 @@ def _memory_tables(rows: list[Row]) -> list[str]:
 def render(result: dict[str, Any]) -> str:
     """The Markdown of a result: one section per loss, its conditions on top."""
     env = result["env"]
+    place = f"{env['cpu']} ({env['vector']}), {env['threads']} thread{'s' * (env['threads'] > 1)}"
+    if "gpu" in env:
+        place = f"{env['gpu']['name']}, CUDA {env['gpu']['cuda']}, triton {env['gpu']['triton'] or 'none'}"
+    gemm = next((row["tflops"] for row in result["rows"] if row["mode"] == "gemm" and row["status"] == "ok"), None)
     versions = ", ".join(f"{name} {version}" for name, version in env["peers"].items())
     lines = [
-        f"# Forward + backward on {env['cpu']} ({env['vector']}), {env['threads']} thread{'s' * (env['threads'] > 1)}",
+        f"# Forward + backward on {place}",
         "",
         f"{env['time']}, fastnce {env['fastnce']} (sources {env['sources'][:8]}), torch {env['torch']}, "
         f"python {env['python']}{', ' * bool(versions)}{versions}.",
         f"Load before the run {env['load'][0]}; allocator settings {env['allocator'] or 'default'}. `{env['command']}`",
         "",
     ]
-    for loss, dtype in dict.fromkeys((row["loss"], row["dtype"]) for row in result["rows"]):
+    for loss, dtype in dict.fromkeys((row["loss"], row["dtype"]) for row in result["rows"] if row["mode"] != "gemm"):
         rows = [row for row in result["rows"] if (row["loss"], row["dtype"]) == (loss, dtype)]
         lines += [f"## {loss}, {dtype}", ""]
         timed, sized = ([row for row in rows if row["mode"] == mode] for mode in ("time", "memory"))
         lines += _time_tables(timed, env["threads"]) if timed else []
+        lines += _rate_tables(timed, gemm) if timed and on_gpu(timed) else []
         lines += _memory_tables(sized) if sized else []
     return "\n".join(lines).rstrip() + "\n"
 

@@ -22,7 +22,8 @@ from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Si
 
 _PROBLEM = (
     "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
-    "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, str backend"
+    "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, "
+    "bool frozen, str backend"
 )
 _TENSORS = 10  # of the arguments above, the first are tensors
 
@@ -52,28 +53,32 @@ class Arguments(NamedTuple):
     two_sided: bool
     normalize: bool
     metrics: bool
+    frozen: bool
     backend: str
 
     @staticmethod
     def of(problem: Problem, backend: str) -> Arguments:
         p, rules = problem, problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
-        flags = (rules.offset, rules.exclude_self, p.two_sided, p.normalize, p.metrics)
+        flags = (rules.offset, rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
         return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, *flags, backend)
 
     def problem(self) -> Problem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
-        return Problem(self.q, self.k, self.scale, self.bias, rules, self.two_sided, self.normalize, self.metrics, self.threshold)
+        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen)
+        return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
 
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
+    learning = torch.is_grad_enabled() and problem.q.requires_grad
+    problem = problem._replace(frozen=learning and problem.k is not None and not problem.k.requires_grad)
     arguments = Arguments.of(problem, backend)
     if torch.compiler.is_compiling():
         # Dynamo traces neither a Function that defines jvp nor one whose inputs need no gradient.
         tensors = (problem.q, problem.k, problem.scale, problem.bias)
-        learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        flat = _Statistics.apply(*arguments) if learning else torch.ops.fastnce.forward(*arguments)
+        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        flat = _Statistics.apply(*arguments) if differentiable else torch.ops.fastnce.forward(*arguments)
     else:
         flat = _RefusesForwardMode.apply(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
@@ -171,11 +176,13 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
 
 def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
-    out = []
+    problem, out = args.problem(), []
+    output = backends.keeps_output(args.backend, problem)
     for rows in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
         real = rows.new_empty(rows.shape[0], dtype=vector_dtype(rows))
         count = rows.new_empty(rows.shape[0], dtype=torch.int64)
-        kinds = (real, real, real, count, real, real) + ((count, count, real, real) if args.metrics else ())
+        own_pos = rows.new_empty((rows.shape[0], rows.shape[1] + 1), dtype=torch.float32) if output else real
+        kinds = (real, real, real, count, real, own_pos) + ((count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 

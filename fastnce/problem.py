@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     two_sided  column statistics as well as row statistics
     metrics    also rank, hardest negative and best positive
     threshold  (M,) logits that rank counts from; None: the row's own best positive
+    frozen     q will be asked for its gradient and k will not (MoCo's queue)
     """
 
     q: Tensor
@@ -32,6 +33,7 @@ class Problem(NamedTuple):
     normalize: bool
     metrics: bool = False
     threshold: Tensor | None = None
+    frozen: bool = False
 
     @property
     def keys(self) -> Tensor:
@@ -53,7 +55,8 @@ class Side(NamedTuple):
     lse_neg, lse_pos  log-sum-exp over negatives, over positives; -inf where there are none
     pos               mean logit of the positives, 0 where there are none
     n_pos             how many positives, int64
-    own_neg, own_pos  the two log-sums in the form the backend's backward wants them back
+    own_neg, own_pos  the two log-sums in the form the backend's backward wants them back; from a backend whose keeps_output(problem) is
+                      true, own_pos is (M, D + 1) float32: the mean of the keys, and of the logits, by the weights of the row
     rank              negatives above the threshold, int64            } metrics only
     hardest           column of the largest negative, -1 without      }
     hardest_logit     its logit, -inf without                         }

@@ -1,6 +1,8 @@
-"""Tile sizes, and the only place that knows one."""
+"""Tile sizes, and the only place that knows one: nothing is tuned at run time, so equal problems run equal programs."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 # A 512 x 512 float32 tile is 1 MiB: it stays in the L2 cache of one core between its matrix product, exp2, sums and second product.
 # Measured on an AMD Zen 5 core at N = 4096: 2048 x 2048 loses 30 to 80 %, 256 x 256 loses 0 to 9 %. Square, because where k is q a tile
@@ -9,3 +11,129 @@ CPU_TILE = 512
 
 # Rows per step of the O(N D) passes that would otherwise allocate another copy of their input.
 CPU_ROWS = 4096
+
+
+class Tile(NamedTuple):
+    """One program: rows x columns of logits, D in steps of depth, and how the compiler lays it out."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Triton: D is padded to one of these and held whole; a longer D is padded to a multiple of TRITON_DEPTH and read in steps.
+TRITON_DEPTHS = (64, 128, 256)
+TRITON_WHOLE = TRITON_DEPTHS[-1]
+TRITON_DEPTH = 64
+# Operands are padded to this many rows, a multiple of every tile below.
+TRITON_PADDED = 128
+# Programs that a launch should have at least, per multiprocessor: fewer row blocks are split along the columns, in a fixed order.
+TRITON_PROGRAMS = 2
+# Long rows: the gradient is made in blocks of this many rows and columns of weights, which fill a fixed workspace that stays in L2.
+TRITON_BLOCK = 4096
+# Rows per program of the passes over single rows, and columns per step.
+TRITON_ROWS = (8, 128)
+
+# (kernel, parts of the operand, padded D or 0 for long rows) -> tile. Parts: 1 half precision, 2 float32 as a high and a low half.
+# Chosen from registers, spills, shared memory and resident programs of the compiled code (docs/backends.md); no timing has been recorded.
+_BY_INDEX: dict[tuple[str, int, int], Tile] = {
+    ("rows", 1, 64): Tile(128, 128, 64, 4, 3),
+    ("rows", 1, 128): Tile(128, 128, 128, 4, 2),
+    ("rows", 1, 256): Tile(64, 64, 256, 4, 2),
+    ("rows", 1, 0): Tile(128, 128, 64, 8, 3),
+    ("rows", 2, 64): Tile(64, 64, 64, 4, 2),
+    ("rows", 2, 128): Tile(64, 64, 128, 4, 2),
+    ("rows", 2, 256): Tile(64, 64, 256, 8, 1),
+    ("rows", 2, 0): Tile(64, 64, 64, 4, 2),
+    ("both", 1, 64): Tile(128, 128, 64, 4, 3),
+    ("both", 1, 128): Tile(128, 128, 128, 4, 2),
+    ("both", 1, 256): Tile(64, 64, 256, 4, 2),
+    ("both", 1, 0): Tile(128, 128, 64, 8, 3),
+    ("both", 2, 64): Tile(64, 64, 64, 4, 2),
+    ("both", 2, 128): Tile(64, 64, 128, 4, 2),
+    ("both", 2, 256): Tile(64, 64, 256, 8, 1),
+    ("both", 2, 0): Tile(64, 64, 64, 4, 2),
+    ("output", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("output", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("output", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("output", 2, 64): Tile(64, 64, 64, 4, 2),
+    ("output", 2, 128): Tile(64, 32, 128, 4, 2),
+    ("output", 2, 256): Tile(64, 32, 256, 8, 1),
+    ("gradient", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("gradient", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("gradient", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("gradient", 2, 64): Tile(64, 64, 64, 4, 2),
+    ("gradient", 2, 128): Tile(64, 32, 128, 4, 2),
+    ("gradient", 2, 256): Tile(64, 32, 256, 8, 1),
+    ("block", 1, 0): Tile(128, 128, 64, 8, 3),
+    ("block", 2, 0): Tile(64, 64, 64, 4, 2),
+}
+# Looking at ids takes registers, looking at a mask takes an address per pair: smaller tiles.
+_BY_IDS: dict[tuple[str, int, int], Tile] = {
+    ("rows", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("rows", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("rows", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("rows", 1, 0): Tile(64, 64, 64, 4, 3),
+    ("rows", 2, 64): Tile(64, 64, 64, 8, 2),
+    ("rows", 2, 128): Tile(64, 64, 128, 8, 2),
+    ("rows", 2, 256): Tile(64, 64, 256, 8, 1),
+    ("rows", 2, 0): Tile(64, 64, 64, 8, 2),
+    ("both", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("both", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("both", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("both", 1, 0): Tile(64, 64, 64, 4, 3),
+    ("both", 2, 64): Tile(64, 64, 64, 8, 2),
+    ("both", 2, 128): Tile(64, 64, 128, 8, 2),
+    ("both", 2, 256): Tile(64, 64, 256, 8, 1),
+    ("both", 2, 0): Tile(64, 64, 64, 8, 2),
+    ("output", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("output", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("output", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("output", 2, 64): Tile(64, 64, 64, 8, 2),
+    ("output", 2, 128): Tile(64, 32, 128, 8, 2),
+    ("output", 2, 256): Tile(64, 32, 256, 8, 1),
+    ("gradient", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("gradient", 1, 128): Tile(64, 64, 128, 8, 2),
+    ("gradient", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("gradient", 2, 64): Tile(64, 64, 64, 8, 2),
+    ("gradient", 2, 128): Tile(64, 32, 128, 8, 2),
+    ("gradient", 2, 256): Tile(64, 32, 256, 8, 1),
+    ("block", 1, 0): Tile(128, 64, 64, 8, 3),
+    ("block", 2, 0): Tile(64, 64, 64, 8, 2),
+    ("retrieval", 1, 64): Tile(64, 64, 64, 4, 2),
+    ("retrieval", 1, 128): Tile(64, 64, 128, 4, 2),
+    ("retrieval", 1, 256): Tile(64, 64, 256, 8, 2),
+    ("retrieval", 1, 0): Tile(64, 64, 64, 4, 3),
+    ("retrieval", 2, 64): Tile(64, 64, 64, 8, 2),
+    ("retrieval", 2, 128): Tile(64, 64, 128, 8, 2),
+    ("retrieval", 2, 256): Tile(64, 64, 256, 8, 1),
+    ("retrieval", 2, 0): Tile(64, 64, 64, 8, 2),
+}
+# Where an architecture wants another one than the tables', which are for sm_90.
+_TRITON_OF: dict[str, dict[tuple[str, str, int, int], Tile]] = {"sm_80": {}, "sm_90": {}, "sm_100": {}, "gfx942": {}}
+
+
+def triton_depth(columns: int) -> int:
+    """D as the operands hold it."""
+    return next((d for d in TRITON_DEPTHS if columns <= d), -(-columns // TRITON_DEPTH) * TRITON_DEPTH)
+
+
+def triton(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> Tile:
+    """The tile of a kernel. rules: pairs are told apart by "index", by "ids", or by a "mask".
+
+    An architecture without a row (sm_86, sm_120) takes that of the newest one that is not newer.
+    """
+    key = (kernel, parts, depth if depth * parts <= TRITON_WHOLE else 0)
+    table = _BY_INDEX if rules == "index" and key in _BY_INDEX else _BY_IDS
+    tile = _TRITON_OF[nearest(architecture)].get((kernel, rules, *key[1:]), table[key])
+    return tile._replace(rows=tile.rows // 2, warps=4) if rules == "mask" else tile
+
+
+def nearest(architecture: str) -> str:
+    if architecture in _TRITON_OF:
+        return architecture
+    kind, _, number = architecture.partition("_")
+    older = [name for name in _TRITON_OF if name.startswith(f"{kind}_") and int(name.partition("_")[2]) <= int(number or 0)]
+    return older[-1] if kind == "sm" and older else "gfx942" if kind.startswith("gfx") else "sm_80"

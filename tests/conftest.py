@@ -1,13 +1,33 @@
-"""Shared by all tests: one thread, so that many small products do not wait for each other on a busy machine."""
+"""Shared by all tests: one thread, so that many small products do not wait for each other on a busy machine; who runs kernels."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
+# A process has compiled or interpreted kernels: Triton reads this variable when it is imported, and again at each kernel's definition, so
+# it is set before any test is collected. Where a GPU is, kernels are compiled for it, tests marked gpu run and those that import
+# interpreter.py skip; anywhere else it is the other way round. CUDA_VISIBLE_DEVICES= pytest runs the interpreter on a GPU machine.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from fastnce.backends import cpu
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, not passed, where no kernel could run on a GPU."""
+    if not torch.cuda.is_available():
+        reason = "needs a CUDA device: torch.cuda.is_available() is False"
+    elif os.environ["TRITON_INTERPRET"] == "1":
+        reason = "needs compiled kernels: TRITON_INTERPRET=1 is set"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from types import ModuleType
 import torch
 
 from fastnce import checks
-from fastnce.backends import cpu, reference
+from fastnce.backends import cpu, reference, triton
 from fastnce.problem import Problem
 
 # In order of preference for "auto". A backend is importable everywhere; what it needs, it looks for in unsupported().
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cpu, reference)}
 AUTO = ("cpu",)
 
 
@@ -34,6 +34,11 @@ def pick(where: str, name: str, problem: Problem) -> str:
     q = problem.q
     asked = f"query {tuple(q.shape)} {str(q.dtype)[6:]} {q.device.type}"
     raise NotImplementedError(f"{where}: no backend for {asked}:\n" + "\n".join(objections))
+
+
+def keeps_output(name: str, problem: Problem) -> bool:
+    """Whether this backend answers the problem with own_pos as the mean key, see Side. Most never do, and need not say so."""
+    return getattr(BACKENDS[name], "keeps_output", lambda _: False)(problem)
 
 
 @cache

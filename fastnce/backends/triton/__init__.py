@@ -1,0 +1,24 @@
+"""Triton kernels: the backend of NVIDIA GPUs from compute capability 8.0 on. This file is importable everywhere and imports no Triton."""
+
+from __future__ import annotations
+
+from fastnce.backends.triton.limits import keeps_output, unsupported
+from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+
+__all__ = ["NAME", "backward", "forward", "keeps_output", "unsupported"]
+
+NAME = "triton"
+
+
+def forward(problem: Problem) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    from fastnce.backends.triton import statistics
+
+    return statistics.forward(problem)
+
+
+def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
+    """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    from fastnce.backends.triton import gradients
+
+    return gradients.backward(problem, grads, stats, wanted)

@@ -1,0 +1,351 @@
+"""Device code over tiles of logits. The same lines as in docs/math.md, in base 2 and without the bias:
+
+    x~_i       row i of q times a power of two, in float16 (float32 input: a high and a low half), zero-padded. bfloat16 fits exactly
+    t_ij       = alpha_i beta_j <x~_i, y~_j>,   alpha_i = log2(e) scale a_i,  beta_j = a_j,  a = 1 / |x~|
+    log-sums   log2 sum_{N_i} 2^t_ij,  log2 sum_{P_i} 2^t_ij;   pos_i = sum_{P_i} t_ij
+    w_ij       = [N_i] c_i 2^(t_ij - L_i) + [P_i] (c'_i 2^(t_ij - L'_i) + mean_i)      + the same of column j
+    dx_i       = sum_j w_ij beta_j y~_j            kernels_rows.py turns it into dL/dq
+
+Tiles are walked by programs on axis 0. Unshifted kernels use 2^t itself: they run where |logit| <= 40, by a number that only the device
+reads; elsewhere their loops are empty and the kernel with the running maximum does the work. Rows are padded to whole tiles, so operands
+load without masks; a mask is applied in the tiles that need one, behind a branch that is the same for the whole program.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnce.backends.triton.kernels_rows import LOG2E, valid
+
+# Numbers that change from call to call: a kernel is compiled once for all of them.
+RUNTIME = [
+    "rows", "columns", "own", "up", "down", "depth", "mask_rows", "mask_columns", "mask_row", "mask_column", "row_padded", "column_padded",
+    "row0", "column0", "down_tiles", "across", "pitch", "splits", "per_split", "always", "symmetric",
+]  # fmt: skip
+# 2^t, sums of 2^31 such terms and their reciprocals times an upstream gradient stay normal float32 numbers while |t| <= 40 log2(e).
+UNSHIFTED = tl.constexpr(40.0)
+
+
+@triton.jit
+def operand(X, first, column, depth, PARTS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+    """Rows first.. and columns column.. of a padded operand: (high, low); where there is one part, low is high and not used."""
+    row = X + (first + tl.arange(0, BR)).to(tl.int64)[:, None] * (PARTS * depth)
+    high = tl.load(row + (column + tl.arange(0, BD))[None, :])
+    low = high
+    if PARTS == 2:
+        low = tl.load(row + (depth + column + tl.arange(0, BD))[None, :])
+    return high, low
+
+
+@triton.jit
+def product(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
+    """acc + a b. In two parts the product of the low ones is below float32's rounding, and the small terms come first."""
+    if PARTS == 2:
+        acc = tl.dot(a_low, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b_low, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def halves(w, PARTS: tl.constexpr):
+    """float32 numbers as (high, low) float16: the one rounding down, after every sum that cancels."""
+    high = w.to(tl.float16)
+    low = high
+    if PARTS == 2:
+        low = (w - high.to(tl.float32)).to(tl.float16)
+    return high, low
+
+
+@triton.jit
+def finite(factor):
+    """A row that is nan makes its weights nan where it counts; where it is excluded they are 0, and 0 * nan must not reach the others."""
+    return tl.where(factor == factor, factor, 1.0)
+
+
+@triton.jit
+def logits(x, x_low, X, Y, i0, j0, depth, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """<x~_i, y~_j> of a tile. Rows that fit into one block (DP columns) are given as x; longer ones (DP = 0) are read piece by piece."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    if DP:
+        y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
+        acc = product(x, x_low, tl.trans(y), tl.trans(y_low), acc, PARTS)
+    else:
+        for column in range(0, depth, BD):
+            a, a_low = operand(X, i0, column, depth, PARTS, BM, BD)
+            y, y_low = operand(Y, j0, column, depth, PARTS, BN, BD)
+            acc = product(a, a_low, tl.trans(y), tl.trans(y_low), acc, PARTS)
+    return acc
+
+
+@triton.jit
+def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
+    """The program's own rows, once for all tiles; where they do not fit, something that is not used."""
+    if DP:
+        x, x_low = operand(X, i0, 0, DP, PARTS, BM, DP)
+    else:
+        x, x_low = A, A
+    return x, x_low
+
+
+# Which pair is what: pairs.py, for a tile. own, up, down are diagonals j - i: self, aligned, aligned mirrored; NONE where there is none ----
+
+
+@triton.jit
+def _meets(i0, j0, diagonal, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether the line j - i == diagonal crosses the tile."""
+    local = j0 - i0 - diagonal
+    return (local < BM) & (local > -BN)
+
+
+@triton.jit
+def needs_mask(i0, j0, rows, columns, own, up, down, BM: tl.constexpr, BN: tl.constexpr):
+    crossed = _meets(i0, j0, own, BM, BN) | _meets(i0, j0, up, BM, BN) | _meets(i0, j0, down, BM, BN)
+    return crossed | (i0 + BM > rows) | (j0 + BN > columns)
+
+
+@triton.jit
+def outside(i, j, rows, columns, own, up, down):
+    """Negatives by index alone: inside the matrix, not self, not aligned."""
+    step = j[None, :] - i[:, None]
+    return (i < rows)[:, None] & (j < columns)[None, :] & (step != own) & (step != up) & (step != down)
+
+
+@triton.jit
+def classes(
+    i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+    rows, columns, own, up, down, IN_TILE: tl.constexpr,
+):  # fmt: skip
+    """(positive, negative) of every pair of a tile. Aligned pairs are positives here only if IN_TILE: otherwise they are counted apart.
+
+    Ids are padded and not negative where they match something: what must match nothing differs between the two sides.
+    """
+    step = j[None, :] - i[:, None]
+    inside = (i < rows)[:, None] & (j < columns)[None, :] & (step != own)
+    aligned = (step == up) | (step == down)
+    kept = inside
+    if q_exclude is not None:
+        kept = kept & (tl.load(q_exclude + i)[:, None] != tl.load(k_exclude + j)[None, :])
+    if not IN_TILE:
+        kept = kept & (step != up) & (step != down)
+        return kept, kept
+    same = aligned
+    if q_label is not None:
+        same = tl.load(q_label + i)[:, None] == tl.load(k_label + j)[None, :]
+    if mask is not None:
+        place = (i % mask_rows).to(tl.int64)[:, None] * mask_row + (j % mask_columns).to(tl.int64)[None, :] * mask_column
+        chosen = tl.load(mask + place) != 0
+        same = chosen if q_label is None else same | chosen
+    positive = (kept & same) | (inside & aligned)
+    return positive, kept & ~same & ~aligned
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _running(u, alpha, top, total):
+    """One tile into the log-sum (top, total) = total 2^top of each row; what is left out of it is -inf in u. alpha > 0."""
+    new = tl.maximum(top, tl.max(u, 1) * alpha)
+    # A row without any pair so far: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
+    base = tl.where(new == -float("inf"), 0.0, new)
+    e = tl.exp2(u * alpha[:, None] - base[:, None])
+    shrink = tl.exp2(top - base)
+    return new, total * shrink + tl.sum(e, 1), e, shrink
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_rows(
+    X, Y, A, B, scale, bound, real, count, out, moment, lift,
+    q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+    rows, columns, own, up, down, depth, row_padded, splits, per_split, always,
+    IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Row statistics with a running maximum, in any range; unless `always`, only where the unshifted kernel must not run.
+
+    real   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
+    count  (splits, rows) int32: number of positives, IN_TILE only
+    out    (splits, padded rows, DP) or None: lift sum_j 2^(t - top) beta_j y~_j, and moment (splits, rows): sum_j 2^(t - top) t
+    """
+    block = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    i0 = block * BM
+    i = i0 + tl.arange(0, BM)
+    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
+    hi = tl.where((tl.load(bound) <= UNSHIFTED) & (always == 0), lo, hi)
+    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
+    top = tl.full([BM], -float("inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    if IN_TILE:
+        top_pos = tl.full([BM], -float("inf"), tl.float32)
+        total_pos = tl.zeros([BM], tl.float32)
+        pos = tl.zeros([BM], tl.float32)
+        n_pos = tl.zeros([BM], tl.int32)
+    if out is not None:
+        acc = tl.zeros([BM, DP], tl.float32)
+        mean = tl.zeros([BM], tl.float32)
+        lifted = tl.load(lift)
+    for tile in range(lo, hi):
+        j0 = tile * BN
+        j = j0 + tl.arange(0, BN)
+        beta = tl.load(B + j)
+        u = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * beta[None, :]
+        if IN_TILE or q_exclude is not None:
+            positive, negative = classes(
+                i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+                rows, columns, own, up, down, IN_TILE,
+            )  # fmt: skip
+            if IN_TILE:
+                of_positive = tl.where(positive, u, -float("inf"))
+                top_pos, total_pos, _, _ = _running(of_positive, alpha, top_pos, total_pos)
+                pos += tl.sum(tl.where(positive, u, 0.0), 1) * alpha
+                n_pos += tl.sum(positive.to(tl.int32), 1)
+            u = tl.where(negative, u, -float("inf"))
+        elif needs_mask(i0, j0, rows, columns, own, up, down, BM, BN):
+            u = tl.where(outside(i, j, rows, columns, own, up, down), u, -float("inf"))
+        top, total, e, shrink = _running(u, alpha, top, total)
+        if out is not None:
+            y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
+            g, g_low = halves(e * (finite(beta) * lifted)[None, :], PARTS)
+            acc = product(g, g_low, y, y_low, acc * shrink[:, None], PARTS)
+            # Where e is 0 t may be -inf.
+            mean = mean * shrink + tl.sum(tl.where(e > 0.0, e * u, 0.0), 1) * alpha
+    inside = i < rows
+    field = splits.to(tl.int64) * rows
+    place = real + split.to(tl.int64) * rows + i
+    tl.store(place, top, mask=inside)
+    tl.store(place + field, total, mask=inside)
+    if IN_TILE:
+        tl.store(place + 2 * field, top_pos, mask=inside)
+        tl.store(place + 3 * field, total_pos, mask=inside)
+        tl.store(place + 4 * field, pos, mask=inside)
+        tl.store(count + split.to(tl.int64) * rows + i, n_pos, mask=inside)
+    if out is not None:
+        row = (split.to(tl.int64) * row_padded + i)[:, None] * DP
+        tl.store(out + row + tl.arange(0, DP)[None, :], acc)
+        tl.store(moment + split.to(tl.int64) * rows + i, mean, mask=inside)
+
+
+@triton.jit
+def _add(place, value, inside):
+    tl.atomic_add(place, value, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def forward_both(
+    X, Y, A, B, scale, bound, row_sum, row_count, column_sum, column_count,
+    q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+    rows, columns, own, up, down, depth, splits, per_split, symmetric,
+    IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Unshifted sums of rows and of columns from one tile, added in memory, where every |logit| <= 40.
+
+    row_sum     (1 or 3, rows): sum of 2^t over the negatives; IN_TILE: over the positives, and their sum of t
+    row_count   (rows,) int32: number of positives, IN_TILE only;  column_*: the same per column
+    symmetric   the keys are the queries, column_* are row_*: a tile also stands for its mirror image, and half of them are visited.
+                Tile (I, I + o mod T): every program has as many, and those that add to one column do so at different times
+    """
+    block = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    tiles = tl.cdiv(columns, BN)
+    # Of an even number of tiles, those half way round would be met from both ends.
+    half = tl.where((tiles % 2 == 0) & (block >= tiles // 2), tiles // 2, tiles // 2 + 1)
+    steps = tl.where(symmetric != 0, half, tiles)
+    i0 = block * BM
+    i = i0 + tl.arange(0, BM)
+    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, steps)
+    unshifted = tl.load(bound) <= UNSHIFTED
+    hi = tl.where(unshifted, hi, lo)
+    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
+    total = tl.zeros([BM], tl.float32)
+    if IN_TILE:
+        total_pos = tl.zeros([BM], tl.float32)
+        pos = tl.zeros([BM], tl.float32)
+        n_pos = tl.zeros([BM], tl.int32)
+    start = block % tiles
+    for step in range(lo, hi):
+        tile = start + step
+        tile = tl.where(tile >= tiles, tile - tiles, tile)
+        j0 = tile * BN
+        j = j0 + tl.arange(0, BN)
+        t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * tl.load(B + j)[None, :] * alpha[:, None]
+        e = tl.exp2(t)
+        # Where the keys are the queries a tile on the diagonal holds its own mirror image.
+        counted = j < tl.where((symmetric != 0) & (step == 0), 0, columns)
+        if IN_TILE or q_exclude is not None:
+            positive, negative = classes(
+                i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+                rows, columns, own, up, down, IN_TILE,
+            )  # fmt: skip
+            if IN_TILE:
+                e_pos = tl.where(positive, e, 0.0)
+                t_pos = tl.where(positive, t, 0.0)
+                ones = positive.to(tl.int32)
+                total_pos += tl.sum(e_pos, 1)
+                pos += tl.sum(t_pos, 1)
+                n_pos += tl.sum(ones, 1)
+                _add(column_sum + columns + j, tl.sum(e_pos, 0), counted)
+                _add(column_sum + 2 * columns + j, tl.sum(t_pos, 0), counted)
+                _add(column_count + j, tl.sum(ones, 0), counted)
+            e = tl.where(negative, e, 0.0)
+        elif needs_mask(i0, j0, rows, columns, own, up, down, BM, BN):
+            e = tl.where(outside(i, j, rows, columns, own, up, down), e, 0.0)
+        total += tl.sum(e, 1)
+        _add(column_sum + j, tl.sum(e, 0), counted)
+    inside = i < tl.where(unshifted, rows, 0)
+    _add(row_sum + i, total, inside)
+    if IN_TILE:
+        _add(row_sum + rows + i, total_pos, inside)
+        _add(row_sum + 2 * rows + i, pos, inside)
+        _add(row_count + i, n_pos, inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def retrieval(
+    X, Y, A, B, scale, threshold, real, whole,
+    q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+    rows, columns, own, up, down, depth, splits, per_split,
+    IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What ranks are made of. nan is none of the largest.
+
+    real   (2, splits, rows): largest t of the negatives, of the positives
+    whole  (2, splits, rows) int32: number of negatives with t above the threshold (rows,), column of the largest negative
+    """
+    block = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    i0 = block * BM
+    i = i0 + tl.arange(0, BM)
+    inside = i < rows
+    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
+    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
+    least = tl.load(threshold + i, mask=inside, other=0.0)
+    best = tl.full([BM], -float("inf"), tl.float32)
+    best_pos = tl.full([BM], -float("inf"), tl.float32)
+    rank = tl.zeros([BM], tl.int32)
+    where = tl.full([BM], -1, tl.int32)
+    for tile in range(lo, hi):
+        j0 = tile * BN
+        j = j0 + tl.arange(0, BN)
+        t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * tl.load(B + j)[None, :] * alpha[:, None]
+        positive, negative = classes(
+            i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
+            rows, columns, own, up, down, IN_TILE,
+        )  # fmt: skip
+        if IN_TILE:
+            best_pos = tl.maximum(best_pos, tl.max(tl.where(positive, t, -float("inf")), 1))
+        t = tl.where(negative & (t == t), t, -float("inf"))
+        rank += tl.sum((t > least[:, None]).to(tl.int32), 1)
+        highest, at = tl.max(t, 1, return_indices=True)
+        where = tl.where(highest > best, j0 + at, where)
+        best = tl.maximum(best, highest)
+    place = split.to(tl.int64) * rows + i
+    field = splits.to(tl.int64) * rows
+    tl.store(real + place, best, mask=inside)
+    tl.store(real + field + place, best_pos, mask=inside)
+    tl.store(whole + place, rank, mask=inside)
+    tl.store(whole + field + place, where, mask=inside)

@@ -1,0 +1,422 @@
+"""Every Triton kernel compiled ahead of time, exactly as it is launched, and what the hardware gets. Needs no GPU.
+
+    python tests/aot.py                                        # what the backend launches; exit 1 where a verdict is not ok
+    python tests/aot.py --arch sm_90,sm_100 --json FILE        # some architectures; keep the numbers
+    python tests/aot.py --markdown A.json B.json               # recorded runs of two versions of Triton side by side
+    python tests/aot.py --write docs/backends.md A.json B.json # the same between the page's two markers
+    python tests/aot.py --check docs/backends.md A.json B.json # exit 1 where the page says something else
+
+Verdicts, all that apply, or "ok":
+
+    ERROR    does not compile
+    SPILL    registers are kept in local memory: a stack, LDL or STL
+    SMEM     one block wants more shared (sm_100: or tensor) memory than there is
+    NO MMA   a product of tiles without a tensor-core instruction
+    SERIAL   the compiler waits after every wgmma, so that products no longer overlap: a dot under an `if` in a loop does that
+    TF32     a float32 product rounded to 10 bits
+    F64      a float64 product
+    FUSION   enable_fp_fusion left to Triton, whose default changes with its version
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout
+
+from fastnce.backends import triton as backend
+from fastnce.backends.triton import host
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem, SideGrad, Wanted
+
+LENGTHS = (64, 128, 256, 512)
+ROWS = 256  # of the problems that are recorded: only the types and the layout of their tensors matter
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+BEGIN, END = "<!-- aot:begin (generated) -->", "<!-- aot:end -->"
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Shared memory in bytes: of one block, of an SM.
+SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}
+RESERVED = 1 << 10  # shared memory that the system keeps per block
+REGISTERS, PARTITIONS, WARPS, BLOCKS = 64 << 10, 4, 64, 32  # of an SM; its registers and warps are split over the partitions
+TENSOR_COLUMNS = 512  # tensor memory of an SM, sm_100
+
+MMA = ("HMMA", "IMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA")  # by chip: sm_80, sm_90, sm_100
+
+TILE = re.compile(r"B[A-Z]|BLOCK_?\w*")  # names of constexprs that are tile sizes
+
+
+class Launch(NamedTuple):
+    """One specialisation of one kernel, as Triton's own binder makes it from the arguments of a launch.
+
+    kernel      module:name
+    signature   argument -> type: *bf16, i32, constexpr
+    constexprs  path of an argument -> value, None and an integer 1 included
+    attrs       path of an argument -> what is known of it, such as divisibility by 16
+    options     for the compiler: num_warps, num_stages, enable_fp_fusion
+    """
+
+    kernel: str
+    arch: str
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Constexprs by name."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constexprs.items()}
+
+
+class Found(NamedTuple):
+    """What one launch compiles to.
+
+    regs, stack, spills   registers per thread, bytes of stack, instructions that load from or store to it
+    smem, blocks          bytes of shared memory per block, resident blocks per SM
+    mma                   tensor-core instructions, as "16 HGMMA"
+    mufu                  instructions of the special function unit: exp2, log2, rsqrt
+    loop                  instructions of the innermost loop with most tensor-core instructions
+    seconds, verdict      how long it took, and the words at the top of this file
+    error                 what the compiler said where the verdict is ERROR
+    """
+
+    kernel: str
+    variant: str
+    arch: str
+    tile: str
+    warps: int
+    stages: int
+    regs: int = 0
+    stack: int = 0
+    spills: int = 0
+    smem: int = 0
+    blocks: int = 0
+    mma: str = ""
+    mufu: int = 0
+    loop: int = 0
+    seconds: float = 0.0
+    verdict: str = ""
+    error: str = ""
+
+
+# What is launched ---------------------------------------------------------------------------------------------------------------------
+
+
+def target(arch: str) -> GPUTarget:
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+
+
+def record(run: Callable[[], None], arch: str) -> list[Launch]:
+    """The different launches that run() makes, in the order in which they come first. None is run: what they would write stays as it is.
+
+    The place of Triton's launcher is taken, so that whatever stands between a kernel and its caller is seen through. Tensors may be on
+    the CPU: their allocations, like a GPU's, start at multiples of 16 bytes.
+    """
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set, so that kernels are interpreted and not compiled: unset it")
+    backend = make_backend(target(arch))
+    seen: dict[str, Launch] = {}
+
+    def bind(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+        _, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+        launch = Launch(f"{kernel.__module__}:{kernel.__name__}", arch, signature, constexprs, attrs, options)
+        seen.setdefault(repr(launch), launch)
+
+    with mock.patch.object(JITFunction, "run", bind):
+        run()
+    return list(seen.values())
+
+
+def problems() -> Iterator[Problem]:
+    """Every kernel, in both forms of the operands, at each length that has tiles of its own, with the fewest and with the most rules.
+
+    The operands are float16 whatever the input is; float16 input differs from bfloat16 in the passes over single rows alone.
+    """
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    mask = torch.zeros(ROWS, ROWS, dtype=torch.bool)
+    both_ids = {"q_label": ids, "k_label": ids, "q_exclude": ids, "k_exclude": ids}
+    for dtype, d in itertools.product((torch.bfloat16, torch.float32), LENGTHS):
+        q, k = torch.zeros(2, ROWS, d, dtype=dtype)
+        ask = functools.partial(Problem, q, scale=torch.tensor(10.0), bias=None, normalize=True)
+        yield ask(k=k, pairs=Pairs(offset=0), two_sided=False)  # info_nce
+        yield ask(k=k, pairs=Pairs(offset=0), two_sided=True)  # clip_loss
+        yield ask(k=k, pairs=Pairs(), two_sided=False, frozen=True)  # moco_loss
+        yield ask(k=k, pairs=Pairs(q_exclude=ids, k_exclude=ids), two_sided=False, frozen=True)
+        yield ask(k=k, pairs=Pairs(offset=0, **both_ids), two_sided=True, metrics=True)
+        yield ask(k=k, pairs=Pairs(offset=0, **both_ids, mask=mask), two_sided=True)
+        if d == LENGTHS[1]:
+            yield ask(k=None, pairs=Pairs(exclude_self=True, q_label=ids), two_sided=False)  # sup_con
+
+
+def shipped(arch: str) -> None:
+    """Forward and backward of all of them, where the host code believes to be on this architecture."""
+    with mock.patch.object(host, "architecture", return_value=arch):
+        for problem in problems():
+            stats = backend.forward(problem)
+            grads = [SideGrad(side.lse_neg, side.lse_pos, side.pos) for side in stats]
+            backend.backward(problem, grads, stats, Wanted(True, not problem.symmetric and not problem.frozen, True, False))
+
+
+# What it compiles to ------------------------------------------------------------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str  # HGMMA.64x128x16.F32.BF16
+    text: str  # with its operands
+
+
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
+
+
+def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
+    """The kernel's instructions, and its REG and STACK."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([program, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    sass = [Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in LINE.finditer(text)]
+    return sass, {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+
+
+def count(sass: Sequence[Instruction], *prefixes: str) -> int:
+    return sum(instruction.name.startswith(prefixes) for instruction in sass)
+
+
+def loops(sass: list[Instruction]) -> Iterator[list[Instruction]]:
+    """The instructions between every branch backward and where it goes."""
+    for branch in sass:
+        goes = re.search(r"0x([0-9a-f]+)\s*$", branch.text) if branch.name.startswith("BRA") else None
+        if goes and int(goes[1], 16) < branch.address:
+            yield [instruction for instruction in sass if int(goes[1], 16) <= instruction.address <= branch.address]
+
+
+def hot_loop(sass: list[Instruction]) -> list[Instruction]:
+    """The loop with most tensor-core instructions, then most exponentials, then the shortest; empty without any loop."""
+    return max(loops(sass), key=lambda loop: (count(loop, *MMA), count(loop, "MUFU"), -len(loop)), default=[])
+
+
+def serialised(loop: list[Instruction], log: str) -> bool:
+    """Whether the assembler says so, or waits after more than half of the products, which it does silently where registers are capped.
+
+    Two or three waits per turn of a loop are what a kernel needs that uses one product in the next.
+    """
+    waits = count(loop, "WARPGROUP.DEPBAR")
+    return "wgmma.mma_async instructions are serialized" in log or (waits > 3 and 2 * waits > count(loop, *MMA))
+
+
+def resident(arch: str, warps: int, regs: int, smem: int, tensor_columns: int) -> int:
+    """Blocks that an SM holds at once. Registers are given to a warp in units of 8 per thread."""
+    per_block, per_sm = SHARED[arch]
+    if smem > per_block or tensor_columns > TENSOR_COLUMNS:
+        return 0
+    per_warp = -(-regs // 8) * 8 * 32
+    by_registers = REGISTERS // PARTITIONS // per_warp * PARTITIONS // warps
+    return min(by_registers, per_sm // (smem + RESERVED), WARPS // warps, BLOCKS, TENSOR_COLUMNS // max(1, tensor_columns))
+
+
+def compiled(launch: Launch) -> Found:
+    """Compile one launch and read what comes out."""
+    module, name = launch.kernel.split(":")
+    tile = "x".join(str(value) for key, value in launch.named.items() if TILE.fullmatch(key))
+    row = Found(name, "", launch.arch, tile, launch.options.get("num_warps", 4), launch.options.get("num_stages", 3))
+    source = ASTSource(getattr(importlib.import_module(module), name), launch.signature, launch.constexprs, launch.attrs)
+    began = time.perf_counter()
+    try:
+        with mock.patch.object(knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(io.StringIO()) as log:
+            kernel = triton.compile(source, target(launch.arch), launch.options)
+    except Exception as error:  # one that does not compile must not hide the others
+        return row._replace(verdict="ERROR", error="".join(traceback.format_exception(error, limit=0)).strip())
+    if launch.arch.startswith("sm_"):
+        row = inspected(row, kernel, log.getvalue())
+    wrong = [row.verdict] if row.verdict else []
+    wrong += [] if "enable_fp_fusion" in launch.options else ["FUSION"]
+    return row._replace(smem=kernel.metadata.shared, seconds=round(time.perf_counter() - began, 2), verdict="+".join(wrong) or "ok")
+
+
+def inspected(row: Found, kernel: Any, log: str) -> Found:
+    """A row with the numbers of a kernel for NVIDIA, and as verdict all that is wrong with them."""
+    sass, used = disassemble(kernel.asm["cubin"])
+    loop, shared, tensor = hot_loop(sass), kernel.metadata.shared, kernel.metadata.tmem_size or 0
+    row = row._replace(
+        regs=used["REG"],
+        stack=used["STACK"],
+        spills=count(sass, "LDL", "STL"),
+        blocks=resident(row.arch, kernel.metadata.num_warps, used["REG"], shared, tensor),
+        mma=" ".join(f"{n} {name}" for name in MMA if (n := count(sass, name))),
+        mufu=count(sass, "MUFU"),
+        loop=len(loop),
+    )
+    products = " ".join(re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\.\S+", kernel.asm["ptx"]))
+    wrong = {
+        "SPILL": row.stack or row.spills,
+        "SMEM": not row.blocks,
+        "NO MMA": not row.mma and "tt.dot" in kernel.asm["ttir"],
+        "SERIAL": serialised(loop, log),
+        "TF32": "tf32" in products,
+        "F64": ".f64" in products,
+    }
+    return row._replace(verdict="+".join(name for name, found in wrong.items() if found))
+
+
+def check(launches: list[Launch]) -> list[Found]:
+    """All of them, in this order, in as many processes as there are cores and with an empty cache."""
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache),
+        # Not forked: torch and LLVM have threads.
+        ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool,
+    ):
+        found = list(pool.map(compiled, launches))
+    return [row._replace(variant=variant) for row, variant in zip(found, variants(launches), strict=True)]
+
+
+def variants(launches: list[Launch]) -> list[str]:
+    """What distinguishes every launch from the others of its kernel: flags by name, numbers, types of tensors, tensors that may be None."""
+    described = []
+    for launch in launches:
+        parts = dict(launch.signature)
+        more = launch.named | {name: value for name, value in launch.options.items() if name not in ("num_warps", "num_stages")}
+        parts.update({name: str(value) for name, value in more.items()})
+        described.append((launch.kernel, {name: part for name, part in parts.items() if not TILE.fullmatch(name)}))
+    out = []
+    for kernel, parts in described:
+        texts = []
+        for name, part in parts.items():
+            others = {more.get(name, "None") for same, more in described if same == kernel}
+            if len(others) > 1 and part not in ("None", "False"):
+                tensor = part.startswith("*")
+                texts.append(name if part == "True" or (tensor and "None" in others) else part[1:] if tensor else f"{name}={part}")
+        out.append(" ".join(dict.fromkeys(texts)))
+    return out
+
+
+# What is said about it ----------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("arch", "kernel", "variant", "tile", "warps", "stages", "regs", "smem", "blocks", "mma", "mufu", "loop", "seconds", "verdict")
+
+
+def text(rows: list[Found]) -> str:
+    """The rows as a table for a terminal, then what did not compile."""
+    table = [list(COLUMNS)] + [[str(getattr(row, name)) for name in COLUMNS] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    errors = [f"\n{row.arch} {row.kernel} {row.variant} {row.tile}\n{row.error}" for row in rows if row.error]
+    wrong = sum(row.verdict != "ok" for row in rows)
+    return "\n".join([*lines, *errors, f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} not ok"])
+
+
+def either(values: Sequence[object]) -> str:
+    """One value, or one per version of Triton."""
+    return " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+
+def markdown(runs: dict[str, list[Found]]) -> str:
+    """The rows of one or more versions of Triton side by side, and a line for what has no numbers."""
+    versions = sorted(runs, key=lambda version: [int(part) for part in version.split(".")[:3]])
+    by_key: dict[tuple[object, ...], dict[str, Found]] = {}
+    for version in versions:
+        for row in runs[version]:
+            versions_of = by_key.setdefault((row.kernel, row.variant, row.arch, row.tile, row.warps, row.stages), {})
+            if version in versions_of:
+                raise ValueError(f"{row.kernel} {row.variant} {row.tile} for {row.arch}: two launches of this name")
+            versions_of[version] = row
+    lines = [
+        f"Triton {' / '.join(versions)}: one number where they agree.",
+        "",
+        "| kernel | variant | architecture | tile | warps, stages | registers | shared KiB | blocks per SM | MMA | loop |",
+        "|---|---|---|---|---|--:|--:|--:|---|--:|",
+    ]
+    for (kernel, variant, arch, tile, warps, stages), found in by_key.items():
+        rows = [found[version] for version in versions if version in found]
+        if len(rows) != len(versions):
+            raise ValueError(f"{kernel} {variant} {tile} for {arch}: not in the results of every version of Triton")
+        if rows[0].regs:
+            cells = [str(kernel), str(variant), str(arch), str(tile), f"{warps}, {stages}"]
+            cells += [either([row.regs for row in rows]), either([f"{row.smem / 1024:.3g}" for row in rows])]
+            cells += [either([row.blocks for row in rows]), either([re.sub(r"\d+ ", "", row.mma) for row in rows])]
+            lines.append("| " + " | ".join([*cells, either([row.loop for row in rows])]) + " |")
+    unread = [key for key, found in by_key.items() if not any(row.regs for row in found.values())]
+    for arch in dict.fromkeys(str(key[2]) for key in unread):
+        lines += ["", f"{arch}: {sum(key[2] == arch for key in unread)} compile; their registers are not read."]
+    return "\n".join(lines)
+
+
+def regenerate(page: str, region: str) -> str:
+    """The page with this between its markers."""
+    head, rest = page.split(BEGIN)
+    return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
+
+
+def read(files: list[Path]) -> dict[str, list[Found]]:
+    """Recorded runs by version of Triton."""
+    runs = [json.loads(file.read_text()) for file in files]
+    return {run["triton"]: [Found(**row) for row in run["kernels"]] for run in runs}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="recorded runs, read instead of compiling")
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="%(default)s")
+    parser.add_argument("--of", default="aot:shipped", help="module:function(architecture) that launches (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--check", type=Path, metavar="PAGE")
+    options = parser.parse_args(arguments)
+    if options.results:
+        runs = read(options.results)
+    else:
+        module, name = options.of.split(":")
+        launch = getattr(importlib.import_module(module), name)
+        launches = [one for arch in options.arch.split(",") for one in record(functools.partial(launch, arch), arch)]
+        runs = {triton.__version__: check(launches)}
+    rows = [row for run in runs.values() for row in run]
+    if options.json:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": [row._asdict() for row in rows]}, indent=1) + "\n")
+    if page := options.write or options.check:
+        before = page.read_text()
+        after = regenerate(before, markdown(runs))
+        if options.check and before != after:
+            print(f"{page} differs from what is compiled: run python tests/aot.py --write {page}")
+            return 1
+        page.write_text(after)
+    else:
+        print(markdown(runs) if options.markdown else text(rows))
+    return int(any(row.verdict != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,403 @@
+"""The Triton kernels in the checked interpreter: every problem forward and backward, every address, every race, every output written."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import budget
+import oracle
+import pytest
+import test_statistics as whole_suite
+import torch
+from interpreter import Checked
+from problems import PROBLEMS, Problem
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnce
+from fastnce import contrastive_stats, norms, tiles
+from fastnce.backends import triton as backend
+from fastnce.backends.triton import gradients, host, kernels_rows, statistics
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem as Asked
+from fastnce.problem import SideGrad, Wanted
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FAMILIES = ("whole", "long")
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tiles of 16 x 16, blocks of 32 x 32, several splits: problems of 70 rows then have every kind of tile. "long" rows fit into none."""
+    name = getattr(request, "param", "whole")
+    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, 16 if name == "long" else depth, 1, 1))
+    monkeypatch.setattr(tiles, "TRITON_DEPTHS", () if name == "long" else (16, 32, 64))
+    monkeypatch.setattr(tiles, "TRITON_WHOLE", 0 if name == "long" else 256)
+    monkeypatch.setattr(tiles, "TRITON_DEPTH", 16)
+    monkeypatch.setattr(tiles, "TRITON_PADDED", 16)
+    monkeypatch.setattr(tiles, "TRITON_BLOCK", 32)
+    monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
+    monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
+    return str(name)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated without a value holds nan, or a number far outside of any count: reading it before writing it shows."""
+
+    def fill(empty: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            new = empty(*args, **kwargs)
+            return new.fill_(torch.nan if new.is_floating_point() else 2**30)
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(p: Problem, dtype: torch.dtype) -> None:
+    with Checked(arguments=True) as checked:
+        whole_suite.check(p, dtype, "triton")
+    assert not checked.races
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_values_and_gradients(p: Problem, dtype: torch.dtype, family: str) -> None:
+    check(p, dtype)
+
+
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_float16(p: Problem, family: str) -> None:
+    """In the tiles the same as bfloat16, whose numbers fit into float16 exactly: it differs in the passes over single rows."""
+    check(p, torch.float16)
+
+
+# What the tiles and the walk differ in: all three shapes, positives by index and by content, both sides of the limit of the range.
+SOME = [p for p in PROBLEMS if p.why.startswith(("in-batch", "clip:", "clip captions:", "simclr:", "supcon:", "mask and", "low temperature:"))]
+
+
+@pytest.mark.parametrize("p", SOME, ids=str)
+def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None) -> None:
+    """No two programs add to one number; the second run has the same bits."""
+    check(p, torch.float32)
+    first, second = whole_suite.run(p, torch.float32, "triton"), whole_suite.run(p, torch.float32, "triton")
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", SOME, ids=str)
+def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles that a GPU runs, where a problem is smaller than one of them, and where it ends in the middle of the second."""
+    monkeypatch.setattr(host, "multiprocessors", lambda device: 1)
+    check(p, torch.bfloat16)
+    grown = p._replace(m=150, n_keys=0 if p.symmetric else 140, offset=None if p.offset is None else 75, labels=p.labels * 5)
+    check(grown._replace(mask=(75, 140)) if p.mask else grown, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9 and "low" not in p.why and "cone" not in p.why], ids=str)
+def test_metrics(p: Problem, family: str) -> None:
+    """Rank, hardest negative and best positive equal a dense sort of the float64 logits, up to ties."""
+    q, k, scale, bias = p.tensors(torch.float32)
+    with Checked(arguments=True) as checked:
+        found = contrastive_stats(q, k, scale=scale, bias=bias, metrics=True, backend="triton", **p.call())
+    assert not checked.races
+    s = oracle.logits(q.double(), q.double() if k is None else k.double(), scale.double(), None if bias is None else bias.double(), p.normalize)
+    kinds = oracle.classes(p)
+    tolerance = 32 * budget.U * max(1.0, s.abs().max().item())
+    for side, t, c in [(found, s, kinds), (found.columns, s.T, kinds.T)][: 2 if p.two_sided else 1]:
+        negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
+        best = t.masked_fill(c != oracle.POSITIVE, -torch.inf).amax(1)
+        tie = p.scale * 2.0**-20 if p.normalize else 0.0
+        near = 2 * tolerance
+        least = (negatives > best[:, None] + tie + near).sum(1)
+        most = (negatives > best[:, None] + tie - near).sum(1)
+        assert ((least <= side.rank) & (side.rank <= most)).all()
+        torch.testing.assert_close(side.pos_max.double(), best, rtol=0, atol=tolerance)
+        torch.testing.assert_close(side.hardest_logit.double(), negatives.amax(1), rtol=0, atol=tolerance)
+        some = (c == oracle.NEGATIVE).any(1)
+        assert torch.equal(side.hardest >= 0, some)
+        chosen = negatives.gather(1, side.hardest.clamp(min=0)[:, None])[some, 0]
+        torch.testing.assert_close(chosen, side.hardest_logit[some].double(), rtol=0, atol=tolerance)
+
+
+def inside_nan(x: Tensor) -> Tensor:
+    """The same numbers as a view into a larger storage that is nan everywhere else."""
+    around = torch.full((x.shape[0] + 5, x.shape[1] + 9), torch.nan, dtype=x.dtype)
+    view = around[3:-2, 4:-5]
+    view.copy_(x)
+    return view
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("p", SOME, ids=str)
+def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
+    """Bit for bit what a contiguous copy gives, in the gradients too."""
+    tensors, found = p.tensors(torch.bfloat16), []
+    for view in (lambda x: x, inside_nan, lambda x: x.T.contiguous().T):
+        q, k = (None if t is None else view(t.clone()).requires_grad_() for t in tensors[:2])
+        with Checked(arguments=True):
+            stats = contrastive_stats(q, k, scale=tensors[2], bias=tensors[3], backend="triton", **p.call() | {"two_sided": False})
+            some = torch.isfinite(stats.lse_neg) & torch.isfinite(stats.lse_pos)
+            value = (stats.lse_neg[some] * 0.3).sum() + (stats.lse_pos[some] * 2 - stats.pos[some]).sum()
+            grads = torch.autograd.grad(value, [t for t in (q, k) if t is not None])
+        found.append([stats.lse_neg, stats.lse_pos, *grads])
+    for other in found[1:]:
+        # Sums of the unshifted kernel are added in the order in which its programs run, and here they run one after the other.
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("exclude", [False, True], ids=["plain", "exclude ids"])
+def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoCo: backward has nothing to do over the tiles, and gives the gradients that keys with a gradient give."""
+    p = next(p for p in PROBLEMS if p.why.startswith("queue"))._replace(excludes=5 if exclude else 0, scale=20.0)
+    launched: list[str] = []
+
+    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        host.launch(kernel, programs, *args, **kwargs)
+
+    monkeypatch.setattr(gradients, "launch", spy)
+    upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    for dtype in DTYPES:
+        exact = [t if t is None else t.double().requires_grad_() for t in p.tensors(dtype)]
+        negatives = contrastive_stats(exact[0], exact[1], scale=exact[2], backend="reference", **p.call()).lse_neg
+        dq, dscale = torch.autograd.grad(negatives, (exact[0], exact[2]), upstream.double())
+        dense = [t if t is None else t.requires_grad_() for t in p.tensors(dtype)]
+        dense_lse = oracle.statistics(oracle.logits(dense[0], dense[1], dense[2], None, True), oracle.classes(p)).lse_neg
+        dense_dq, dense_dscale = torch.autograd.grad(dense_lse, (dense[0], dense[2]), upstream)
+        q, k, scale, _ = p.tensors(dtype)
+        q.requires_grad_(), scale.requires_grad_()
+        launched.clear()
+        with Checked(arguments=True) as checked:
+            found = contrastive_stats(q, k, scale=scale, backend="triton", **p.call())
+            grads = torch.autograd.grad(found.lse_neg, (q, scale), upstream)
+        assert not checked.races and launched == ["finish"]
+        assert budget.relative(grads[0], dq) <= budget.gradient_budget(dtype, budget.relative(dense_dq, dq))
+        assert budget.relative(grads[1], dscale) <= budget.scalar_budget(dtype, budget.relative(dense_dscale, dscale))
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_only_what_is_asked_for_gets_a_gradient(family: str) -> None:
+    """Every subset of (q, k, scale, bias) gives the gradients of all of them, however many passes are left out."""
+    p = next(p for p in PROBLEMS if p.why.startswith("clip captions:"))
+    rows = p._replace(two_sided=False)
+    for problem in (p, rows):
+        _, whole = whole_suite.run(problem, torch.float32, "triton")
+        for subset in range(1, 16):
+            leaves = [t.requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(problem.tensors(torch.float32))]
+            found = contrastive_stats(leaves[0], leaves[1], scale=leaves[2], bias=leaves[3], backend="triton", **problem.call())
+            real = [v for side in (found, found.columns) if side is not None for v in side[:3]]
+            asked = [t for t in leaves if t.requires_grad]
+            upstream = [g.float() for g in whole_suite.upstream(problem, real)]
+            for grad, t in zip(torch.autograd.grad(real, asked, upstream), asked, strict=True):
+                torch.testing.assert_close(grad, whole[[x is t for x in leaves].index(True)], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e19], ids=["nan", "inf", "too long"])
+def test_a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, family: str) -> None:
+    q, k = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
+    q[3, 5] = k[20, 2] = bad
+    ids = torch.arange(80)
+    ids[17] = ids[40 + 20] = 99  # query 17 does not meet the bad key
+    q.requires_grad_()
+    found = contrastive_stats(q, k, scale=5.0, q_exclude_ids=ids[:40], k_exclude_ids=ids[40:], backend="triton")
+    expected = torch.ones(40, dtype=torch.bool)
+    expected[17] = False
+    assert torch.equal(found.lse_neg.isnan(), expected)
+    (grad,) = torch.autograd.grad(found.lse_neg.sum(), q)
+    assert torch.equal(grad.isnan().any(1), expected)
+    for scale in (-1.0, 0.0, torch.nan, torch.inf):
+        assert contrastive_stats(q, k.nan_to_num(), scale=torch.tensor(scale), backend="triton").lse_neg.isnan().all()
+
+
+@pytest.mark.parametrize("length", [1e-13, 1e-12, 1e-6, 1.0, 1e6, 1e18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_any_length(length: float, dtype: torch.dtype, family: str) -> None:
+    """Finite for 1e-12 <= |x| <= 1e18, one such row among ordinary ones changes no other row's gradient, and a shorter one counts as zero."""
+    z = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    z[7] *= 1.01 * length if length < 1 else 0.99 * length
+    z = z.to(dtype).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    mine, ref = (fastnce.nt_xent(x, temperature=0.1, reduction="none", backend=b) for x, b in ((z, "triton"), (exact, "reference")))
+    assert budget.row_error(mine, ref.detach()) <= budget.row_budget(dtype, 0.0, 10.0)
+    others = torch.arange(40) != 7
+    (grad,), (expected,) = torch.autograd.grad(mine.sum(), z), torch.autograd.grad(ref.sum(), exact)
+    assert budget.relative(grad[others], expected[others]) <= budget.gradient_budget(dtype, 0.0) * 2
+    if length < 1e-12:
+        assert not grad[7].any()
+
+
+def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
+    """The error then is that of float16's 11 bits: above that of two parts, within what TF32 may cost."""
+    p = next(p for p in PROBLEMS if p.why.startswith("in-batch"))
+    exact, _, _ = whole_suite.exact_run(p, torch.float32)
+    errors = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found, grads = whole_suite.run(p, torch.float32, "triton")
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        errors[precision] = budget.row_error(found[0], exact[0])
+        assert all(torch.isfinite(g).all() for g in grads if g is not None)
+    assert errors["highest"] < 1e-5 < errors["high"] <= 2.0**-12 * p.scale
+
+
+def test_elements_beyond_two_to_the_31(family: str) -> None:
+    """Rows that lie 2^28 elements apart: an int32 product of index and stride wraps at row 8. The pages between them are never touched."""
+    rows, apart, d = 12, 2**28, 8
+    storage = torch.UntypedStorage(2 * ((rows - 1) * apart + d))
+    view = torch.tensor([], dtype=torch.bfloat16).set_(storage, 0, (rows, d), (apart, 1))
+    values = torch.randn(rows, d, generator=torch.Generator().manual_seed(0)).bfloat16()
+    view.copy_(values)
+    losses = []
+    for z in (view.requires_grad_(), values.requires_grad_()):
+        with Checked(arguments=True):
+            loss = fastnce.info_nce(z, z.detach(), temperature=0.2, backend="triton")
+            losses.append((loss, torch.autograd.grad(loss, z)[0]))
+    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+
+
+def test_every_loss_through_the_public_functions(family: str) -> None:
+    """backend="triton" takes CPU tensors here; values and gradients are those of the CPU backend."""
+    g = torch.Generator().manual_seed(0)
+    a, b, queue = (torch.randn(24, 10, generator=g) for _ in range(3))
+    labels = torch.arange(24) % 5
+
+    def losses(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
+        return [
+            fastnce.info_nce(x, y, temperature=0.1, backend=name),
+            fastnce.info_nce(x, y, queue, temperature=0.1, symmetric=False, backend=name),
+            fastnce.nt_xent(x, y, temperature=0.02, backend=name),
+            fastnce.sup_con(torch.stack([x, y], 1), labels, backend=name),
+            fastnce.clip_loss(x, y, 100.0, -10.0, backend=name),
+            fastnce.moco_loss(x, y.detach(), queue, backend=name),
+        ]
+
+    found = {}
+    for name in ("triton", "cpu"):
+        leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+        values = losses(*leaves, name)
+        found[name] = [values, *torch.autograd.grad(sum(values), leaves)]
+    for mine, theirs in zip(found["triton"][0], found["cpu"][0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=3e-6, atol=1e-7)
+    for mine, theirs in zip(found["triton"][1:], found["cpu"][1:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+
+
+def test_one_row_and_none(family: str) -> None:
+    one = torch.ones(1, 4, requires_grad=True)
+    loss = fastnce.info_nce(one, one.detach(), temperature=0.1, backend="triton")
+    loss.backward()
+    assert loss == 0 and not one.grad.any()
+    none = torch.ones(0, 4, requires_grad=True)
+    fastnce.info_nce(none, torch.ones(0, 4), temperature=0.1, reduction="sum", backend="triton").backward()
+    assert none.grad.shape == (0, 4)
+
+
+# What the host does: kernels are left out ----------------------------------------------------------------------------------------------
+
+
+class Watched(TorchDispatchMode):
+    """Every operator by name, and the largest sum of the bytes that were allocated at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.add(func.name().removeprefix("aten::").partition(".")[0])
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.seen | given:
+                self._follow(t.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        size, key = storage.nbytes(), storage._cdata
+        self.seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+def asked(n: int, d: int, **how: Any) -> Asked:
+    q, k = torch.randn(2, n, d, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pairs = how.pop("pairs", Pairs(offset=0))
+    symmetric = how.pop("symmetric", False)
+    return Asked(q, None if symmetric else k, torch.tensor(10.0), None, pairs, how.pop("two_sided", False), True, **how)
+
+
+ASKED = {
+    "in-batch": {},
+    "clip": {"two_sided": True},
+    "simclr": {"symmetric": True, "pairs": Pairs(True, 1024)},
+    "supcon": {"symmetric": True, "pairs": Pairs(True, q_label=torch.arange(2048) % 7)},
+    "moco": {"pairs": Pairs(), "frozen": True},
+    "metrics": {"metrics": True},
+}
+# Each of them would wait for the device, or make a size depend on a value.
+WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "bincount", "_to_cpu"}
+
+
+@pytest.mark.parametrize("d", [128, 512])
+@pytest.mark.parametrize("name", ASKED)
+def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three times the inputs while a row fits into a tile, and the fixed workspace above that; vectors are counted in."""
+    for module in (host, statistics, gradients):
+        monkeypatch.setattr(module, "launch", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tiles, "TRITON_BLOCK", 256)
+    problem = asked(2048, d, **ASKED[name])
+    wanted = Wanted(True, problem.k is not None and not problem.frozen, True, True)
+    stats = backend.forward(problem)
+    grads = [SideGrad(*torch.ones(3, 2048, dtype=torch.float64)) for _ in stats]
+    with Watched() as forward:
+        backend.forward(problem)
+    with Watched() as backward:
+        found = backend.backward(problem, grads, stats, wanted)
+    assert forward.names and backward.names and not WAITS & (forward.names | backward.names)
+    inputs = problem.q.nbytes * (1 if problem.k is None else 2)
+    vectors = 2048 * 8 * 80
+    workspace = 2 * 256 * 256 * 2 + 256 * d * 4 if d > tiles.TRITON_WHOLE else 0
+    gradients_themselves = sum(g.nbytes for g in (found.dq, found.dk) if g is not None)
+    assert max(forward.peak, backward.peak - gradients_themselves) <= 3 * inputs + vectors + workspace
+
+
+def test_constants_that_device_code_cannot_import() -> None:
+    assert kernels_rows.EPS.value == norms.EPS and kernels_rows.LARGEST.value == norms.LARGEST
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
+def test_every_tile_of_the_table_fits_the_padding(architecture: str) -> None:
+    """Rows are padded to a multiple of every tile, a block is one too, and where k is q a tile is its own mirror image."""
+    for rules in ("index", "ids", "mask"):
+        for parts, depth in ((1, 64), (1, 128), (1, 256), (1, 512), (2, 64), (2, 128), (2, 256), (2, 8192)):
+            short = depth * parts <= tiles.TRITON_WHOLE
+            for kernel in ("rows", "both", *(("gradient", "output") if short else ("block",)), "retrieval"):
+                tile = tiles.triton(kernel, rules, architecture, parts, depth)
+                assert tiles.TRITON_PADDED % tile.rows == tiles.TRITON_PADDED % tile.columns == 0
+                assert tiles.TRITON_BLOCK % tile.rows == tiles.TRITON_BLOCK % tile.columns == 0
+                assert kernel != "both" or tile.rows == tile.columns
+                assert tile.depth == (depth if short else tiles.TRITON_DEPTH)
