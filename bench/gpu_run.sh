@@ -29,7 +29,8 @@ done
 ((${#parts[@]})) || parts=(tests sanitize accuracy bench tiles)
 mkdir -p "$OUT"
 export OUT CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-((${#dry[@]})) && export OMP_NUM_THREADS=1
+interpret=0
+((${#dry[@]})) && export OMP_NUM_THREADS=1 && interpret=1
 
 if [[ -n $wheels ]]; then
     site=$PWD/build/gpu_site
@@ -43,10 +44,10 @@ for part in "${parts[@]}"; do
     echo "=== $part"
     rm -f "$OUT/$part.json"
     # The part watches its own budget of nine minutes; this is for one that hangs.
-    timeout --kill-after=10 590 python3 -m "bench.${module[$part]}" --out "$OUT" ${budget:+--budget "$budget"} "${dry[@]}"
+    TRITON_INTERPRET=$interpret timeout --kill-after=10 590 python3 -m "bench.${module[$part]}" --out "$OUT" ${budget:+--budget "$budget"} "${dry[@]}"
     status=$?
     ((status)) && failed=1 && echo "=== $part: exit status $status" >&2
 done
 echo "=== summary"
-python3 -m bench.gpu summary --out "$OUT" "${parts[@]}" || failed=1
+python3 -m bench.gpu summary "${parts[@]}" --out "$OUT" || failed=1
 exit $failed

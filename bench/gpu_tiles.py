@@ -1,66 +1,63 @@
-"""Part `tiles`: other tiles than the shipped ones, timed in the losses that use them.
+"""Part `tiles`: other tiles than the shipped ones, timed in the losses that ask for them.
 
-Variants of a tile have half or twice the rows or the columns, other warps or stages. A variant replaces the entry of the table for this
-architecture while one loss runs, shipped and variant in turn, so that a slow moment falls on both. What a compiler refuses (too much shared
-memory, a tile that does not divide the padding) is a row. A tile that is faster is not adopted here: its registers and spills and the
-budget of every problem come first.
+Every loss runs once to see which tiles it asks fastnce/tiles.py for. Variants of a tile have half or twice the rows or the columns, other
+warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler refuses (too much shared memory, say)
+is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every problem come first.
+
+The dry run asks Triton's interpreter for a few of them, which needs TRITON_INTERPRET=1 before Triton is imported: gpu_run.sh sets it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from bench import gpu, gpu_measure, peers
 
-COLUMNS = ("kernel", "parts", "depth", "tile", "loss", "shipped_ms", "ms", "ratio", "faster", "status")
-LIMITS = {"rows": (16, 128), "columns": (16, 256), "warps": (2, 8), "stages": (1, 4)}
+COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
+# What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
+LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1, 4)}
 ROUNDS = 7
+ENOUGH = 1.02  # ratios below are noise
 
-Key = tuple[str, int, int]
+Ask = tuple[Any, ...]  # the arguments of tiles.triton
 
 
-class Entry(NamedTuple):
-    """A tile of the table, and a loss whose time it decides."""
-
-    key: Key  # kernel, parts of the operand, padded width or 0 for long rows
-    tile: Any
+class Case(NamedTuple):
     loss: str
+    n: int
+    d: int
+    dtype: torch.dtype = torch.bfloat16
 
 
-# The loss that each kernel takes most of, and a width for each entry of the table: see fastnce/tiles.py.
-LOSS_OF = {"rows": "info_nce", "both": "nt_xent", "output": "moco", "gradient": "nt_xent", "block": "nt_xent"}
-WIDTH_OF = {64: 64, 128: 128, 256: 256, 0: 512}
-
-
-def shipped(architecture: str) -> list[Entry]:
-    """The one place here that reads the table of fastnce/tiles.py."""
-    from fastnce import tiles
-
-    keys: list[Key] = sorted(tiles._TRITON, key=lambda key: (key[1], key[0], key[2]))
-    return [Entry(key, tiles.triton(key[0], architecture, key[1], key[2] or tiles.TRITON_WHOLE + 1), LOSS_OF[key[0]]) for key in keys]
+# One for each kernel and width; float32, whose operands have two halves, last.
+CASES = (
+    *(Case(loss, 16_384, d) for d in (128, 512, 256, 64) for loss in ("nt_xent", "clip", "sup_con")),
+    *(Case("moco", 65_536, d) for d in (128, 256, 64)),
+    *(Case(loss, 8_192, d, torch.float32) for d in (128, 512) for loss in ("nt_xent", "clip", "sup_con", "moco")),
+)
+DRY = (Case("nt_xent", 32, 8),)
 
 
 @contextmanager
-def replaced(architecture: str, key: Key, tile: Any) -> Iterator[None]:
-    """The one place that writes it, for as long as a loss runs."""
+def tiles_asked(answers: Mapping[Ask, Any]) -> Iterator[dict[Ask, Any]]:
+    """Collects what is asked for, and what is shipped for it; some are answered otherwise. The one place that touches the table."""
     from fastnce import tiles
 
-    table = tiles._TRITON_OF[tiles.nearest(architecture)]
-    before = table.get(key)
-    table[key] = tile
-    try:
-        yield
-    finally:
-        if before is None:
-            del table[key]
-        else:
-            table[key] = before
+    shipped, asked = tiles.triton, {}
+
+    def ask(*key: Any) -> Any:
+        asked[key] = shipped(*key)
+        return answers.get(key, asked[key])
+
+    with mock.patch.object(tiles, "triton", ask):
+        yield asked
 
 
 def variants(tile: Any) -> Iterator[Any]:
@@ -72,58 +69,97 @@ def variants(tile: Any) -> Iterator[Any]:
                 yield tile._replace(**{field: other})
 
 
-def architecture_of(device: str) -> str:
-    return "sm_90" if device == "cpu" else "sm_%d%d" % torch.cuda.get_device_capability()
+class Loss:
+    """A case, ready to run."""
+
+    def __init__(self, case: Case, device: str, backend: str) -> None:
+        self.device, self.leaves = device, peers.leaves(case.loss, case.n, case.d, case.dtype, device=device)
+        self.step = partial(gpu_measure.step, peers.fastnce_loss(case.loss, backend), self.leaves)
+
+    def asked(self) -> dict[Ask, Any]:
+        with tiles_asked({}) as asked:
+            self.step()
+        return asked
+
+    def compare(self, key: Ask, shipped: Any, other: Any, rounds: int) -> dict[str, Any]:
+        """Forward and backward with either tile, in turn; the median of the ratios of each round. The first two compile."""
+        times: dict[Any, list[float]] = {shipped: [], other: []}
+        values: dict[Any, float] = {}
+        for tile in times:
+            with tiles_asked({key: tile}):
+                values[tile] = self.step().item()
+        for _ in range(rounds):
+            for tile, found in times.items():
+                with tiles_asked({key: tile}):
+                    found.append(gpu_measure.milliseconds(self.device, self.step))
+        ratio = median(a / b for a, b in zip(times[shipped], times[other], strict=True))
+        off = abs(values[other] - values[shipped])
+        status = "ok" if off <= 1e-5 * abs(values[shipped]) + 1e-6 else f"another value: {values[other]:.6g}, {values[shipped]:.6g}"
+        return {
+            "shipped_ms": median(times[shipped]),
+            "ms": median(times[other]),
+            "ratio": ratio,
+            "faster": ratio > ENOUGH,
+            "status": status,
+        }
 
 
-def compare(entry: Entry, tile: Any, report: gpu.Report, n: int) -> dict[str, Any]:
-    """Forward and backward with the shipped tile and with the other, in turn; the median of the ratios of each round."""
-    width = min(WIDTH_OF[entry.key[2]], 16) if report.dry else WIDTH_OF[entry.key[2]]
-    dtype = torch.bfloat16 if entry.key[1] == 1 else torch.float32
-    leaves = peers.leaves(entry.loss, n, width, dtype, device=report.device)
-    loss = peers.fastnce_loss(entry.loss, report.backend)
-    architecture = architecture_of(report.device)
-    times: dict[Any, list[float]] = {entry.tile: [], tile: []}
-    values = {}
-    for _ in range(gpu_measure.WARM_UP + ROUNDS):
-        for one, found in times.items():
-            with replaced(architecture, entry.key, one):
-                found.append(gpu_measure.milliseconds(report.device, partial(gpu_measure.step, loss, leaves)))
-                values[one] = gpu_measure.step(loss, leaves).item()
-    ours, others = (found[gpu_measure.WARM_UP :] for found in times.values())
-    ratio = median(a / b for a, b in zip(ours, others, strict=True))
-    same = abs(values[tile] - values[entry.tile]) <= 1e-5 * abs(values[entry.tile])
-    row = {"shipped_ms": median(ours), "ms": median(others), "ratio": ratio, "faster": None if report.dry else ratio > 1.02}
-    return row | {"status": "ok" if same else f"another value: {values[tile]:.6g}, {values[entry.tile]:.6g}"}
+def named(case: Case) -> dict[str, Any]:
+    return case._asdict() | {"dtype": str(case.dtype)[6:]}
 
 
-def named(entry: Entry, tile: Any) -> dict[str, Any]:
-    kernel, parts, depth = entry.key
-    return {"kernel": kernel, "parts": parts, "depth": depth, "tile": "x".join(map(str, tile)), "loss": entry.loss}
+def attempts(report: gpu.Report, case: Case, seen: set[Ask]) -> Iterator[dict[str, Any]]:
+    """A row for every variant of every tile that no case before has asked for."""
+    loss = Loss(case, report.device, report.backend)
+    for key, tile in loss.asked().items():
+        if key in seen:
+            continue
+        seen.add(key)
+        for other in list(variants(tile))[: 2 if report.dry else None]:
+            row = named(case) | {"asked": " ".join(map(str, key)), "tile": "x".join(map(str, other))}
+            if report.left() < 15:
+                yield row | {"status": "no time left"}
+                return
+            try:
+                yield row | loss.compare(key, tile, other, 1 if report.dry else ROUNDS)
+            except Exception as error:
+                status, detail = gpu_measure.status_of(error)
+                yield row | {"status": f"{status} {detail}".strip()}
+                if report.dry:
+                    report.fail(f"{row}: {detail}")
+
+
+def objections(case: Case, backend: str, device: str) -> str:
+    """Why the backend cannot run here; empty where it can."""
+    try:
+        Loss(case, device, backend).asked()
+    except NotImplementedError as error:
+        return str(error).strip().splitlines()[-1].strip()
+    return ""
 
 
 def main() -> int:
     report = gpu.Report("tiles")
-    n = 64 if report.dry else 16_384
-    entries = shipped(architecture_of(report.device))
-    left = [(entry, tile) for entry in entries for tile in variants(entry.tile)]
-    # Half precision first; a dry run takes one variant of each entry.
-    for index, (entry, tile) in enumerate(left):
-        if report.dry and index and left[index - 1][0] is entry:
-            continue
+    seen: set[Ask] = set()
+    if report.dry:
+        report.backend = "triton"
+    reason = objections(DRY[0], report.backend, report.device)
+    for case in () if reason else DRY if report.dry else CASES:
         if report.left() < 15:
-            report.add({"kernel": f"{len(left) - index} variants", "status": "no time left"})
-            break
-        try:
-            found = compare(entry, tile, report, n)
-        except Exception as error:
-            # The compiler may refuse any of them; with the shipped tile it must not, and in a dry run nothing compiles.
-            status, detail = gpu_measure.status_of(error)
-            found = {"status": f"{status} {detail}".strip()}
-            if report.dry:
-                report.fail(f"{named(entry, tile)}: {detail}")
-        report.add(named(entry, tile) | found)
+            report.add(named(case) | {"status": "no time left"})
+            continue
+        with report.step(str(case)):
+            for row in attempts(report, case, seen):
+                report.add(row)
+        if report.device == "cuda":
+            torch.cuda.empty_cache()
+    if reason:
+        report.add({"status": reason})
+        if not report.dry:
+            report.fail(reason)
     report.rows.sort(key=lambda row: -row.get("ratio", 0.0))
+    if report.dry:
+        report.rows = [row | {"faster": None} for row in report.rows]
     return report.finish(COLUMNS)
 
 

@@ -8,10 +8,10 @@ memory only, and reports copies by the bulk engine as hazards that are none: its
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -89,9 +89,9 @@ def sanitizer() -> str | None:
     """The program, where there is one."""
     found = shutil.which("compute-sanitizer")
     places = [Path("/usr/local/cuda/bin")]
-    spec = importlib.util.find_spec("nvidia")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        places += [path.parent for path in sorted(Path(folder).glob("**/compute-sanitizer"), key=lambda p: -len(p.parts)) if path.is_file()]
+    for folder in sys.path:
+        # Wheels of different CUDA versions put it at different depths.
+        places += [path.parent for path in sorted((Path(folder) / "nvidia").glob("**/compute-sanitizer")) if path.is_file()]
     return found or next((str(place / "compute-sanitizer") for place in places if (place / "compute-sanitizer").is_file()), None)
 
 
@@ -125,14 +125,15 @@ def this_program(report: gpu.Report) -> list[str]:
 
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
     """What became of it, and all it printed."""
-    pipe, path = subprocess.PIPE, os.pathsep.join(filter(None, [str(record.ROOT), environment.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, cwd=record.ROOT, env=environment | {"PYTHONPATH": path}, stdout=pipe, stderr=subprocess.STDOUT, text=True
-    )
+    path = os.pathsep.join(filter(None, [str(record.ROOT), environment.get("PYTHONPATH")]))
+    environment = environment | {"PYTHONPATH": path}
+    # Of its own session, because a sanitizer starts the program as a child, which would outlive it and hold the pipe.
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True, **pipes)
     try:
         log, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         log, _ = process.communicate()
         return f"cut off after {seconds:.0f} s", log
     return "ok" if process.returncode == 0 else f"exit status {process.returncode}", log

@@ -60,8 +60,8 @@ class Arguments(NamedTuple):
     def of(problem: Problem, backend: str) -> Arguments:
         p, rules = problem, problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
-        flags = (rules.offset, rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
-        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, *flags, backend)
+        flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
+        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, rules.offset, *flags, backend)
 
     def problem(self) -> Problem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)

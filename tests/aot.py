@@ -5,6 +5,11 @@
     python tests/aot.py --markdown A.json B.json               # recorded runs of two versions of Triton side by side
     python tests/aot.py --write docs/backends.md A.json B.json # the same between the page's two markers
     python tests/aot.py --check docs/backends.md A.json B.json # exit 1 where the page says something else
+    python tests/aot.py --sample 4 A.json                      # exit 1 where a recorded run is not what these sources compile to
+
+Compiling everything for every architecture takes minutes per version of Triton, so runs are recorded in tests/aot/. They name the
+sources they are of: after a change of those they must be recorded again. --sample compares all the names, and compiles every Nth launch
+again, other ones after every change: all numbers must be the recorded ones.
 
 Verdicts, all that apply, or "ok":
 
@@ -23,6 +28,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import itertools
@@ -380,10 +386,43 @@ def regenerate(page: str, region: str) -> str:
     return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
 
 
+def sources() -> str:
+    """sha256 of what the compiled code depends on."""
+    root = Path(__file__).resolve().parents[1] / "fastnce"
+    digest = hashlib.sha256()
+    for path in [root / "tiles.py", *sorted((root / "backends" / "triton").glob("*.py"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def write(path: Path, rows: list[Found]) -> None:
+    """A run, one row per line."""
+    lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
+    head = f'"triton": {json.dumps(triton.__version__)}, "sources": {json.dumps(sources())}'
+    path.write_text(f'{{{head}, "kernels": [\n{lines}\n]}}\n')
+
+
 def read(files: list[Path]) -> dict[str, list[Found]]:
     """Recorded runs by version of Triton."""
     runs = [json.loads(file.read_text()) for file in files]
     return {run["triton"]: [Found(**row) for row in run["kernels"]] for run in runs}
+
+
+def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]:
+    """What a recorded run says otherwise than these sources: first its digest, then names, then the numbers of a sample."""
+    run = json.loads(recorded.read_text())
+    again = f"record it again: python tests/aot.py --json {recorded}"
+    if run["sources"] != sources() or run["triton"] != triton.__version__:
+        return [f"{recorded} is of other sources, or of Triton {run['triton']} and not {triton.__version__}; {again}"]
+    rows = [Found(**row) for row in run["kernels"]]
+    names = [(row.kernel, row.variant, row.arch) for row in rows]
+    described = variants(launches)
+    if names != [(one.kernel.split(":")[1], variant, one.arch) for one, variant in zip(launches, described, strict=True)]:
+        return [f"{recorded} holds other launches than are made; {again}"]
+    start = int(sources(), 16) % every
+    found = [row._replace(variant=variant) for row, variant in zip(check(launches[start::every]), described[start::every], strict=True)]
+    pairs = zip(rows[start::every], found, strict=True)
+    return [f"recorded {a}\ncompiled {b}" for a, b in pairs if a._replace(seconds=0.0) != b._replace(seconds=0.0)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -395,7 +434,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--check", type=Path, metavar="PAGE")
+    parser.add_argument("--sample", type=int, metavar="N")
     options = parser.parse_args(arguments)
+    if options.sample:
+        (recorded,) = options.results
+        launches = [one for arch in options.arch.split(",") for one in record(functools.partial(shipped, arch), arch)]
+        wrong = differences(recorded, launches, options.sample)
+        print("\n".join(wrong) or f"{recorded}: {len(launches[:: options.sample])} of {len(launches)} compiled again, all as recorded")
+        return int(bool(wrong))
     if options.results:
         runs = read(options.results)
     else:
@@ -405,7 +451,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs = {triton.__version__: check(launches)}
     rows = [row for run in runs.values() for row in run]
     if options.json:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": [row._asdict() for row in rows]}, indent=1) + "\n")
+        write(options.json, rows)
     if page := options.write or options.check:
         before = page.read_text()
         after = regenerate(before, markdown(runs))

@@ -43,4 +43,8 @@ def keeps_output(name: str, problem: Problem) -> bool:
 
 @cache
 def _say_once(candidate: str, device: str) -> None:
-    warnings.warn(f"fastnce has no fused kernel for {device} tensors here; using tiled torch operations ({candidate!r})", stacklevel=4)
+    warnings.warn(
+        f"fastnce: no fused kernel is chosen by itself for {device} tensors yet; using tiled torch operations ({candidate!r}). "
+        "backend='triton' runs the kernels",
+        stacklevel=4,
+    )

@@ -142,9 +142,7 @@ def _whole(run: _Run) -> _Found:
     return _Found(dq, dk, moment)
 
 
-def _pass(
-    run: _Run, view: View, row: Tensor, column: Tensor, rows: bool, columns: bool, moment: bool
-) -> tuple[Tensor, Tensor | None]:
+def _pass(run: _Run, view: View, row: Tensor, column: Tensor, rows: bool, columns: bool, moment: bool) -> tuple[Tensor, Tensor | None]:
     tile = view.tile("gradient")
     blocks, splits, per_split = view.splits(tile, -(-view.y.rows // tile.columns))
     dx = view.x.raw.new_empty((splits, view.x.padded, view.x.tiles.shape[2]), dtype=torch.float32)
@@ -180,8 +178,8 @@ def _blocked(run: _Run) -> _Found:
             launch(
                 kernels_backward.weights_block, down * across, *view.operands(), work.bound, run.padded[0], run.padded[-1], run.center,
                 for_rows, columns, about, *view.rules(), depth, x.padded, y.padded, row0, column0, down, across, pitch,
-                IN_TILE=work.in_tile, PARTS=parts, ROWS=True, COLUMNS=symmetric or problem.two_sided, GROUP=GROUP, BM=tile.rows, BN=tile.columns,
-                BD=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+                IN_TILE=work.in_tile, PARTS=parts, ROWS=True, COLUMNS=symmetric or problem.two_sided, GROUP=GROUP,
+                BM=tile.rows, BN=tile.columns, BD=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             i, j = slice(row0, row0 + height), slice(column0, column0 + width)
             if dx is not None and for_rows is not None:

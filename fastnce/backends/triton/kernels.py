@@ -86,7 +86,9 @@ def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr)
     return x, x_low
 
 
-# Which pair is what: pairs.py, for a tile. own, up, down are diagonals j - i: self, aligned, aligned mirrored; NONE where there is none ----
+# Which pair is what: pairs.py, for a tile -----------------------------------------------------------------------------------------------
+#
+# own, up and down are diagonals j - i: self, aligned, aligned mirrored; host.NONE where there is none.
 
 
 @triton.jit

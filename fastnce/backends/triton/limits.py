@@ -32,7 +32,9 @@ def unsupported(problem: Problem) -> list[str]:
     if max(q.shape[0], problem.keys.shape[0]) > LARGEST:
         reasons.append(f"{max(q.shape[0], problem.keys.shape[0])} rows (supports up to {LARGEST})")
     if q.device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        if not torch.cuda.is_available():
+            reasons.append("no CUDA device is available")
+        elif torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
             reasons.append("compute capability below 8.0")
     elif not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"device {q.device.type} (needs CUDA, or TRITON_INTERPRET=1 for Triton's interpreter on the CPU)")
@@ -40,8 +42,11 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def parts(dtype: torch.dtype) -> int:
-    """In how many float16 numbers an element is held: float32 takes two, unless torch may use TF32 for its products."""
-    return 2 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 1
+    """In how many float16 numbers an element is held: float32 takes two, unless torch may use TF32 for its products.
+
+    All three of torch's switches show here; torch.get_float32_matmul_precision raises after the newest of them was used.
+    """
+    return 2 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
 
 
 def whole(problem: Problem) -> bool:

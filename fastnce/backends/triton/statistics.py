@@ -32,7 +32,7 @@ def forward(problem: Problem) -> list[Side]:
 
 class _Sums(NamedTuple):
     real: Tensor  # (1 or 3, rows): negatives; positives, t of the positives
-    count: Tensor | None
+    n_pos: Tensor | None
 
 
 def _both(work: Work, views: list[View]) -> list[_Sums | None]:
@@ -120,8 +120,8 @@ def _side(view: View, unshifted: _Sums | None, pairs: Tensor | None) -> Side:
         positive = _LogSum.of(real[2], real[3], None if unshifted is None else unshifted.real[1])
         pos, n_pos = real[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
         if unshifted is not None:
-            assert unshifted.count is not None
-            pos, n_pos = pos + unshifted.real[2], n_pos + unshifted.count
+            assert unshifted.n_pos is not None
+            pos, n_pos = pos + unshifted.real[2], n_pos + unshifted.n_pos
         own_pos = positive.log2
     none = n_pos == 0
     pos = _nats(problem, pos / n_pos.clamp(min=1)).masked_fill(none, 0.0)

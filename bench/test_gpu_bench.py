@@ -1,0 +1,270 @@
+"""What the GPU parts are made of, without a GPU: references agree, failures become rows, and the whole script runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import (
+    accuracy,
+    exact,
+    gpu,
+    gpu_accuracy,
+    gpu_bars,
+    gpu_exact,
+    gpu_measure,
+    gpu_peers,
+    gpu_tests,
+    measure,
+    peers,
+    record,
+    report,
+    sanitize,
+)
+
+Cell = measure.Cell
+
+
+def cell(mode: str, names: tuple[str, ...], loss: str = "nt_xent", **more: Any) -> Cell:
+    return Cell(mode, loss, 64, 8, names, clock="device", **{"repeats": 3, **more})
+
+
+# ---------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize("loss", accuracy.LOSSES)
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_blocks_are_the_whole(loss: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_exact, "BLOCK", 33)
+    stored, _ = accuracy.inputs(accuracy.Cell(loss, torch.float32, "aligned", 24, temperature), 130)
+    true, sizes = exact.exact(exact.Cosines.of(loss, stored), 1 / temperature)
+    found, found_sizes = gpu_exact.exact(loss, tuple(stored), 1 / temperature)
+    for name, error in accuracy.errors(found, true, sizes).items():
+        assert error.max() < 1e-12, name
+    assert found_sizes.gradients == pytest.approx(sizes.gradients, rel=1e-12)
+    assert found_sizes.scale == pytest.approx(sizes.scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", peers.LOSSES)
+def test_blocks_are_autograd_through_eager_float64(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_exact, "BLOCK", 33)
+    leaves = peers.leaves(loss, 130, 24, torch.float64)
+    scale = peers.LOGIT_SCALE if loss == "clip" else 1 / peers.TEMPERATURE
+    found, _ = gpu_exact.exact(loss, tuple(leaf.detach() for leaf in leaves), scale)
+    assert found.loss == pytest.approx(measure.step(peers.EAGER[loss], leaves), rel=1e-13)
+    learned = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    for gradient, truth in zip(found.gradients, learned, strict=False):
+        assert torch.linalg.vector_norm(torch.from_numpy(gradient) - truth) <= 1e-12 * torch.linalg.vector_norm(truth)
+
+
+@pytest.mark.parametrize("loss", gpu_peers.CHUNKED)
+def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline that is wrong would be no baseline; bench/test_bench_small.py has it in one chunk."""
+    monkeypatch.setattr(gpu_peers, "ROWS", 33)
+    leaves = peers.leaves(loss, 130, 24)
+    value = measure.step(gpu_peers.CHUNKED[loss], leaves)
+    found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    assert value == pytest.approx(measure.step(peers.EAGER[loss], leaves), rel=5e-6)
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        assert torch.linalg.vector_norm(gradient - leaf.grad) <= 2e-5 * torch.linalg.vector_norm(leaf.grad)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip", "sup_con", "moco"])
+@pytest.mark.parametrize("wrong", [None, "mean", "gradient"])
+def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of fastnce the dense loss in float64: as it is, 1e-4 too large, with 2 % less gradient."""
+
+    def planted(loss: str, leaves: tuple[Tensor, ...], scale: Tensor, backend: str) -> Tensor:
+        wide = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in leaves)
+        if wrong == "gradient":
+            wide = (0.98 * wide[0] + 0.02 * wide[0].detach(), *wide[1:])
+        wider = gpu_accuracy.dense_rows(loss, wide, scale.double())
+        return wider + 1e-4 if wrong == "mean" else wider
+
+    monkeypatch.setattr(gpu_accuracy, "fused_rows", planted)
+    row = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", "cpu")
+    outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
+    assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
+    assert row["inside"] == (wrong is None)
+
+
+# ---------------------------------------------------------------- rows instead of ends
+
+
+def test_contestants_that_fail_are_rows_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> peers.Contestant:
+        raise ImportError("No module named 'peer'")
+
+    def refuses(z: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def broken(z: Tensor) -> Tensor:
+        raise ValueError("first line\nlast line")
+
+    for name, factory in (("missing", missing), ("refuses", lambda: refuses), ("broken", lambda: broken)):
+        monkeypatch.setitem(peers.FACTORIES["nt_xent"], name, factory)
+    rows = measure.here(cell("time", (peers.OURS, "missing", "refuses", "broken", "eager autocast")))
+    assert [row["status"] for row in rows] == ["ok", "missing", "oom", "crash", "ok"]
+    assert rows[3]["detail"] == "ValueError: last line"
+    assert rows[0]["gpu_ratio"] == 1
+    for row in (rows[0], rows[4]):
+        assert row["iterations"] == 3
+        assert row["tflops"] == pytest.approx(6 * 64**2 * 8 / row["gpu_ms"]["median"] / 1e9)
+    assert rows[4]["loss_value"] == pytest.approx(rows[0]["loss_value"], rel=0.02)
+
+
+def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would be one row without a figure among forty."""
+
+    def slip(query: Tensor, key: Tensor) -> Tensor:
+        raise NameError("name 'lse' is not defined")
+
+    monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked", lambda: slip)
+    found = gpu.Report("bench", ["--dry-run", f"--out={tmp_path}"])
+    rows = list(gpu_bars.Bars(found).ratios(gpu_bars.Case(11, "info_nce", 64, 8, {"chunked": 1.0, "inf-cl": 1.0})))
+    assert [row["met"] for row in rows] == [None, None]
+    assert len(found.errors) == 1 and "NameError" in found.errors[0]
+
+
+def test_slow_rounds_end_early() -> None:
+    (row,) = measure.here(cell("time", (peers.OURS,), repeats=10_000, seconds=1e-6))
+    assert row["iterations"] == gpu_measure.FEWEST
+
+
+def test_a_temperature_holds_for_one_cell() -> None:
+    before = peers.TEMPERATURE
+    (solved,), (random,) = (measure.here(replace(cell("time", ("eager",)), **more)) for more in (gpu_bars.SOLVED, {}))
+    assert solved["loss_value"] < 1e-4 < random["loss_value"]
+    assert before == peers.TEMPERATURE
+
+
+def test_every_loss_has_a_memory_row_and_a_profile() -> None:
+    for loss in peers.LOSSES:
+        (row,) = measure.here(cell("memory", ("eager",), loss))
+        assert row["status"] == "ok"
+        assert row["input_mib"] >= row["gradient_mib"] > 0
+    (row,) = measure.here(cell("kernels", ("eager",)))
+    assert (row["status"], row["kernels"]) == ("ok", [])  # a CPU has no kernels that take time on a device
+
+
+def test_a_process_that_dies_costs_only_the_one_that_killed_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault on a GPU takes the whole process: then every peer runs again, alone with ours."""
+
+    def fake(cell: Cell, timeout: float) -> list[measure.Row]:
+        if cell.mode == "gemm":
+            return measure.here(cell)
+        dead = "killer" in cell.names
+        return [measure.row_of(cell, n, "crash", detail="SIGABRT") if dead else measure.here(cell)[i] for i, n in enumerate(cell.names)]
+
+    monkeypatch.setattr(gpu_bars, "run", fake)
+    found = gpu.Report("bench", ["--dry-run", f"--out={tmp_path}"])
+    bars = gpu_bars.Bars(found)
+    small = bars.cell("time", "nt_xent", 64, 8, (peers.OURS, "eager", "killer"))
+    found.dry = False  # which would not start processes
+    rows = bars.measured(small)
+    assert [(row["contestant"], row["status"]) for row in rows] == [(peers.OURS, "ok"), ("eager", "ok"), ("killer", "crash")]
+
+
+def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = gpu.Report("tiles", ["--dry-run", f"--out={tmp_path}"])
+    with found.step("one"):
+        raise KeyError("typo")
+    found.add({"case": "two", "met": True})
+    assert found.finish(("case", "met")) == 1
+    assert json.loads((tmp_path / "tiles.json").read_text())["errors"] == ["one: KeyError: 'typo'"]
+    assert gpu.summary(tmp_path, ["tiles", "bench"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("tiles") and "error: one" in line for line in lines)
+    assert any(line.startswith("bench") and "left no result" in line for line in lines)
+
+
+# ---------------------------------------------------------------- what is read from logs
+
+
+def test_outcomes_of_a_log() -> None:
+    alone = "tests/test_gpu.py::test_a[x 1] PASSED [ 5%]\ntests/test_gpu.py::test_b FAILED [100%]\n"
+    alone += "FAILED tests/test_gpu.py::test_b - assert 1\n"
+    parallel = "[gw0] [ 50%] PASSED tests/test_gpu.py::test_a[PASSED] \n[gw1] [100%] ERROR tests/test_gpu.py::test_c \n"
+    assert gpu_tests.outcomes(alone) == {"passed": 1, "failed": 1}
+    assert gpu_tests.outcomes(parallel) == {"passed": 1, "error": 1}
+    assert gpu_tests.failures(alone) == ["tests/test_gpu.py::test_b - assert 1"]
+
+
+def test_the_groups_are_all_tests() -> None:
+    """Every test on a GPU is in exactly one group: pytest -k looks for words in names."""
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    done = subprocess.run(listed, cwd=record.ROOT, capture_output=True, text=True, check=True)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(names) > 400
+    expressions = [re.sub(r"\b(?!not\b|and\b|or\b)(\w+)", r"('\1' in name)", words) for words, _ in gpu_tests.GROUPS]
+    groups = [[eval(expression, {"name": name}) for name in names] for expression in expressions]
+    assert all(any(group) for group in groups)
+    assert {sum(of_name) for of_name in zip(*groups, strict=True)} == {1}
+
+
+def test_reports_of_a_sanitizer() -> None:
+    assert sanitize.reports_of("========= ERROR SUMMARY: 0 errors") == 0
+    assert sanitize.reports_of("========= ERROR SUMMARY: 3 errors") == 3
+    assert sanitize.reports_of("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)") == 3
+    assert sanitize.reports_of("Error: Device not supported") is None
+
+
+def test_a_sanitizer_that_hangs_is_cut_off_with_its_children() -> None:
+    """The child holds the pipe: waiting for its end would take 60 seconds."""
+    status, log = sanitize.execute(["bash", "-c", "echo solved one; sleep 60 & wait"], dict(os.environ), 1.0)
+    assert (status, log) == ("cut off after 1 s", "solved one\n")
+
+
+def test_a_report_of_a_gpu() -> None:
+    graphics = {"name": "G", "cuda": "13.0", "triton": "3.6"}
+    env = {"cpu": "C", "vector": "V", "threads": 1, "time": "T", "fastnce": "0", "sources": "d" * 64, "torch": "2", "gpu": graphics}
+    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c"}
+    problem = {"mode": "time", "loss": "clip", "n": 1024, "d": 8, "dtype": "bfloat16", "device": "cuda", "status": "ok"}
+    rows = [
+        {**problem, "contestant": "fastnce", "gpu_ms": {"median": 2.0}, "gpu_ratio": 1.0, "tflops": 300.0},
+        {**problem, "contestant": "eager", "gpu_ms": {"median": 9.0}, "gpu_ratio": 4.5, "tflops": 75.0},
+        {**problem, "mode": "memory", "contestant": "fastnce", "peak_mib": 4.0},
+        {**problem, "mode": "gemm", "loss": "gemm", "contestant": "cublas", "tflops": 750.0},
+    ]
+    text = report.render({"env": env, "rows": rows})
+    assert "# Forward + backward on G, CUDA 13.0, triton 3.6" in text
+    assert "| 1,024 | 8 | 2 | 9 (4.5×) |" in text
+    assert "runs at 750" in text
+    assert "| 1,024 | 8 | 300 | 75 (0.2×) |" in text
+    assert "peak allocated device memory" in text
+
+
+# ---------------------------------------------------------------- the script
+
+
+def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
+    """All parts, on the CPU: what a GPU hour is too short to find out."""
+    environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "bench/gpu_run.sh", "--dry-run"], cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for part in gpu.PARTS:
+        found = json.loads((tmp_path / f"{part}.json").read_text())
+        assert found["part"] == part and found["dry_run"] and found["rows"] and not found["errors"]
+        assert str(tmp_path) not in json.dumps(found["env"])
+    assert len(list(tmp_path.iterdir())) <= 8
+    shown = done.stdout[done.stdout.index("=== summary") :]
+    assert all(f"{part} " in shown for part in gpu.PARTS)
+
+
+def test_the_script_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run(["bash", "bench/gpu_run.sh", "--dryrun"], cwd=record.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown argument '--dryrun'" in done.stderr
