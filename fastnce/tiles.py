@@ -104,7 +104,7 @@ _TRITON: dict[tuple[str, str, int, int], Tile] = {
     ("rows", "mask", 1, 256): Tile(64, 32, 256, 4, 2),
     ("rows", "mask", 1, 0): Tile(32, 32, 64, 4, 3),
     ("rows", "mask", 2, 64): Tile(64, 64, 64, 4, 2),
-    ("rows", "mask", 2, 128): Tile(32, 32, 128, 4, 1),
+    ("rows", "mask", 2, 128): Tile(64, 32, 128, 8, 2),
     ("rows", "mask", 2, 0): Tile(64, 64, 64, 8, 2),
     ("both", "mask", 1, 64): Tile(64, 64, 64, 4, 3),
     ("both", "mask", 1, 128): Tile(32, 32, 128, 4, 2),
@@ -143,7 +143,7 @@ _TRITON_OF: dict[str, dict[tuple[str, str, int, int], Tile]] = {
         ("gradient", "index", 2, 64): Tile(64, 32, 64, 4, 2),
         ("gradient", "index", 2, 128): Tile(64, 64, 128, 8, 1),
         ("block", "index", 2, 0): Tile(64, 32, 64, 4, 2),
-        ("rows", "ids", 1, 64): Tile(64, 32, 64, 4, 3),
+        ("rows", "ids", 1, 64): Tile(64, 32, 64, 8, 2),
         ("rows", "ids", 1, 256): Tile(32, 32, 256, 4, 2),
         ("rows", "ids", 2, 64): Tile(64, 32, 64, 4, 2),
         ("rows", "ids", 2, 128): Tile(32, 32, 128, 4, 2),
@@ -190,7 +190,7 @@ _TRITON_OF: dict[str, dict[tuple[str, str, int, int], Tile]] = {
         ("output", "index", 1, 64): Tile(64, 64, 64, 4, 3),
         ("output", "index", 1, 256): Tile(64, 64, 256, 4, 1),
         ("gradient", "index", 1, 256): Tile(128, 32, 256, 8, 1),
-        ("gradient", "index", 2, 128): Tile(64, 64, 128, 4, 1),
+        ("gradient", "index", 2, 128): Tile(64, 32, 128, 8, 2),
         ("block", "index", 1, 0): Tile(128, 64, 64, 8, 1),
         ("rows", "ids", 1, 256): Tile(64, 32, 256, 4, 2),
         ("gradient", "ids", 1, 64): Tile(64, 64, 64, 8, 3),
@@ -215,10 +215,7 @@ def triton_depth(columns: int) -> int:
 
 
 def triton(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> Tile:
-    """The tile of a kernel. rules: pairs are told apart by "index", by "ids", or by a "mask".
-
-    An architecture without a row (sm_86, sm_120) takes that of the newest one that is not newer.
-    """
+    """The tile of a kernel. rules: pairs are told apart by "index", by "ids", or by a "mask"."""
     if kernel == "retrieval":
         # Ranks are asked for now and then: one tile, whatever the rules.
         rules = "ids"
@@ -229,8 +226,8 @@ def triton(kernel: str, rules: str, architecture: str, parts: int, depth: int) -
 
 
 def nearest(architecture: str) -> str:
-    if architecture in _TRITON_OF:
-        return architecture
+    """The row of the table for any GPU: those without Hopper's or Blackwell's data-center instructions (sm_86, sm_120) are like sm_80."""
     kind, _, number = architecture.partition("_")
-    older = [name for name in _TRITON_OF if name.startswith(f"{kind}_") and int(name.partition("_")[2]) <= int(number or 0)]
-    return older[-1] if kind == "sm" and older else "gfx942" if kind.startswith("gfx") else "sm_80"
+    if kind != "sm":
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(int(number) // 10, "sm_80")

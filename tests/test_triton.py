@@ -92,9 +92,17 @@ SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
 
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None) -> None:
-    """No two programs add to one number; the second run has the same bits."""
+def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel adds to a number of another program; the second run has the same bits."""
+    launched: list[str] = []
+
+    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        host.launch(kernel, programs, *args, **kwargs)
+
+    monkeypatch.setattr(statistics, "launch", spy)
     check(p, torch.float32)
+    assert "forward_rows" in launched and "forward_both" not in launched
     first, second = whole_suite.run(p, torch.float32, "triton"), whole_suite.run(p, torch.float32, "triton")
     for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
         assert a is b is None or torch.equal(a, b)
@@ -310,6 +318,8 @@ def test_one_row_and_none(family: str) -> None:
     loss.backward()
     assert loss == 0 and not one.grad.any()
     none = torch.ones(0, 4, requires_grad=True)
+    assert contrastive_stats(none, torch.ones(3, 4), scale=1.0, backend="triton").lse_neg.shape == (0,)
+    assert contrastive_stats(none, torch.ones(0, 4), scale=1.0, backend="triton").lse_neg.shape == (0,)
     fastnce.info_nce(none, torch.ones(0, 4), temperature=0.1, reduction="sum", backend="triton").backward()
     assert none.grad.shape == (0, 4)
 

@@ -21,12 +21,13 @@ GROUP = 8
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     with on_device(problem.q):
-        work = Work.of(problem)
+        output = stats[0].own_pos.dim() == 2 and not wanted.k
+        work = Work.of_queries(problem) if output else Work.of(problem)
         sides = [_Coefficients.of(work, *side) for side in zip(grads, stats, strict=True)]
         # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
         due = torch.stack([side.total for side in sides]).sum()
         run = _Run.of(work, sides, stats[0], wanted)
-        if stats[0].own_pos.dim() == 2 and not wanted.k:
+        if output:
             found = _from_output(run, stats[0])
         elif wanted.q or wanted.k or wanted.scale:
             found = _whole(run) if work.whole else _blocked(run)
@@ -42,7 +43,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
 class _Coefficients(NamedTuple):
     """What a side contributes to its pairs: factor * 2^(t - base) for negatives, factor_pos * 2^(t - base_pos) + share for positives."""
 
-    vectors: Tensor  # (5, rows) float64: base, factor, base_pos, factor_pos, share
+    vectors: Tensor  # (5, rows) float64: base, factor, base_pos, factor_pos, share; only the first two where positives are kept apart
     negative: Tensor  # (rows,): sum of w over the row's negatives
     aligned: Tensor  # (rows,): weight of the one aligned pair of the row
     peak: Tensor  # no |w| of this side is larger
@@ -63,8 +64,7 @@ class _Coefficients(NamedTuple):
             own_pos = side.own_pos.masked_fill(no_positive, 0.0)
             vectors = [*_rounded(own_neg, negative), *_rounded(own_pos, positive), share]
         else:
-            zero = torch.zeros_like(negative)
-            vectors = [*_rounded(own_neg, negative), zero, zero, zero]
+            vectors = [*_rounded(own_neg, negative)]
         peak = peak.nan_to_num(0.0).amax() if len(peak) else peak.new_zeros(())
         return _Coefficients(torch.stack(vectors), negative, positive + mean, peak, total)
 
@@ -78,10 +78,10 @@ def _rounded(base: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 class _Run(NamedTuple):
     work: Work
     sides: list[_Coefficients]
-    padded: list[Tensor]  # (5, padded) float32 per side; factors and shares times lift
+    padded: list[Tensor]  # (2 or 5, padded) float32 per side; factors and shares times lift
     wanted: Wanted
     lift: Tensor  # power of two that brings the largest weight near the top of float16
-    center: Tensor  # a common t: sums of w t lose less around it, see _moment
+    center: Tensor  # a common t: sums of w t lose less around it
     moment: Tensor  # sum of w (t - center) over the aligned pairs
 
     @staticmethod
@@ -93,8 +93,9 @@ class _Run(NamedTuple):
         operands = (work.x, work.y)
         padded = []
         for side, operand in zip(sides, operands, strict=False):
-            vectors = side.vectors.new_zeros((5, operand.padded), dtype=torch.float32)
-            scaled = side.vectors * torch.stack([torch.ones_like(lift), lift, torch.ones_like(lift), lift, lift])[:, None]
+            fields, one = len(side.vectors), torch.ones_like(lift)
+            vectors = side.vectors.new_zeros((fields, operand.padded), dtype=torch.float32)
+            scaled = side.vectors * torch.stack([one, lift, one, lift, lift][:fields])[:, None]
             vectors[:, : operand.rows] = scaled
             padded.append(vectors)
         pos = rows.pos if problem.bias is None else rows.pos - problem.bias
@@ -132,6 +133,7 @@ def _whole(run: _Run) -> _Found:
         dx, about = _pass(run, rows, row, column, True, both, wanted.scale)
         if wanted.q:
             dq = _finish(run, rows, dx)
+        del dx  # before the other side's is made
         if about is not None:
             # Where k is q each pair is met from both of its ends.
             moment = moment + about.sum(dtype=torch.float64) / (2 * run.lift if problem.symmetric else run.lift)
@@ -178,7 +180,7 @@ def _blocked(run: _Run) -> _Found:
             launch(
                 kernels_backward.weights_block, down * across, *view.operands(), work.bound, run.padded[0], run.padded[-1], run.center,
                 for_rows, columns, about, *view.rules(), depth, x.padded, y.padded, row0, column0, down, across, pitch,
-                IN_TILE=work.in_tile, PARTS=parts, ROWS=True, COLUMNS=symmetric or problem.two_sided, GROUP=GROUP,
+                IN_TILE=work.in_tile, PARTS=parts, COLUMNS=symmetric or problem.two_sided, GROUP=GROUP,
                 BM=tile.rows, BN=tile.columns, BD=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             i, j = slice(row0, row0 + height), slice(column0, column0 + width)
@@ -188,6 +190,7 @@ def _blocked(run: _Run) -> _Found:
                 _accumulate(dy[j], columns[:, :height, :width].transpose(1, 2), x.tiles[i])
             if about is not None:
                 moment = moment + about.sum(dtype=torch.float64) / (run.lift if mirrored or not symmetric else 2 * run.lift)
+    del for_rows, for_columns  # before the results are made
     dq = None if dx is None else _finish(run, view, dx[None])
     dk = None if dy is None or symmetric else _finish(run, View(work, y, x, True), dy[None])
     return _Found(dq, dk, moment)

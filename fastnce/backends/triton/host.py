@@ -103,6 +103,12 @@ class Work(NamedTuple):
         labels, excludes = ranked(pairs.q_label, pairs.k_label, x, y), ranked(pairs.q_exclude, pairs.k_exclude, x, y)
         return Work(problem, x, y, labels, excludes, bound, not problem.pairs.one_positive_at_most(x.rows, problem.symmetric))
 
+    @staticmethod
+    def of_queries(problem: Problem) -> Work:
+        """Without the keys, for what has no tiles to visit."""
+        x = Operand.of(problem.q, problem.normalize)
+        return Work(problem, x, x, (None, None), (None, None), problem.scale, False)
+
     @property
     def whole(self) -> bool:
         return limits.whole(self.problem)

@@ -16,10 +16,11 @@ import triton.language as tl
 
 from fastnce.backends.triton.kernels_rows import LOG2E, valid
 
-# Numbers that change from call to call: a kernel is compiled once for all of them.
+# Numbers that change from call to call: a kernel is compiled once for all of them. Not among them are depth, row0, column0 and pitch, which
+# are multiples of 16 wherever they are used: the compiler must know that, or it copies element by element and without a pipeline.
 RUNTIME = [
-    "rows", "columns", "own", "up", "down", "depth", "mask_rows", "mask_columns", "mask_row", "mask_column", "row_padded", "column_padded",
-    "row0", "column0", "down_tiles", "across", "pitch", "splits", "per_split", "always", "symmetric",
+    "rows", "columns", "own", "up", "down", "mask_rows", "mask_columns", "mask_row", "mask_column", "row_padded", "column_padded",
+    "down_tiles", "across", "splits", "per_split", "always", "symmetric",
 ]  # fmt: skip
 # 2^t, sums of 2^31 such terms and their reciprocals times an upstream gradient stay normal float32 numbers while |t| <= 40 log2(e).
 UNSHIFTED = tl.constexpr(40.0)

@@ -133,7 +133,7 @@ def weights_block(
     X, Y, A, B, scale, bound, row, column, center, for_rows, for_columns, moment,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, row_padded, column_padded, row0, column0, down_tiles, across, pitch,
-    IN_TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    IN_TILE: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block of down_tiles x across tiles from (row0, column0), ready for two plain matrix products; rows of any length.
@@ -165,7 +165,7 @@ def weights_block(
     else:
         kept = outside(i, j, rows, columns, own, up, down)
     unshifted = tl.load(bound) <= UNSHIFTED
-    w = _weights(t, i, j, row, column, row_padded, column_padded, unshifted, positive, ROWS, COLUMNS, IN_TILE)
+    w = _weights(t, i, j, row, column, row_padded, column_padded, unshifted, positive, True, COLUMNS, IN_TILE)
     w = tl.where(kept, w, 0.0)
     if moment is not None:
         tl.store(moment + (j0 - column0) // BN * pitch + (i - row0), tl.sum(w * (t - tl.load(center)), 1))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -13,6 +11,10 @@ from fastnce import tiles
 from fastnce.problem import Problem
 
 OLDEST = (3, 6)
+try:
+    INSTALLED: str | None = version("triton")
+except PackageNotFoundError:
+    INSTALLED = None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 8192  # columns
 LARGEST = 2**30 - 2**16  # rows: differences of indices are int32, and the last tile ends above
@@ -21,10 +23,10 @@ LARGEST = 2**30 - 2**16  # rows: differences of indices are int32, and the last 
 def unsupported(problem: Problem) -> list[str]:
     """Why not, with what to do about it; empty: these kernels run it. Reads no values."""
     q, reasons = problem.q, []
-    if (found := _triton_version()) is None:
+    if INSTALLED is None:
         reasons.append("triton is not installed (python -m pip install triton)")
-    elif tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        reasons.append(f"triton {found} is too old (python -m pip install 'triton>={OLDEST[0]}.{OLDEST[1]}')")
+    elif tuple(int(part) for part in INSTALLED.split(".")[:2]) < OLDEST:
+        reasons.append(f"triton {INSTALLED} is too old (python -m pip install 'triton>={OLDEST[0]}.{OLDEST[1]}')")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {str(q.dtype)[6:]} (supports float32, float16, bfloat16)")
     if q.shape[1] > LONGEST:
@@ -34,7 +36,9 @@ def unsupported(problem: Problem) -> list[str]:
     if q.device.type == "cuda":
         if not torch.cuda.is_available():
             reasons.append("no CUDA device is available")
-        elif torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        elif torch.version.hip is not None:
+            reasons.append("AMD GPUs: the kernels compile for gfx942, but nothing has run on one")
+        elif torch.cuda.get_device_capability(q.device) < (8, 0):
             reasons.append("compute capability below 8.0")
     elif not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"device {q.device.type} (needs CUDA, or TRITON_INTERPRET=1 for Triton's interpreter on the CPU)")
@@ -59,15 +63,3 @@ def keeps_output(problem: Problem) -> bool:
     rows_only = not (problem.symmetric or problem.two_sided)
     alone = problem.pairs.offset is None and not problem.pairs.positives_by_content()
     return problem.frozen and rows_only and alone and whole(problem)
-
-
-@cache
-def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        import triton
-
-        return str(triton.__version__)

@@ -105,7 +105,10 @@ def _side(view: View, unshifted: _Sums | None, pairs: Tensor | None) -> Side:
     out = new((splits, view.x.padded, depth), dtype=torch.float32) if output else None
     moment = new((splits, rows), dtype=torch.float32) if output else None
     # Weights are at most 1, and float16 has 24 bits below 2^14 for the smaller ones.
-    lift = torch.exp2(14 - view.y.factor.nan_to_num(0.0).amax().log2().ceil()) if output else None
+    lift = None
+    if output:
+        largest = view.y.factor.nan_to_num(0.0).amax() if view.y.rows else view.x.factor.new_ones(())
+        lift = torch.exp2((14 - largest.log2().ceil()).clamp(-100, 100))
     launch(
         kernels.forward_rows, blocks * splits, *view.operands(), work.bound, real, count, out, moment, lift,
         *view.rules(), depth, view.x.padded, splits, per_split, int(unshifted is None), **view.form(), **_sizes(tile),
