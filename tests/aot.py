@@ -18,6 +18,7 @@ Verdicts, all that apply, or "ok":
     SMEM     one block wants more shared (sm_100: or tensor) memory than there is
     NO MMA   a product of tiles without a tensor-core instruction
     SERIAL   the compiler waits after every wgmma, so that products no longer overlap: a dot under an `if` in a loop does that
+    SCALAR   loads 16 bits at a time beside a product: an address of which the compiler does not know that it is aligned
     TF32     a float32 product rounded to 10 bits
     F64      a float64 product
     FUSION   enable_fp_fusion left to Triton, whose default changes with its version
@@ -291,6 +292,7 @@ def inspected(row: Found, kernel: Any, log: str) -> Found:
         "SMEM": not row.blocks,
         "NO MMA": not row.mma and "tt.dot" in kernel.asm["ttir"],
         "SERIAL": serialised(loop, log),
+        "SCALAR": row.mma and any(one.name.startswith("LDG") and ".U16" in one.name for one in sass),
         "TF32": "tf32" in products,
         "F64": ".f64" in products,
     }
