@@ -131,8 +131,6 @@ def _side(view: View, unshifted: _Sums | None, pairs: Tensor | None) -> Side:
     lse_pos = torch.where(n_pos == 1, pos, _nats(problem, own_pos)).masked_fill(none, -torch.inf)
     if out is not None and moment is not None and lift is not None:
         own_pos = _mean_key(view, negative, out, moment, lift)
-    elif own_pos is pos:
-        own_pos = pos.clone()
     side = Side(lse_neg, lse_pos, pos, n_pos, negative.log2, own_pos)
     return _with_metrics(view, side, t_pos if pairs is not None else None) if problem.metrics else side
 
