@@ -63,6 +63,14 @@ class Pairs(NamedTuple):
         aligned = {self.offset, -self.offset} if symmetric else {self.offset}
         return excluded, sorted(aligned - set(excluded))
 
+    def aligned(self, rows: int, columns: int) -> tuple[slice, slice]:
+        """Rows i and columns j of the aligned pairs that are not excluded, pair by pair; where k is q, j is above i."""
+        if self.offset is None or (self.exclude_self and self.offset == 0):
+            return slice(0, 0), slice(0, 0)
+        start = max(0, -self.offset)
+        stop = max(start, min(rows, columns - self.offset))
+        return slice(start, stop), slice(start + self.offset, stop + self.offset)
+
     def classify(self, tile: Tile, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """(positive, excluded): two boolean (i1 - i0, j1 - j0) matrices for one tile; what is neither is negative."""
         shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)

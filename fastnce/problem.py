@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastnce.pairs import Pairs
@@ -74,6 +75,10 @@ class Side(NamedTuple):
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None
 
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Rows without a negative, rows without a positive."""
+        return self.lse_neg == -torch.inf, self.lse_pos == -torch.inf
+
 
 class SideGrad(NamedTuple):
     """dL/d of the differentiable fields of a Side."""
@@ -81,6 +86,15 @@ class SideGrad(NamedTuple):
     dlse_neg: Tensor
     dlse_pos: Tensor
     dpos: Tensor
+
+    def of_some(self, side: Side) -> SideGrad:
+        """0 for the log-sum and the mean of nothing, whatever came down for them."""
+        no_negative, no_positive = side.empty()
+        return SideGrad(
+            self.dlse_neg.masked_fill(no_negative, 0.0),
+            self.dlse_pos.masked_fill(no_positive, 0.0),
+            self.dpos.masked_fill(no_positive, 0.0),
+        )
 
 
 FIELDS = len(Side._fields)

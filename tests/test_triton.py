@@ -67,6 +67,18 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def launches_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that a module launches from now on."""
+    launched: list[str] = []
+
+    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        host.launch(kernel, programs, *args, **kwargs)
+
+    monkeypatch.setattr(module, "launch", spy)
+    return launched
+
+
 def check(p: Problem, dtype: torch.dtype) -> None:
     with Checked(arguments=True) as checked:
         whole_suite.check(p, dtype, "triton")
@@ -94,13 +106,7 @@ SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel adds to a number of another program; the second run has the same bits."""
-    launched: list[str] = []
-
-    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-        launched.append(kernel.fn.__name__)
-        host.launch(kernel, programs, *args, **kwargs)
-
-    monkeypatch.setattr(statistics, "launch", spy)
+    launched = launches_of(statistics, monkeypatch)
     check(p, torch.float32)
     assert "forward_rows" in launched and "forward_both" not in launched
     first, second = whole_suite.run(p, torch.float32, "triton"), whole_suite.run(p, torch.float32, "triton")
@@ -175,13 +181,7 @@ def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
 def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """MoCo: backward has nothing to do over the tiles, and gives the gradients that keys with a gradient give."""
     p = next(p for p in PROBLEMS if p.why.startswith("queue"))._replace(excludes=5 if exclude else 0, scale=20.0)
-    launched: list[str] = []
-
-    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-        launched.append(kernel.fn.__name__)
-        host.launch(kernel, programs, *args, **kwargs)
-
-    monkeypatch.setattr(gradients, "launch", spy)
+    launched = launches_of(gradients, monkeypatch)
     upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     for dtype in DTYPES:
         exact = [t if t is None else t.double().requires_grad_() for t in p.tensors(dtype)]

@@ -44,7 +44,7 @@ def forward(problem: Problem) -> list[Side]:
     work = _prepare(problem)
     sums = [_Sums(problem, work, len(rows)) for rows in (work.x, work.y)[: 2 if problem.two_sided else 1]]
     if not work.in_tile:
-        i, j = _aligned(problem)
+        i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
         aligned = _inner(work.x[i], work.y[j])
         for side, own in _ends(problem, i, j):
             sums[side].set_positive(own, aligned)
@@ -196,16 +196,6 @@ def _classify(problem: Problem, work: _Work, tile: Tile, t: Tensor) -> _Classes:
     return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
 
 
-def _aligned(problem: Problem) -> tuple[slice, slice]:
-    """Rows i and columns j of the aligned positives, pair by pair; where k is q, j is above i."""
-    offset = problem.pairs.offset
-    if offset is None or (problem.pairs.exclude_self and offset == 0):
-        return slice(0, 0), slice(0, 0)
-    start = max(0, -offset)
-    stop = max(start, min(problem.q.shape[0], problem.keys.shape[0] - offset))
-    return slice(start, stop), slice(start + offset, stop + offset)
-
-
 def _ends(problem: Problem, i: slice, j: slice) -> list[tuple[int, slice]]:
     """(side, rows of its statistics) that the pairs (i, j) belong to: the row always, the column where it is counted too."""
     return [(0, i), (1, j)] if problem.two_sided else [(0, i), (0, j)] if problem.symmetric else [(0, i)]
@@ -322,11 +312,9 @@ class _Weights(NamedTuple):
 
     @staticmethod
     def of(work: _Work, grad: SideGrad, side: Side) -> _Weights:
-        # An empty set has lse -inf and no gradient; base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
-        no_negative, no_positive = side.lse_neg == -torch.inf, side.lse_pos == -torch.inf
-        negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
-        positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
-        mean = grad.dpos.masked_fill(no_positive, 0.0)
+        # Of an empty set, base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
+        no_negative, no_positive = side.empty()
+        negative, positive, mean = grad.of_some(side)
         total = (negative + positive + mean).sum()
         if work.in_tile:
             mean = mean / side.n_pos.clamp(min=1)
@@ -369,7 +357,7 @@ class _Moment:
 def _add_aligned(
     problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
 ) -> None:
-    i, j = _aligned(problem)
+    i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
     # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
     ends = [(weights[side].positive + weights[side].mean)[own] for side, own in _ends(problem, i, j)]
     w = ends[0] if len(ends) == 1 else ends[0] + ends[1]

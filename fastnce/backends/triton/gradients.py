@@ -51,11 +51,9 @@ class _Coefficients(NamedTuple):
 
     @staticmethod
     def of(work: Work, grad: SideGrad, side: Side) -> _Coefficients:
-        # An empty set has lse -inf and no gradient; base 0 keeps -inf - -inf out.
-        no_negative, no_positive = side.lse_neg == -torch.inf, side.lse_pos == -torch.inf
-        negative = grad.dlse_neg.masked_fill(no_negative, 0.0)
-        positive = grad.dlse_pos.masked_fill(no_positive, 0.0)
-        mean = grad.dpos.masked_fill(no_positive, 0.0)
+        # Of an empty set, base 0 keeps -inf - -inf out.
+        no_negative, no_positive = side.empty()
+        negative, positive, mean = grad.of_some(side)
         total = (negative + positive + mean).sum()
         own_neg = side.own_neg.masked_fill(no_negative, 0.0)
         share = mean / side.n_pos.clamp(min=1)
@@ -217,12 +215,11 @@ def _finish(run: _Run, view: View, dx: Tensor) -> Tensor:
     """dL/dx of the raw rows from the sums over the tiles (splits, padded, depth)."""
     work, x, y = run.work, view.x, view.y
     problem = work.problem
-    i, j = work.aligned()
-    paired = i.stop > i.start
+    i, _ = work.aligned()
     pair = torch.zeros_like(x.r)
-    if paired:
+    if i.stop > i.start:
         w = _pair_weights(work, run.sides).to(pair.dtype)
-        for own in (j,) if view.flip else (i, j) if problem.symmetric else (i,):
+        for own in view.ends():
             pair[own] = w
     out = torch.empty(x.raw.shape, dtype=x.raw.dtype, device=x.raw.device)
     height, width = tiles.TRITON_ROWS

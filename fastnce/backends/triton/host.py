@@ -22,11 +22,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_
 
 @cache
 def architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "sm_90"
-    if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
 @cache
@@ -119,13 +115,8 @@ class Work(NamedTuple):
         return [rows, View(self, self.y, self.x, True)] if self.problem.two_sided else [rows]
 
     def aligned(self) -> tuple[slice, slice]:
-        """Rows i and columns j of the aligned pairs that are counted apart, pair by pair; where k is q, j is above i."""
-        offset = self.problem.pairs.offset
-        if self.in_tile or offset is None or (self.problem.pairs.exclude_self and offset == 0):
-            return slice(0, 0), slice(0, 0)
-        start = max(0, -offset)
-        stop = max(start, min(self.x.rows, self.y.rows - offset))
-        return slice(start, stop), slice(start + offset, stop + offset)
+        """Rows and columns of the aligned pairs that are counted apart; none where positives are found in the tiles."""
+        return (slice(0, 0), slice(0, 0)) if self.in_tile else self.problem.pairs.aligned(self.x.rows, self.y.rows)
 
 
 class View(NamedTuple):
@@ -135,6 +126,11 @@ class View(NamedTuple):
     x: Operand
     y: Operand
     flip: bool
+
+    def ends(self) -> list[slice]:
+        """Where the aligned pairs are in this view's rows; where k is q, each pair has two ends there."""
+        i, j = self.work.aligned()
+        return [j] if self.flip else [i, j] if self.work.problem.symmetric else [i]
 
     def tile(self, kernel: str) -> tiles.Tile:
         _, parts, depth = self.x.tiles.shape

@@ -20,7 +20,7 @@ from fastnce.backends.triton.kernels_rows import LOG2E, valid
 
 @triton.jit
 def _coefficients(C, index, padded, IN_TILE: tl.constexpr):
-    """(base, factor) of the negatives, of the positives, and each positive's share of dpos: five vectors of one side, 0 in the padding."""
+    """(base, factor) of the negatives, of the positives, and each positive's share of dpos: vectors of one side, 0 in the padding."""
     padded = padded.to(tl.int64)
     base = tl.load(C + index)
     factor = tl.load(C + padded + index)
@@ -81,7 +81,7 @@ def backward_rows(
 ):  # fmt: skip
     """dx (splits, padded rows, DP) = sum_j w_ij beta_j y~_j over the tiles of a split; rows that fit into one block.
 
-    row, column    (5, padded) coefficients of the rows (ROWS) and of the columns (COLUMNS)
+    row, column    (5, padded), or (2, padded) without IN_TILE: coefficients of the rows (ROWS) and of the columns (COLUMNS)
     moment         (splits, rows) or None: sum_j w_ij (t_ij - center)
     """
     block = tl.program_id(0) // splits

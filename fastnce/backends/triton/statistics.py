@@ -137,11 +137,9 @@ def _side(view: View, unshifted: _Sums | None, pairs: Tensor | None) -> Side:
 
 def _at_ends(view: View, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """(t of the row's aligned pair, 0 without one; 1 or 0): per row of the view."""
-    work = view.work
     pos = pairs.new_zeros(view.x.rows, dtype=vector_dtype(pairs))
     n_pos = torch.zeros(view.x.rows, dtype=torch.int64, device=pairs.device)
-    i, j = work.aligned()
-    for own in (j,) if view.flip else (i, j) if work.problem.symmetric else (i,):
+    for own in view.ends():
         pos[own] = pairs.to(pos.dtype)
         n_pos[own] = 1
     return pos, n_pos
@@ -162,14 +160,15 @@ def _mean_key(view: View, negative: _LogSum, out: Tensor, moment: Tensor, lift: 
 def _with_metrics(view: View, side: Side, t_pos: Tensor | None) -> Side:
     """Ranks and hardest negatives take passes of their own: training does not ask for them."""
     problem = view.work.problem
-    best = t_pos
-    if best is None:
-        # The best positive must be known before the negatives above it are counted.
-        best = _retrieve(view, torch.zeros_like(side.pos))[0][1]
-    best = best.masked_fill(side.n_pos == 0, -torch.inf)
     given, bias = problem.threshold, problem.bias
-    least = best if given is None else (given if bias is None else given - bias) * LOG2E
-    (hardest_logit, _), rank, hardest = _retrieve(view, least + problem.tie * LOG2E)
+    best = None if t_pos is None else t_pos.masked_fill(side.n_pos == 0, -torch.inf)
+    if given is not None:
+        least = (given if bias is None else given - bias) * LOG2E
+    else:
+        # The best positive must be known before the negatives above it are counted.
+        least = best = _retrieve(view, torch.zeros_like(side.pos))[0][1] if best is None else best
+    (hardest_logit, best_in_tile), rank, hardest = _retrieve(view, least + problem.tie * LOG2E)
+    best = best_in_tile if best is None else best
     return side._replace(rank=rank, hardest=hardest, hardest_logit=_nats(problem, hardest_logit), pos_max=_nats(problem, best))
 
 
