@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden import make
 
 import fastnce
+from train_ref.golden import make
 
 GOLDEN = json.loads(make.FILE.read_text())
 CASES: list[dict[str, Any]] = GOLDEN["cases"]

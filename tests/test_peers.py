@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import make
 from torch import Tensor
 
 import fastnce
+from train_ref.golden import make
 
 pytestmark = pytest.mark.peers
 fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which

@@ -20,8 +20,9 @@ from train_ref import losses
 from train_ref.augment import two_views
 from train_ref.data import DIGITS, N_CLASSES, N_TRAIN, load_digits
 from train_ref.evaluate import evaluate_encoder, evaluate_features
+from train_ref.implementations import DenseQueue, dense_losses
 from train_ref.loop import LEARNING_RATE, History, learning_rate, train_network
-from train_ref.methods import MOMENTUM, QUEUE_SIZE, DenseQueue, MoCo, dense_losses
+from train_ref.methods import MOMENTUM, QUEUE_SIZE, MoCo
 from train_ref.model import EMBEDDING, FEATURES, Network, build_network
 from train_ref.train import main
 

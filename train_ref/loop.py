@@ -12,7 +12,8 @@ import torch
 
 from train_ref.augment import two_views
 from train_ref.data import N_TRAIN, Digits
-from train_ref.methods import LossFunctions, build_method
+from train_ref.implementations import LossFunctions
+from train_ref.methods import build_method
 from train_ref.model import Network, build_network
 
 # Chosen on 297 held-out training digits. kNN, linear, 1-shot: 98.1, 98.5, 88.1 % with 40 epochs at 4e-3 and width 16;

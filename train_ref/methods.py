@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_ref import losses as dense
+from train_ref.implementations import LossFunctions
 from train_ref.model import EMBEDDING, Network
 
 QUEUE_SIZE = 1024
@@ -21,58 +18,6 @@ MOMENTUM = 0.99
 # 1-shot accuracy at 0.2: 78 % with SimCLR (83 at 0.5), 79 % with MoCo (81 at 0.5). SupCon's is the one of its paper.
 TEMPERATURES = {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
 TITLES = {"simclr": "SimCLR", "supcon": "SupCon", "moco": "MoCo"}
-
-
-class Queue(Protocol):
-    """A ring of the last `size` keys."""
-
-    keys: Tensor  # (size, D)
-
-    def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest keys in place."""
-
-
-class DenseQueue:
-    """The queue in plain torch. `enqueue` writes in place: call it after the backward pass that needs the old keys."""
-
-    def __init__(self, size: int, dim: int, device: torch.device) -> None:
-        self.keys = torch.zeros(size, dim, device=device)
-        self.oldest = 0
-
-    def enqueue(self, keys: Tensor) -> None:
-        slots = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.keys)
-        self.keys[slots] = keys
-        self.oldest = (self.oldest + len(keys)) % len(self.keys)
-
-
-@dataclass(frozen=True)
-class LossFunctions:
-    """One implementation of everything the methods call: the fused losses or their dense twins."""
-
-    name: str
-    nt_xent: Callable[..., Tensor]
-    sup_con: Callable[..., Tensor]
-    moco_loss: Callable[..., Tensor]
-    queue: Callable[[int, int, torch.device], Queue]
-
-
-def dense_losses() -> LossFunctions:
-    """The reference losses. Nothing here imports fastnce."""
-    return LossFunctions("reference", dense.nt_xent, dense.sup_con, dense.moco_loss, DenseQueue)
-
-
-def fused_losses(backend: str) -> LossFunctions:
-    """fastnce's losses on the given backend. Raises ModuleNotFoundError where fastnce is not installed."""
-    import fastnce
-
-    def queue(size: int, dim: int, device: torch.device) -> Queue:
-        ring: Queue = fastnce.NegativeQueue(size, dim).to(device)
-        return ring
-
-    def on_backend(function: Callable[..., Any]) -> Callable[..., Tensor]:
-        return partial(function, backend=backend)
-
-    return LossFunctions("fused", on_backend(fastnce.nt_xent), on_backend(fastnce.sup_con), on_backend(fastnce.moco_loss), queue)
 
 
 class Method(Protocol):

@@ -25,8 +25,9 @@ import torch
 from train_ref.data import N_TRAIN, Digits, load_digits
 from train_ref.evaluate import Accuracies, evaluate_encoder, evaluate_features
 from train_ref.figure import save_figure
+from train_ref.implementations import LossFunctions, dense_losses, fused_losses
 from train_ref.loop import EPOCHS, LEARNING_RATE, WEIGHT_DECAY, History, train_network
-from train_ref.methods import MOMENTUM, QUEUE_SIZE, TEMPERATURES, TITLES, LossFunctions, dense_losses, fused_losses
+from train_ref.methods import MOMENTUM, QUEUE_SIZE, TEMPERATURES, TITLES
 from train_ref.model import EMBEDDING, build_network
 from train_ref.report import (
     Comparison,

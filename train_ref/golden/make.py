@@ -1,6 +1,6 @@
 """Golden vectors: losses and gradients of other projects' own code, in float64.
 
-    python tests/golden/make.py            # writes peers.json beside this file; needs the peers, see PEERS
+    python train_ref/golden/make.py            # writes peers.json beside this file; needs the peers, see PEERS
 
 peers.json lets a machine without the peers hold fastnce to them. Each case names who computed it, the fastnce call that
 must agree, and the conversion between the two: peer = times * fastnce + plus. Inputs are not stored but described:
