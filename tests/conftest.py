@@ -12,7 +12,7 @@ import torch
 # interpreter.py skip; anywhere else it is the other way round. CUDA_VISIBLE_DEVICES= pytest runs the interpreter on a GPU machine.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from fastnce.backends import cpu
+from fastnce.backends import _native, cpu
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles."""
+    """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. Of torch's
+    operations also where the compiled kernels are built: theirs have one size."""
+    monkeypatch.setattr(_native, "serves", lambda *_: False)
     monkeypatch.setattr(cpu, "CPU_TILE", 16)
     monkeypatch.setattr(cpu, "CPU_ROWS", 7)
     return 16

@@ -39,6 +39,8 @@ MODULES = {module_of(path): path for path in sources("fastnce")}
 # neither losses nor each other, and nothing below knows anything above. A new module takes its place in this table.
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
+    "native": set(),
+    "build": {"native"},
     "norms": set(),
     "pairs": set(),
     "tiles": set(),
@@ -58,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"__init__", "backends", "pairs", "problem", "selftest"},
 }
 # A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
-BACKEND_MAY_IMPORT = {"norms", "pairs", "problem", "tiles"}
+BACKEND_MAY_IMPORT = {"native", "norms", "pairs", "problem", "tiles"}
 
 
 def names_imported(tree: ast.AST, package: str = "") -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastnce.backends import _native
 from fastnce.backends._gemm import product
 from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.pairs import Tile, fill_diagonal
@@ -48,7 +49,13 @@ def forward(problem: Problem) -> list[Side]:
         aligned = _inner(work.x[i], work.y[j])
         for side, own in _ends(problem, i, j):
             sums[side].set_positive(own, aligned)
-    elif problem.metrics:
+    if work.native:
+        flags = (problem.two_sided, work.unshifted, work.in_tile, problem.pairs.exclude_self)
+        columns = problem.q.shape[1]
+        keys, tie = None if problem.symmetric else work.y, float(problem.tie) * LOG2E
+        _native.forward(work.x, keys, columns, flags, problem.pairs, tie, [vector for side in sums for vector in side.vectors()])
+        return [side.result() for side in sums]
+    if work.in_tile and problem.metrics:
         for tile, t in _tiles(problem, work):
             classes = _classify(problem, work, tile, t)
             for view in _views(problem, tile):
@@ -76,7 +83,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if not work.in_tile:
         _add_aligned(problem, work, weights, dx, dy, moment)
-    for tile, t in _tiles(problem, work) if wanted.q or wanted.k or wanted.scale else ():
+    walked = work.native or not (wanted.q or wanted.k or wanted.scale)
+    if work.native:
+        _native_backward(problem, work, weights, dx, dy, moment)
+    for tile, t in () if walked else _tiles(problem, work):
         centered = None if moment is None else t - moment.center
         classes = _classify(problem, work, tile, t)
         if work.unshifted:
@@ -96,8 +106,8 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
             # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
             dy[j] += product(w.T.contiguous(), work.x[i].T)
     return Gradients(
-        None if dx is None else _project(dx, work.x, work.r_x, work.root).to(problem.q.dtype),
-        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root).to(problem.keys.dtype),
+        None if dx is None else _project(dx, work.x, work.r_x, work.root, problem.q),
+        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root, problem.keys),
         None if moment is None else (moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
         due.to(problem.scale.dtype) if wanted.bias else None,
     )
@@ -113,13 +123,15 @@ class _Work(NamedTuple):
     root: Tensor
     unshifted: bool
     in_tile: bool  # positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
+    native: bool  # the compiled kernels walk the tiles: x and y are as wide as they need, zeros behind the last column
 
 
 def _prepare(problem: Problem) -> _Work:
     q, k, scale = problem.q, problem.keys, problem.scale
     root = (valid_scale(scale).to(vector_dtype(q)) * LOG2E).sqrt()
-    x, r_x = _scaled(q, root, problem.normalize)
-    y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize)
+    native = _native.serves(q.device, compute_dtype(q.dtype))
+    x, r_x = _scaled(q, root, problem.normalize, native)
+    y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize, native)
     unshifted = False
     if q.device.type == "cpu":
         # Reading a value costs nothing here. On any other device it would stall the host: the running maximum is used instead.
@@ -128,17 +140,19 @@ def _prepare(problem: Problem) -> _Work:
             bound = float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / LOG2E
         unshifted = bound <= UNSHIFTED[x.dtype]
     in_tile = not problem.pairs.one_positive_at_most(q.shape[0], problem.symmetric)
-    return _Work(x, y, r_x, r_y, root, unshifted, in_tile)
+    return _Work(x, y, r_x, r_y, root, unshifted, in_tile, native)
 
 
-def _scaled(rows: Tensor, root: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def _scaled(rows: Tensor, root: Tensor, normalize: bool, native: bool) -> tuple[Tensor, Tensor | None]:
     dtype = compute_dtype(rows.dtype)
-    if not normalize:
-        return (rows.to(dtype) * root.to(dtype)).contiguous(), None
-    r = inverse_norms(rows)
+    r = inverse_norms(rows) if normalize else None
     # One rounding per row: that of root alone would shift all logits the same way, and the mean loss with them.
-    factor = (r.to(root.dtype) * root).to(dtype)
-    return (rows.to(dtype) * factor[:, None]).contiguous(), r
+    factor = root.to(dtype) if r is None else (r.to(root.dtype) * root).to(dtype)[:, None]
+    if not native:
+        return (rows.to(dtype) * factor).contiguous(), r
+    padded = rows.new_zeros(len(rows), _native.pitched(rows.shape[1]), dtype=dtype)
+    padded[:, : rows.shape[1]] = rows
+    return padded.mul_(factor), r
 
 
 class _View(NamedTuple):
@@ -271,6 +285,19 @@ class _Sums:
         if self.positive is not None and classes.positive is not None:
             self.positive.add(view.own, view.of(classes.positive))
 
+    def vectors(self) -> list[Tensor]:
+        """Everything above in the order of csrc/cpu/bind.cpp; an empty tensor for what is not collected."""
+        nothing = self.pos.new_empty(0)
+        collected = [self.negative.total, self.negative.top]
+        collected += [None, None] if self.positive is None else [self.positive.total, self.positive.top]
+        collected += [self.pos, self.n_pos]
+        if self.problem.metrics:
+            given = None if self.problem.threshold is None else self._threshold(slice(None)).to(self.pos_max.dtype)
+            collected += [self.pos_max, given, self.rank, self.hardest_logit, self.hardest]
+        else:
+            collected += [None] * 5
+        return [nothing if vector is None else vector for vector in collected]
+
     def result(self) -> Side:
         lse_neg, own_neg, none = self._nats(self.negative.log2()), self.negative.own(), self.n_pos == 0
         if self.positive is None:
@@ -374,9 +401,24 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
 
 
-def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor) -> Tensor:
-    """From dL/dx (natural log) to dL/dq, in place: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q."""
+def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, rows: Tensor) -> Tensor:
+    """From dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q. dx is overwritten."""
     if r is None:
-        return dx.mul_((root / LOG2E).to(dx.dtype))
-    radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
-    return dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E)).to(dx.dtype)[:, None])
+        dx.mul_((root / LOG2E).to(dx.dtype))
+    else:
+        radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
+        dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E)).to(dx.dtype)[:, None])
+    return dx[:, : rows.shape[1]].to(rows.dtype).contiguous()
+
+
+def _native_backward(
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
+) -> None:
+    flags = (problem.two_sided, work.unshifted, work.in_tile, problem.pairs.exclude_self)
+    keys = None if problem.symmetric else work.y
+    vectors = [v for side in weights for v in (side.negative, side.base_neg, side.positive, side.base_pos, side.mean)]
+    sums = None if moment is None else work.x.new_zeros(len(work.x), dtype=torch.float64)
+    center = 0.0 if moment is None else float(moment.center)
+    _native.backward(work.x, keys, problem.q.shape[1], flags, problem.pairs, vectors, center, dx, None if keys is None else dy, sums)
+    if moment is not None and sums is not None:
+        moment.add(sums)

@@ -1,0 +1,51 @@
+// Vectors of floats in GCC's and Clang's own notation: one source, as wide as the unit it is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastnce::FASTNCE_LEVEL {
+
+#define FASTNCE_INLINE static inline __attribute__((always_inline))
+
+using Vec = float __attribute__((vector_size(FASTNCE_VECTOR_BYTES)));
+using IVec = int32_t __attribute__((vector_size(FASTNCE_VECTOR_BYTES)));
+// In memory: any alignment, and allowed to lie over plain floats.
+using Stored = float __attribute__((vector_size(FASTNCE_VECTOR_BYTES), aligned(4), may_alias));
+
+constexpr int LANES = FASTNCE_VECTOR_BYTES / 4;
+
+FASTNCE_INLINE Vec load(const float* p) { return *reinterpret_cast<const Stored*>(p); }
+FASTNCE_INLINE void store(float* p, Vec x) { *reinterpret_cast<Stored*>(p) = x; }
+// x - 0 is x, bit for bit; 0 + x is not where x is -0, and costs an addition.
+FASTNCE_INLINE Vec all(float x) { return x - Vec{}; }
+// Either operand's nan comes out, as in torch.maximum: a nan must reach the loss.
+FASTNCE_INLINE Vec larger(Vec a, Vec b) { return a != a ? a : (a < b ? b : (b != b ? b : a)); }
+
+FASTNCE_INLINE float sum(Vec x) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+  return total;
+}
+
+// 2^x with a relative error below 8e-8; 0 below 2^-126, so that -inf marks a pair that does not count; nan stays nan.
+//
+// x = n + f with |f| <= 1/2: adding 1.5 * 2^23 leaves n in the last bits of the sum. The polynomial is 2^f, of degree 6, fitted to the
+// least largest relative error; n goes into its exponent.
+FASTNCE_INLINE Vec exp2(Vec x) {
+  const Vec least = all(-126.0f), most = all(127.0f);
+  const Vec inside = x < least ? least : (x > most ? most : x);
+  const Vec shifted = inside + 12582912.0f;
+  const Vec f = inside - (shifted - 12582912.0f);
+  Vec p = all(0x1.41d334p-13f);
+  p = p * f + 0x1.5f456ap-10f;
+  p = p * f + 0x1.3b2dbcp-7f;
+  p = p * f + 0x1.c6aed4p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  const Vec value = reinterpret_cast<Vec>(reinterpret_cast<IVec>(p) + (reinterpret_cast<IVec>(shifted) << 23));
+  return x < least ? Vec{} : value;
+}
+
+}  // namespace fastnce::FASTNCE_LEVEL

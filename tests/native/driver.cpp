@@ -1,0 +1,293 @@
+// The CPU kernels without torch, meant to be built with -fsanitize=address,undefined: random problems of every shape and rule, each level of
+// the processor, one thread and three, against the definition in double. Exit status 1, and a line, for every wrong one.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "problem.h"
+
+using namespace fastnce;
+
+namespace {
+
+constexpr double NONE = -INFINITY;
+
+Pool pool(int threads) {
+  return {threads, [threads](int64_t count, const std::function<void(int64_t, int64_t, int)>& body) {
+            std::vector<std::thread> running;
+            for (int t = 0; t < threads; ++t)
+              running.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads, t); });
+            for (auto& one : running) one.join();
+          }};
+}
+
+struct Case {
+  int64_t m, n, d;
+  bool symmetric, two_sided, exclude_self, has_offset, labels, excludes, masked, unshifted, metrics;
+  int64_t offset;
+  float reach;  // of the logits
+};
+
+// Everything a problem owns. Vectors have no element to spare: the sanitizer sees a read behind their end.
+struct Data {
+  Case c;
+  std::vector<float> x, y;
+  std::vector<int64_t> q_label, k_label, q_exclude, k_exclude;
+  std::vector<char> mask;
+  Problem p{};
+
+  Data(const Case& made, std::mt19937& random) : c(made) {
+    std::normal_distribution<float> normal;
+    const int64_t pitch = (c.d + PITCH - 1) / PITCH * PITCH;
+    const auto rows = [&](int64_t count) {
+      std::vector<float> out(count * pitch, 0.0f);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t l = 0; l < c.d; ++l) out[i * pitch + l] = normal(random) * std::sqrt(c.reach / c.d);
+      return out;
+    };
+    const auto ids = [&](int64_t count, int values) {
+      std::vector<int64_t> out(count);
+      for (auto& id : out) id = static_cast<int64_t>(random() % values) - 1;
+      return out;
+    };
+    x = rows(c.m);
+    if (!c.symmetric) y = rows(c.n);
+    p.m = c.m;
+    p.n = c.n;
+    p.d = c.d;
+    p.pitch = pitch;
+    p.x = x.data();
+    p.y = c.symmetric ? x.data() : y.data();
+    p.symmetric = c.symmetric;
+    p.two_sided = c.two_sided;
+    p.unshifted = c.unshifted;
+    p.in_tile = true;
+    p.rules.exclude_self = c.exclude_self;
+    p.rules.has_offset = c.has_offset;
+    p.rules.offset = c.offset;
+    if (c.labels) {
+      q_label = ids(c.m, 9);
+      k_label = c.symmetric ? q_label : ids(c.n, 9);
+      p.rules.q_label = q_label.data();
+      p.rules.k_label = k_label.data();
+    }
+    if (c.excludes) {
+      q_exclude = ids(c.m, 7);
+      k_exclude = c.symmetric ? q_exclude : ids(c.n, 7);
+      p.rules.q_exclude = q_exclude.data();
+      p.rules.k_exclude = k_exclude.data();
+    }
+    if (c.masked) {
+      p.rules.mask_rows = (c.m + 1) / 2;
+      p.rules.mask_columns = (c.n + 2) / 3;
+      mask.resize(p.rules.mask_rows * p.rules.mask_columns);
+      for (auto& bit : mask) bit = random() % 5 == 0;
+      p.rules.mask = reinterpret_cast<const bool*>(mask.data());
+    }
+  }
+
+  double logit(int64_t i, int64_t j) const {
+    double t = 0;
+    for (int64_t l = 0; l < p.d; ++l) t += static_cast<double>(p.x[i * p.pitch + l]) * p.y[j * p.pitch + l];
+    return t;
+  }
+
+  // The rules in the order of fastnce/pairs.py: 0 negative, 1 positive, 2 excluded.
+  int kind(int64_t i, int64_t j) const {
+    const Rules& r = p.rules;
+    if (r.exclude_self && i == j) return 2;
+    if (r.has_offset && (j - i == r.offset || (p.symmetric && i - j == r.offset))) return 1;
+    if (r.q_exclude && r.q_exclude[i] >= 0 && r.q_exclude[i] == r.k_exclude[j]) return 2;
+    if (r.q_label && r.q_label[i] >= 0 && r.q_label[i] == r.k_label[j]) return 1;
+    return r.mask && r.mask[i % r.mask_rows * r.mask_columns + j % r.mask_columns] ? 1 : 0;
+  }
+};
+
+struct Side {
+  std::vector<double> negative, positive, pos;
+  std::vector<float> top_negative, top_positive, pos_max, hardest_t;
+  std::vector<int64_t> n_pos, rank, hardest;
+
+  explicit Side(int64_t rows)
+      : negative(rows), positive(rows), pos(rows), top_negative(rows, -INFINITY), top_positive(rows, -INFINITY), pos_max(rows, -INFINITY),
+        hardest_t(rows, -INFINITY), n_pos(rows), rank(rows), hardest(rows, -1) {}
+
+  Sums sums(bool metrics) {
+    Sums s{negative.data(), top_negative.data(), positive.data(), top_positive.data(), pos.data(), n_pos.data(), {}};
+    if (metrics) s.metrics = {pos_max.data(), nullptr, 0.0f, rank.data(), hardest_t.data(), hardest.data()};
+    return s;
+  }
+};
+
+struct Coefficients {
+  std::vector<float> negative, base_negative, positive, base_positive, mean;
+
+  Coefficients(int64_t rows, bool unshifted, const Side& of, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    for (auto* v : {&negative, &base_negative, &positive, &base_positive, &mean}) v->resize(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      negative[i] = normal(random);
+      positive[i] = normal(random);
+      mean[i] = normal(random);
+      const auto base = [&](double sum, float top) { return sum > 0 ? static_cast<float>(std::log2(sum) + (unshifted ? 0 : top)) : 0.0f; };
+      base_negative[i] = base(of.negative[i], of.top_negative[i]);
+      base_positive[i] = base(of.positive[i], of.top_positive[i]);
+      if (unshifted) {
+        negative[i] *= std::exp2(-base_negative[i]);
+        positive[i] *= std::exp2(-base_positive[i]);
+      }
+    }
+  }
+
+  Weights weights() const { return {negative.data(), base_negative.data(), positive.data(), base_positive.data(), mean.data()}; }
+
+  // The coefficient of a pair of this kind, as the definition has it.
+  double of(int kind, int64_t i, double t, bool unshifted) const {
+    const auto term = [&](float c, float base) { return c * std::exp2(t - (unshifted ? 0.0 : base)); };
+    return kind == 0 ? term(negative[i], base_negative[i]) : kind == 1 ? term(positive[i], base_positive[i]) + mean[i] : 0.0;
+  }
+};
+
+int failures = 0;
+
+void check(const char* what, const Case& c, const char* level, double error, double limit) {
+  if (error <= limit) return;
+  ++failures;
+  std::printf("%s %s: error %g, limit %g: %ld x %ld x %ld symmetric %d two_sided %d self %d offset %d %ld labels %d excludes %d mask %d unshifted %d\n",
+              level, what, error, limit, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.d), c.symmetric, c.two_sided,
+              c.exclude_self, c.has_offset, static_cast<long>(c.offset), c.labels, c.excludes, c.masked, c.unshifted);
+}
+
+double log2_of(double sum, float top, bool unshifted) { return std::log2(sum) + (unshifted || sum == 0 ? 0.0 : top); }
+
+void run(const Case& c, const Level& level, unsigned seed) {
+  std::mt19937 random(seed);
+  const Data data(c, random);
+  const Problem& p = data.p;
+  const int sides = c.two_sided ? 2 : 1;
+  std::vector<Side> found{Side(p.m), Side(p.n)}, threaded = found;
+  Sums sums[2] = {found[0].sums(c.metrics), found[1].sums(c.metrics)}, again[2] = {threaded[0].sums(c.metrics), threaded[1].sums(c.metrics)};
+  level.forward(p, sums, pool(1));
+  level.forward(p, again, pool(3));
+
+  for (int side = 0; side < sides; ++side) {
+    const int64_t rows = side ? p.n : p.m, others = side ? p.m : p.n;
+    const Side& s = found[side];
+    check("bits by threads", c, level.name,
+          s.negative == threaded[side].negative && s.positive == threaded[side].positive && s.pos == threaded[side].pos &&
+                  s.hardest == threaded[side].hardest && s.rank == threaded[side].rank ? 0 : 1, 0);
+    for (int64_t i = 0; i < rows; ++i) {
+      double sum[2] = {0, 0}, top[2] = {NONE, NONE}, pos = 0;
+      int64_t count = 0;
+      for (int pass = 0; pass < 2; ++pass)
+        for (int64_t j = 0; j < others; ++j) {
+          const int kind = side ? data.kind(j, i) : data.kind(i, j);
+          if (kind == 2) continue;
+          const double t = side ? data.logit(j, i) : data.logit(i, j);
+          if (pass == 0) {
+            top[kind] = std::max(top[kind], t);
+            if (kind == 1) pos += t, ++count;
+          } else {
+            sum[kind] += std::exp2(t - top[kind]);
+          }
+        }
+      const double limit = 1e-5 * std::max(1.0f, c.reach);
+      const double wanted[2] = {std::log2(sum[0]) + top[0], std::log2(sum[1]) + top[1]};
+      const double got[2] = {log2_of(s.negative[i], s.top_negative[i], c.unshifted), log2_of(s.positive[i], s.top_positive[i], c.unshifted)};
+      for (int kind = 0; kind < 2; ++kind) {
+        const bool none = top[kind] == NONE;
+        check(kind ? "lse_pos" : "lse_neg", c, level.name, none ? (s.negative[i] == 0 || kind ? 0 : 1) : std::fabs(got[kind] - wanted[kind]), limit);
+      }
+      check("pos", c, level.name, std::fabs(s.pos[i] - pos), limit * std::max<int64_t>(1, count));
+      check("n_pos", c, level.name, std::fabs(static_cast<double>(s.n_pos[i] - count)), 0);
+      if (c.metrics && top[0] != NONE) {
+        const int64_t hardest = s.hardest[i];
+        check("hardest", c, level.name, hardest < 0 ? 1 : top[0] - (side ? data.logit(hardest, i) : data.logit(i, hardest)), limit);
+        int64_t surely = 0, perhaps = 0;
+        for (int64_t j = 0; j < others; ++j)
+          if ((side ? data.kind(j, i) : data.kind(i, j)) == 0) {
+            const double t = side ? data.logit(j, i) : data.logit(i, j);
+            surely += t > top[1] + limit;
+            perhaps += t > top[1] - limit;
+          }
+        check("rank", c, level.name, s.rank[i] < surely || s.rank[i] > perhaps ? 1 : 0, 0);
+      }
+    }
+  }
+
+  std::vector<Coefficients> of;
+  for (int side = 0; side < 2; ++side) of.emplace_back(side ? p.n : p.m, c.unshifted, found[side], random);
+  const Weights weights[2] = {of[0].weights(), of[1].weights()};
+  std::vector<float> dx(p.m * p.pitch), dy(p.n * p.pitch), dx3 = dx, dy3 = dy;
+  std::vector<double> moment(p.m), moment3 = moment;
+  const float center = 0.25f;
+  level.backward(p, weights, {dx.data(), c.symmetric ? dx.data() : dy.data(), moment.data(), center}, pool(1));
+  level.backward(p, weights, {dx3.data(), c.symmetric ? dx3.data() : dy3.data(), moment3.data(), center}, pool(3));
+  check("gradient's bits by threads", c, level.name, dx == dx3 && dy == dy3 && moment == moment3 ? 0 : 1, 0);
+
+  std::vector<double> x_exact(p.m * p.pitch), y_exact(p.n * p.pitch);
+  double exact = 0, sum = 0, size = 0;
+  for (int64_t i = 0; i < p.m; ++i)
+    for (int64_t j = 0; j < p.n; ++j) {
+      const int kind = data.kind(i, j);
+      const double t = data.logit(i, j);
+      double w = of[0].of(kind, i, t, c.unshifted);
+      if (c.two_sided) w += of[1].of(kind, j, t, c.unshifted);
+      exact += w * (t - center);
+      size += std::fabs(w * (t - center));
+      for (int64_t l = 0; l < p.d; ++l) {
+        x_exact[i * p.pitch + l] += w * p.y[j * p.pitch + l];
+        (c.symmetric ? x_exact : y_exact)[j * p.pitch + l] += w * p.x[i * p.pitch + l];
+      }
+    }
+  for (double row : moment) sum += row;
+  check("moment", c, level.name, std::fabs(sum - exact), 1e-4 * std::max(1.0f, c.reach) * (size + 1e-30));
+  const auto relative = [](const std::vector<float>& a, const std::vector<double>& b) {
+    double error = 0, norm = 1e-30;
+    for (size_t e = 0; e < a.size(); ++e) error += (a[e] - b[e]) * (a[e] - b[e]), norm += b[e] * b[e];
+    return std::sqrt(error / norm);
+  };
+  const double limit = 3e-6 * std::max(1.0f, c.reach);
+  check("dx", c, level.name, relative(dx, x_exact), limit);
+  if (!c.symmetric) check("dy", c, level.name, relative(dy, y_exact), limit);
+}
+
+}  // namespace
+
+int main() {
+  const int64_t sizes[] = {1, 2, 5, 6, 7, 15, 16, 17, 63, 64, 65, 130, 193};
+  const int64_t widths[] = {1, 3, 16, 17, 40, 64, 70};
+  int cases = 0;
+  for (const Level* level : levels())
+    for (unsigned seed = 0; seed < 160; ++seed, ++cases) {
+      std::mt19937 random(seed);
+      const auto coin = [&] { return random() % 2 == 0; };
+      Case c{};
+      c.symmetric = coin();
+      c.m = sizes[random() % std::size(sizes)];
+      c.n = c.symmetric ? c.m : sizes[random() % std::size(sizes)];
+      c.d = widths[random() % std::size(widths)];
+      c.two_sided = !c.symmetric && coin();
+      c.exclude_self = coin();
+      c.has_offset = coin();
+      c.offset = static_cast<int64_t>(random() % (c.n + 4)) - 2;
+      c.labels = coin();
+      c.excludes = coin();
+      c.masked = !c.symmetric && random() % 4 == 0;  // a mask need not be its own mirror image: keys are then given
+      c.unshifted = coin();
+      c.metrics = coin();
+      c.reach = c.unshifted ? 8.0f : 200.0f;
+      run(c, *level, seed);
+    }
+  // Across the edges of blocks of 64, 192 and 384 rows.
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{385, 385}, {1537, 70}, {70, 1537}}) {
+    Case c{m, n, 20, m == n, m != n, true, true, true, false, false, true, false, m / 2, 8.0f};
+    run(c, best_level(), 7);
+    ++cases;
+  }
+  std::printf("%d cases, %d wrong\n", cases, failures);
+  return failures != 0;
+}

@@ -1,0 +1,239 @@
+"""The compiled kernels of the CPU backend: building them, and the same answers as everybody else's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import test_statistics
+import torch
+from problems import PROBLEMS, Problem
+
+import fastnce
+from fastnce import build, native
+from fastnce.backends import _native
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of these sources: the one that is built already, or one built for these tests."""
+    found = native.library_path("cpu")
+    return found or build.build("cpu", tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend with the compiled kernels, for one test."""
+    monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
+    monkeypatch.setattr(native, "library_path", lambda _: library)
+    native.objection.cache_clear()
+    assert native.objection("cpu") is None
+    yield
+    native.objection.cache_clear()
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_values_and_gradients(p: Problem, dtype: torch.dtype, compiled: None) -> None:
+    test_statistics.test_values_and_gradients(p, dtype, "cpu", 0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_metrics(p: Problem, compiled: None) -> None:
+    test_statistics.test_metrics(p, "cpu", 0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("temperature", [0.5, 0.005])
+@pytest.mark.parametrize("n", [386, 1540])
+def test_agrees_with_the_tiles_of_torch(n: int, temperature: float, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across the edges of blocks of 64 and 192 rows, whole losses with their formulas."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(n, 50, generator=g)
+    z[n // 2 :] = z[: n // 2] + 0.7 * torch.randn(n // 2, 50, generator=g)
+    labels = torch.arange(n) % 37
+
+    def solve() -> list[torch.Tensor]:
+        leaf = z.clone().requires_grad_()
+        loss = fastnce.nt_xent(leaf, temperature=temperature, backend="cpu")
+        loss = loss + fastnce.sup_con(leaf, labels, temperature=temperature, backend="cpu")
+        loss = loss + fastnce.clip_loss(
+            leaf[: n // 3], leaf[-(n // 2) :], 1 / temperature, backend="cpu", image_ids=labels[: n // 3], text_ids=labels[-(n // 2) :]
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return [loss.detach(), gradient]
+
+    ours = solve()
+    monkeypatch.setattr(_native, "serves", lambda *_: False)
+    for found, expected in zip(ours, solve(), strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@needs_compiler
+def test_same_bits_for_any_number_of_threads(compiled: None) -> None:
+    z = torch.randn(1600, 33, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            leaf = z.clone().requires_grad_()
+            loss = fastnce.nt_xent(leaf, backend="cpu")
+            found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+        finally:
+            torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_compiler
+def test_it_is_the_compiled_kernels_that_ran(compiled: None) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        fastnce.nt_xent(torch.randn(600, 8, requires_grad=True), backend="cpu").backward()
+    assert {"fastnce_cpu::forward", "fastnce_cpu::backward"} <= {event.name for event in seen.events()}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("x", torch.ones(4, 12), "cannot hold"),
+        ("x", torch.ones(4, 16, dtype=torch.float64), "another dtype"),
+        ("x", torch.ones(16, 4).T, "contiguous"),
+        ("q_label", torch.ones(3, dtype=torch.int64), "q_label has 3 elements, not 4"),
+        ("mask", torch.ones(2, 2, dtype=torch.bool), "mirror image"),
+        ("sums", [torch.ones(4)] * 3, "sums has 3 tensors"),
+    ],
+)
+def test_arguments_are_checked(argument: str, value: object, message: str, compiled: None) -> None:
+    """Before a pointer is read: this operator is the border between Python and raw memory."""
+    call = {"x": torch.ones(4, 16), "y": None, "depth": 16, "flags": [0, 1, 0, 0], "offset": None, "q_label": None, "k_label": None}
+    call |= {"q_exclude": None, "k_exclude": None, "mask": None, "tie": 0.0, "sums": [torch.ones(4)] * 11, argument: value}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastnce_cpu.forward(**call)
+
+
+@needs_compiler
+def test_every_level_under_sanitizers(tmp_path: Path) -> None:
+    """480 problems of random shapes and rules on every level this processor has: no access out of bounds, and the definition's numbers."""
+    compiler, units = os.environ.get("CXX", "c++"), []
+    flags = ["-O1", "-g", "-std=c++17", "-fno-math-errno", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    sources = [path for path in native.sources("cpu").glob("*.cpp") if path.stem != "bind"]
+    for source in [*sources, ROOT / "tests" / "native" / "driver.cpp"]:
+        units.append(str(tmp_path / f"{source.stem}.o"))
+        level = build.LEVELS.get(source.stem, "").split()
+        subprocess.run([compiler, *flags, *level, f"-I{native.sources('cpu')}", "-c", str(source), "-o", units[-1]], check=True)
+    program = str(tmp_path / "driver")
+    subprocess.run([compiler, "-fsanitize=address,undefined", *units, "-o", program, "-lpthread"], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " cases, 0 wrong" in done.stdout
+
+
+@needs_compiler
+def test_only_symbols_of_the_stable_interface(library: Path) -> None:
+    """So that one library serves every torch from 2.11 on."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    names = [line.split(maxsplit=1)[1] for line in listed.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if "::" in name and any(space in name for space in ("torch::", "at::", "c10::"))]
+
+
+# ---------------------------------------------------------------- building, with a compiler that only pretends
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A "compiler" that writes its output in two halves, half a second apart, and a line per call into `calls`."""
+    script = tmp_path / "compiler"
+    script.write_text(
+        f"""#!{sys.executable}
+import sys, time
+from pathlib import Path
+if "--version" in sys.argv:
+    print("pretended 1.0")
+    sys.exit()
+out = Path(sys.argv[sys.argv.index("-o") + 1])
+with open({str(tmp_path / "calls")!r}, "a") as calls:
+    calls.write(out.name + "\\n")
+out.write_text("half")
+time.sleep(0.2 if out.suffix == ".o" else 0.5)
+out.write_text("whole")
+"""
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+BUILD = [sys.executable, "-c", "from fastnce import build; print(build.build('cpu').read_text())"]
+
+
+def start() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        BUILD, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
+    )
+
+
+def test_several_processes_build_it_once(pretended: Path) -> None:
+    running = [start() for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in running] == ["whole\n"] * 3
+    calls = (pretended / "calls").read_text().split()
+    assert calls.count("library.so") == 1
+    assert len(calls) == len(set(calls)) == 1 + len(list(native.sources("cpu").glob("*.cpp")))
+
+
+def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
+    first = start()
+    while not (pretended / "calls").exists() or "library.so" not in (pretended / "calls").read_text():
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not list((pretended / "cache").glob("*.so"))
+    assert start().communicate(timeout=60)[0] == "whole\n"
+
+
+def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.build("cpu")
+    assert build.build("cpu") == path == native.library_path("cpu")
+    assert (pretended / "calls").read_text().split().count("library.so") == 1
+    monkeypatch.setattr(native, "digest", lambda _: "0" * 64)
+    assert native.library_path("cpu") is None
+
+
+def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
+        build.build("cpu")
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="false failed on csrc/cpu"):
+        build.build("cpu")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(build.BuildError, match="--no-build-isolation"):
+        build.build("cpu")
+
+
+def test_no_library_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path)
+    native.objection.cache_clear()
+    try:
+        assert native.objection("cpu") == "not built (python -m fastnce build-cpu)"
+        assert not _native.serves(torch.device("cpu"), torch.float32)
+    finally:
+        native.objection.cache_clear()
