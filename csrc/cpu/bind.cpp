@@ -26,13 +26,21 @@ using Optional = std::optional<Tensor>;
 template <class T>
 constexpr ScalarType scalar_type();
 template <>
-constexpr ScalarType scalar_type<float>() { return ScalarType::Float; }
+constexpr ScalarType scalar_type<float>() {
+  return ScalarType::Float;
+}
 template <>
-constexpr ScalarType scalar_type<double>() { return ScalarType::Double; }
+constexpr ScalarType scalar_type<double>() {
+  return ScalarType::Double;
+}
 template <>
-constexpr ScalarType scalar_type<int64_t>() { return ScalarType::Long; }
+constexpr ScalarType scalar_type<int64_t>() {
+  return ScalarType::Long;
+}
 template <>
-constexpr ScalarType scalar_type<bool>() { return ScalarType::Bool; }
+constexpr ScalarType scalar_type<bool>() {
+  return ScalarType::Bool;
+}
 
 // The data of a contiguous tensor of `count` elements.
 template <class T>

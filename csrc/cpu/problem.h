@@ -37,7 +37,7 @@ constexpr int PITCH = 16;  // floats: one vector of the widest unit
 
 // What forward finds per row of one side where metrics are asked for; null pointers where not.
 struct Metrics {
-  float* pos_max;         // largest positive t; kept where !in_tile: the aligned pair is in it already
+  float* pos_max;          // largest positive t; kept where !in_tile: the aligned pair is in it already
   const float* threshold;  // a negative above it is counted; null: pos_max + tie
   float tie;
   int64_t* rank;

@@ -14,7 +14,7 @@
 
 namespace fastnce::FASTNCE_LEVEL {
 
-// Rows and vectors of columns that stay in registers: 24 accumulators, 4 vectors of y and a broadcast of x are 29 of 32.
+// A register block: MR rows by NR columns.
 constexpr int MR = FASTNCE_ROWS, NV = FASTNCE_VECTORS, NR = NV * LANES;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
@@ -25,8 +25,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// c[m][v] += a[m] * b[v] over k. Out of line, and its result goes through memory: with what follows inlined here, GCC spills the
-// accumulators inside this loop.
+// c[m][v] += a[m] b[v] over k: rows m of a, vectors v of b. a is given by its rows, or BY_COLUMN as its transpose.
 template <int VECTORS, bool BY_COLUMN>
 FASTNCE_INLINE void multiply(int64_t depth, const float* const* rows, const float* a, int64_t lda, const float* b, int64_t ldb,
                              Vec c[MR][VECTORS]) {
@@ -43,7 +42,8 @@ FASTNCE_INLINE void multiply(int64_t depth, const float* const* rows, const floa
   }
 }
 
-// t of MR rows against one panel of NR columns, y transposed: panel[k * NR + column].
+// t of MR rows against one panel of NR columns, y transposed: panel[k * NR + column]. Out of line, and its result goes through memory: with
+// the exponentials inlined behind it, GCC spills the sums inside the loop, a quarter of the speed.
 __attribute__((noinline)) static void logits(int64_t depth, const float* const* rows, const float* panel, float* t) {
   Vec c[MR][NV] = {};
   multiply<NV, false>(depth, rows, nullptr, 0, panel, NR, c);
@@ -215,7 +215,8 @@ template <bool SHIFTED>
 FASTNCE_INLINE void flush_columns(const Lanes<SHIFTED>* columns, Range j, Target into) {
   for (int64_t c = 0; c < j.size(); ++c) {
     const Lanes<SHIFTED>& from = columns[c / LANES];
-    merge<SHIFTED>(from.total[c % LANES], SHIFTED ? from.top[c % LANES] : 0.0f, into.sum + j.begin + c, into.top ? into.top + j.begin + c : nullptr);
+    merge<SHIFTED>(from.total[c % LANES], SHIFTED ? from.top[c % LANES] : 0.0f, into.sum + j.begin + c,
+                   into.top ? into.top + j.begin + c : nullptr);
   }
 }
 
@@ -380,8 +381,8 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
       logits(p.d, lines, panels + column / NR * p.d * NR, t);
       float* out = w + (row - i.begin) * ldw + (column - j.begin);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_terms<SHIFTED, COLUMNS>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative, by_column.base_negative, out,
-                                    ldw, true);
+        add_terms<SHIFTED, COLUMNS>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative, by_column.base_negative,
+                                    out, ldw, true);
       } else {
         const bool some = classify(p, own, here, kind);
         keep(t, kind, NEGATIVE, count, kept);
@@ -444,10 +445,17 @@ static void add_rows(int64_t rows, int64_t depth, const float* a, int64_t lda, c
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < vectors; ++v) store(panel + k * NR + v * LANES, load(b + k * pitch + column + v * LANES));
     switch (vectors) {
-      case 1: add_product<1, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch); break;
-      case 2: add_product<2, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch); break;
-      case 3: add_product<3, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch); break;
-      default: add_product<4, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch);
+      case 1:
+        add_product<1, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch);
+        break;
+      case 2:
+        add_product<2, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch);
+        break;
+      case 3:
+        add_product<3, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch);
+        break;
+      default:
+        add_product<4, BY_COLUMN>(rows, depth, a, lda, panel, NR, c + column, pitch);
     }
   }
 }

@@ -1,5 +1,5 @@
-// The CPU kernels without torch, meant to be built with -fsanitize=address,undefined: random problems of every shape and rule, each level of
-// the processor, one thread and three, against the definition in double. Exit status 1, and a line, for every wrong one.
+// The CPU kernels without torch, meant to be built with -fsanitize=address,undefined: random problems of every shape and rule, each level
+// of the processor, one thread and three, against the definition in double. Exit status 1, and a line, for every wrong one.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -18,8 +18,7 @@ constexpr double NONE = -INFINITY;
 Pool pool(int threads) {
   return {threads, [threads](int64_t count, const std::function<void(int64_t, int64_t, int)>& body) {
             std::vector<std::thread> running;
-            for (int t = 0; t < threads; ++t)
-              running.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads, t); });
+            for (int t = 0; t < threads; ++t) running.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads, t); });
             for (auto& one : running) one.join();
           }};
 }
@@ -112,8 +111,16 @@ struct Side {
   std::vector<int64_t> n_pos, rank, hardest;
 
   explicit Side(int64_t rows)
-      : negative(rows), positive(rows), pos(rows), top_negative(rows, -INFINITY), top_positive(rows, -INFINITY), pos_max(rows, -INFINITY),
-        hardest_t(rows, -INFINITY), n_pos(rows), rank(rows), hardest(rows, -1) {}
+      : negative(rows),
+        positive(rows),
+        pos(rows),
+        top_negative(rows, -INFINITY),
+        top_positive(rows, -INFINITY),
+        pos_max(rows, -INFINITY),
+        hardest_t(rows, -INFINITY),
+        n_pos(rows),
+        rank(rows),
+        hardest(rows, -1) {}
 
   Sums sums(bool metrics) {
     Sums s{negative.data(), top_negative.data(), positive.data(), top_positive.data(), pos.data(), n_pos.data(), {}};
@@ -156,9 +163,11 @@ int failures = 0;
 void check(const char* what, const Case& c, const char* level, double error, double limit) {
   if (error <= limit) return;
   ++failures;
-  std::printf("%s %s: error %g, limit %g: %ld x %ld x %ld symmetric %d two_sided %d self %d offset %d %ld labels %d excludes %d mask %d unshifted %d\n",
-              level, what, error, limit, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.d), c.symmetric, c.two_sided,
-              c.exclude_self, c.has_offset, static_cast<long>(c.offset), c.labels, c.excludes, c.masked, c.unshifted);
+  std::printf(
+      "%s %s: error %g, limit %g: %ld x %ld x %ld symmetric %d two_sided %d self %d offset %d %ld labels %d excludes %d mask %d unshifted "
+      "%d\n",
+      level, what, error, limit, static_cast<long>(c.m), static_cast<long>(c.n), static_cast<long>(c.d), c.symmetric, c.two_sided,
+      c.exclude_self, c.has_offset, static_cast<long>(c.offset), c.labels, c.excludes, c.masked, c.unshifted);
 }
 
 double log2_of(double sum, float top, bool unshifted) { return std::log2(sum) + (unshifted || sum == 0 ? 0.0 : top); }
@@ -169,7 +178,8 @@ void run(const Case& c, const Level& level, unsigned seed) {
   const Problem& p = data.p;
   const int sides = c.two_sided ? 2 : 1;
   std::vector<Side> found{Side(p.m), Side(p.n)}, threaded = found;
-  Sums sums[2] = {found[0].sums(c.metrics), found[1].sums(c.metrics)}, again[2] = {threaded[0].sums(c.metrics), threaded[1].sums(c.metrics)};
+  Sums sums[2] = {found[0].sums(c.metrics), found[1].sums(c.metrics)},
+       again[2] = {threaded[0].sums(c.metrics), threaded[1].sums(c.metrics)};
   level.forward(p, sums, pool(1));
   level.forward(p, again, pool(3));
 
@@ -178,7 +188,10 @@ void run(const Case& c, const Level& level, unsigned seed) {
     const Side& s = found[side];
     check("bits by threads", c, level.name,
           s.negative == threaded[side].negative && s.positive == threaded[side].positive && s.pos == threaded[side].pos &&
-                  s.hardest == threaded[side].hardest && s.rank == threaded[side].rank ? 0 : 1, 0);
+                  s.hardest == threaded[side].hardest && s.rank == threaded[side].rank
+              ? 0
+              : 1,
+          0);
     for (int64_t i = 0; i < rows; ++i) {
       double sum[2] = {0, 0}, top[2] = {NONE, NONE}, pos = 0;
       int64_t count = 0;
@@ -196,10 +209,12 @@ void run(const Case& c, const Level& level, unsigned seed) {
         }
       const double limit = 1e-5 * std::max(1.0f, c.reach);
       const double wanted[2] = {std::log2(sum[0]) + top[0], std::log2(sum[1]) + top[1]};
-      const double got[2] = {log2_of(s.negative[i], s.top_negative[i], c.unshifted), log2_of(s.positive[i], s.top_positive[i], c.unshifted)};
+      const double got[2] = {log2_of(s.negative[i], s.top_negative[i], c.unshifted),
+                             log2_of(s.positive[i], s.top_positive[i], c.unshifted)};
       for (int kind = 0; kind < 2; ++kind) {
         const bool none = top[kind] == NONE;
-        check(kind ? "lse_pos" : "lse_neg", c, level.name, none ? (s.negative[i] == 0 || kind ? 0 : 1) : std::fabs(got[kind] - wanted[kind]), limit);
+        check(kind ? "lse_pos" : "lse_neg", c, level.name,
+              none ? (s.negative[i] == 0 || kind ? 0 : 1) : std::fabs(got[kind] - wanted[kind]), limit);
       }
       check("pos", c, level.name, std::fabs(s.pos[i] - pos), limit * std::max<int64_t>(1, count));
       check("n_pos", c, level.name, std::fabs(static_cast<double>(s.n_pos[i] - count)), 0);
