@@ -33,8 +33,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: measure this checkout
 
-from bench import record
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
+from fastnce.bench import record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
@@ -314,7 +314,7 @@ def main(arguments: list[str]) -> None:
     dimensions, temperatures = (DIMENSIONS[::3], TEMPERATURES[::4]) if options.quick else (DIMENSIONS, TEMPERATURES)
     torch.set_num_threads(1)
     shown = [f"--{name}={getattr(options, name)}" for name in ("losses", "dtypes", "backend", "n")]
-    env = record.environment("accuracy.py", shown + ["--quick"] * options.quick, threads=1)
+    env = record.environment(["python", "bench/accuracy.py", *shown, *["--quick"] * options.quick], threads=1)
     grid = Grid(options.n, losses, dimensions, temperatures, tuple(known[name] for name in dtypes), options.backend)
     rows, outside = summarise(list(grid.run()))
     result = {"schema": record.SCHEMA, "env": env, "n": options.n, "backend": options.backend}

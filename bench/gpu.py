@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import record
+from fastnce.bench import places, record
 
 PARTS = ("tests", "sanitize", "accuracy", "bench", "tiles")
 BUDGET = 540.0  # seconds of a part: a command of ten minutes then ends by itself, with its results written
@@ -40,7 +40,7 @@ class Report:
 
     def __init__(self, part: str, arguments: list[str] | None = None) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m bench.gpu_{part}", allow_abbrev=False)
-        parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or record.ROOT / "build" / "gpu"))
+        parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or places.ROOT / "build" / "gpu"))
         parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
         parser.add_argument("--backend", default="triton")
         parser.add_argument("--dry-run", action="store_true")
@@ -80,8 +80,7 @@ class Report:
     def finish(self, columns: tuple[str, ...]) -> int:
         """Print the table, write the results, return the exit status."""
         arguments = [f"--backend={self.backend}", f"--budget={self._budget:g}", *(["--dry-run"] if self.dry else [])]
-        env = record.environment("gpu_run.sh", [self.part, *arguments], torch.get_num_threads(), self.device)
-        env["command"] = env["command"].replace("python bench/", "bash bench/")
+        env = record.environment(["bash", "bench/gpu_run.sh", self.part, *arguments], torch.get_num_threads(), self.device)
         seconds = time.monotonic() - self._begun
         result = {"schema": record.SCHEMA, "part": self.part, "dry_run": self.dry, "seconds": seconds, "env": env}
         result |= {"errors": self.errors, "rows": self.rows, **self.more}

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import accuracy, gpu, gpu_exact, peers
+from bench import accuracy, gpu, gpu_exact
 from bench.accuracy import Errors
 from bench.exact import Answer, Sizes
+from fastnce.bench import forms
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SHOWN = {"loss": "mean", "row": "row", "gradient": "gradient", "scale": "scale"}  # "loss" is which
@@ -46,7 +47,7 @@ def dense_rows(loss: str, leaves: tuple[Tensor, ...], scale: Tensor) -> Tensor:
     """Row losses as users write them; half precision as autocast runs it: norm and cross entropy in float32, the product in half."""
     wide = torch.float32
     unit = [F.normalize(x.to(wide), dim=1).to(x.dtype) for x in leaves if x.is_floating_point()]
-    index = peers.indices(leaves[0])
+    index = forms.indices(leaves[0])
     if loss == "moco":
         own = (unit[0].to(wide) * unit[1].to(wide)).sum(1, keepdim=True).to(unit[0].dtype)
         logits = torch.cat([own, unit[0] @ unit[2].T], dim=1) * scale.to(unit[0].dtype)
@@ -55,10 +56,10 @@ def dense_rows(loss: str, leaves: tuple[Tensor, ...], scale: Tensor) -> Tensor:
     if loss == "clip":
         return (F.cross_entropy(logits, index, reduction="none") + F.cross_entropy(logits.T, index, reduction="none")) / 2
     # In place where autograd allows it: at N = 32,768 each copy is 4 GiB.
-    itself = peers.itself(leaves[0])
+    itself = forms.itself(leaves[0])
     logits = logits.masked_fill_(itself, -torch.inf)
     if loss == "nt_xent":
-        return F.cross_entropy(logits, peers.partners(leaves[0]), reduction="none")
+        return F.cross_entropy(logits, forms.partners(leaves[0]), reduction="none")
     positive = (leaves[1][:, None] == leaves[1]) & ~itself
     return logits.logsumexp(1) - logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
 
@@ -90,7 +91,7 @@ def answer(rows_of: Any, leaves: tuple[Tensor, ...], scale: Tensor, scaling: flo
 
 def judge(cell: Cell, n: int, device: str, backend: str) -> dict[str, Any]:
     """The largest part of its limit that each quantity uses, and what that is."""
-    leaves = peers.leaves(cell.loss, n, cell.d, cell.dtype, device=device, noise=cell.noise)
+    leaves = forms.leaves(cell.loss, n, cell.d, cell.dtype, device=device, noise=cell.noise)
     leaves = leaves[:2] if cell.loss == "clip" else leaves
     stored = tuple(leaf.detach() for leaf in leaves)
     scale = torch.tensor(1 / cell.temperature, device=device)

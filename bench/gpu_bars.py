@@ -12,9 +12,14 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from bench import gpu, peers
+from bench import gpu
 from bench.gpu_peers import OTHER_VALUE
-from bench.measure import Cell, Row, here, run
+from fastnce.bench import peers
+from fastnce.bench.cell import Cell
+from fastnce.bench.measure import here
+from fastnce.bench.packages import PACKAGES
+from fastnce.bench.process import run
+from fastnce.bench.table import Row
 
 COLUMNS = ("bar", "case", "peer", "ours", "theirs", "unit", "ratio", "at_least", "at_most", "met", "status")
 SOLVED: dict[str, Any] = {
@@ -44,10 +49,10 @@ class Case(NamedTuple):
 RATIOS = (
     Case(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0, "compile autocast": 3.0}),
     Case(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0, "compile autocast": 2.0}),
-    Case(4, "sup_con", 16_384, 128, {"eager autocast": 15.0}),
+    Case(4, "sup_con", 16_384, 128, {"SupContrast autocast": 15.0}),
     Case(5, "clip", 32_768, 512, {"open_clip autocast": 4.0, "inf-cl": 8.0}),
-    Case(11, "clip", 65_536, 768, {"siglip-kernel": 1.0, "chunked": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0}),
-    Case(11, "info_nce", 65_536, 768, {"chunked": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0, "inf-cl": 1.0}),
+    Case(11, "clip", 65_536, 768, {"siglip-kernel": 1.0, "chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0}),
+    Case(11, "info_nce", 65_536, 768, {"chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0, "inf-cl": 1.0}),
     Case(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0}, solved=True),
     Case(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0}, solved=True),
     Case(5, "clip", 32_768, 512, {"open_clip autocast": 4.0}, solved=True),
@@ -66,9 +71,9 @@ class Bars:
     def __init__(self, report: gpu.Report) -> None:
         self.report = report
 
-    def cell(self, mode: str, loss: str, n: int, d: int, names: tuple[str, ...], **more: Any) -> Cell:
+    def cell(self, measure: str, loss: str, n: int, d: int, names: tuple[str, ...], **more: Any) -> Cell:
         small = self.report.dry
-        cell = Cell(mode, loss, min(n, 64) if small else n, min(d, 16) if small else d, names, dtype="bfloat16", clock="device")
+        cell = Cell(measure, loss, min(n, 64) if small else n, min(d, 16) if small else d, names, dtype="bfloat16", clock="device")
         seconds = min(60.0, max(self.report.left() / 4, 1.0))
         cell = replace(cell, device=self.report.device, backend=self.report.backend, repeats=2 if small else 20, seconds=seconds)
         return replace(cell, **more)
@@ -79,14 +84,14 @@ class Bars:
         def once(*names: str) -> list[Row]:
             one = replace(cell, names=names)
             # A dry run starts one process, for the matrix product, to show that it can: each takes seconds to import torch.
-            return here(one) if self.report.dry and cell.mode != "gemm" else run(one, min(CELL_SECONDS, max(self.report.left(), 1.0)))
+            return here(one) if self.report.dry and cell.measure != "gemm" else run(one, min(CELL_SECONDS, max(self.report.left(), 1.0)))
 
         rows = once(*cell.names)
         if len(cell.names) > 2 and all(row["status"] in ("crash", "timeout") for row in rows) and self.report.left() > CELL_SECONDS:
             pairs = [once(peers.OURS, name) for name in cell.names[1:]]
             rows = [pairs[0][0], *(pair[1] for pair in pairs)]
         for row in rows:
-            ours = row["contestant"] == peers.OURS or (self.report.dry and row["contestant"] not in peers.PACKAGES)
+            ours = row["contestant"] == peers.OURS or (self.report.dry and row["contestant"] not in PACKAGES)
             if ours and row["status"] == "crash":
                 self.report.fail(f"{cell.title().strip()}, {row['contestant']}: {row.get('detail', '')}")
         return rows

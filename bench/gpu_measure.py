@@ -25,8 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import measure, peers
-from bench.measure import MIB, Cell, Row, row_of
+from fastnce.bench import forms, measure, peers
+from fastnce.bench.cell import Cell, row_of
+from fastnce.bench.forms import Contestant
+from fastnce.bench.measure import MIB, computed, guarded, prepared
+from fastnce.bench.table import Row
 
 WARM_UP = 3  # calls of each contestant that are not counted
 WARM_UP_ROWS = 256  # of the small problem that runs before memory is measured
@@ -49,23 +52,6 @@ def milliseconds(device: str, call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def step(function: peers.Contestant, leaves: tuple[Tensor, ...]) -> Tensor:
-    """One forward and backward. Nothing is read back."""
-    for leaf in leaves:
-        leaf.grad = None
-    loss = function(*leaves)
-    loss.backward()
-    return loss
-
-
-def status_of(error: BaseException) -> tuple[str, str]:
-    """The status of a row whose contestant raised, and the last line of what it said."""
-    if isinstance(error, torch.cuda.OutOfMemoryError) or measure.is_out_of_memory(error):
-        return "oom", ""
-    kind = "missing" if isinstance(error, ImportError) else "crash"
-    return kind, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:300]
-
-
 def release(leaves: tuple[Tensor, ...]) -> None:
     """Give back what a contestant left behind, so that the next one has the whole device."""
     for leaf in leaves:
@@ -75,27 +61,17 @@ def release(leaves: tuple[Tensor, ...]) -> None:
         torch.cuda.empty_cache()
 
 
-def guarded(cell: Cell, name: str, call: Callable[[], Row]) -> Row:
-    """The row of `call`, or one that says why there is none."""
-    try:
-        return call()
-    except Exception as error:
-        # Made inside: the traceback holds every tensor of the failed call until this clause ends.
-        status, detail = status_of(error)
-    return row_of(cell, name, status, detail=detail)
-
-
-def _start(cell: Cell, name: str, leaves: tuple[Tensor, ...], running: dict[str, peers.Contestant]) -> Row:
+def _start(cell: Cell, name: str, leaves: tuple[Tensor, ...], running: dict[str, Contestant]) -> Row:
     function = peers.contestant(cell.loss, name, cell.backend)
     for _ in range(WARM_UP):
-        loss = step(function, leaves)
+        value = measure.step(function, leaves, cell.mode)
     running[name] = function
-    return row_of(cell, name, "ok", loss_value=loss.item(), gradient_norm=measure.gradient_norm(leaves))
+    return row_of(cell, name, "ok", **computed(value, leaves))
 
 
 def measure_time(cell: Cell) -> list[Row]:
     leaves = measure.leaves_of(cell)
-    running: dict[str, peers.Contestant] = {}
+    running: dict[str, Contestant] = {}
     rows: dict[str, Row] = {}
     for name in cell.names:
         rows[name] = guarded(cell, name, partial(_start, cell, name, leaves, running))
@@ -109,14 +85,16 @@ def measure_time(cell: Cell) -> list[Row]:
         if cell.seconds and rounds >= FEWEST and time.perf_counter() - begun > cell.seconds:
             break
         for name in order:
+            call = prepared(cell.mode, running[name], leaves)
             flush.zero_()
-            samples[name].append(milliseconds(cell.device, partial(step, running[name], leaves)))
+            samples[name].append(milliseconds(cell.device, call))
+            del call  # and with it what the forward saved
         order.append(order.pop(0))
         rounds += 1
     gc.enable()
     for name, times in samples.items():
         rows[name] |= {"gpu_ms": {"median": median(times), "min": min(times)}, "iterations": rounds}
-        rows[name]["tflops"] = peers.products(cell.loss, cell.n, cell.d) / median(times) / 1e9
+        rows[name]["tflops"] = forms.products(cell.loss, cell.n, cell.d, cell.mode) / median(times) / 1e9
         if peers.OURS in samples:
             rows[name]["gpu_ratio"] = median(a / b for a, b in zip(times, samples[peers.OURS], strict=True))
     return list(rows.values())
@@ -139,10 +117,10 @@ def _peak(device: str, call: Callable[[], object]) -> float:
 def _memory(cell: Cell, name: str) -> Row:
     function = peers.contestant(cell.loss, name, cell.backend)
     small = measure.leaves_of(cell, min(WARM_UP_ROWS, cell.n))
-    step(function, small)
+    measure.step(function, small, cell.mode)
     release(small)
     leaves = measure.leaves_of(cell)
-    peak = _peak(cell.device, partial(step, function, leaves))
+    peak = _peak(cell.device, prepared(cell.mode, function, leaves))
     learning = [leaf for leaf in leaves if leaf.grad is not None]
     return row_of(
         cell,
@@ -171,10 +149,10 @@ def _kernels(cell: Cell, name: str) -> Row:
     function = peers.contestant(cell.loss, name, cell.backend)
     leaves = measure.leaves_of(cell)
     for _ in range(WARM_UP):
-        step(function, leaves)
+        measure.step(function, leaves, cell.mode)
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cell.device == "cuda" else [])]) as seen:
-        step(function, leaves)
+        prepared(cell.mode, function, leaves)()
         if cell.device == "cuda":
             torch.cuda.synchronize()
     found: list[dict[str, Any]] = [

@@ -2,7 +2,7 @@
 
 eager autocast      peers.py's eager form under bfloat16 autocast, as mixed-precision training runs it
 compile autocast    torch.compile of that
-chunked             ours, plain: chunks of rows, each a cuBLAS product whose bfloat16 logits are read once for the log-sums and once for
+chunked cuBLAS      ours, plain: chunks of rows, each a cuBLAS product whose bfloat16 logits are read once for the log-sums and once for
                     their gradient, which is made in the forward and is exact. What siglip-kernel and Liger do for their losses
 inf-cl              Inf-CL's Triton loss (Cheng et al. 2024, arXiv:2410.17243), one call per direction
 cut-cross-entropy   Apple's linear_cross_entropy (Wijmans et al. 2024, arXiv:2411.09009), keys as classifier, without its gradient filter
@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import peers
-from bench.peers import EAGER, Contestant, Factories, indices, open_clip_form, partners
+from fastnce.bench import forms
+from fastnce.bench.forms import EAGER, Contestant, indices, open_clip_form, partners, supcontrast_form
+from fastnce.bench.peers import Factories
 
 ROWS = 4096  # of a chunk: its logits at N = 65,536 are 512 MiB in bfloat16, siglip-kernel's own choice on Hopper
 OTHER_VALUE = ("siglip-kernel",)  # contestants that compute another loss
@@ -136,7 +137,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _scale(x: Tensor) -> Tensor:
-    return torch.tensor(1 / peers.TEMPERATURE, device=x.device)
+    return torch.tensor(1 / forms.TEMPERATURE, device=x.device)
 
 
 def chunked_nt_xent(z: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ def _siglip() -> Contestant:
 def _by_rows(factory: Callable[[], OneDirection]) -> Contestant:
     """info_nce by a cross-entropy of one direction."""
     loss = factory()
-    return lambda query, key: loss((_unit(query) / peers.TEMPERATURE).to(query.dtype), _unit(key))
+    return lambda query, key: loss((_unit(query) / forms.TEMPERATURE).to(query.dtype), _unit(key))
 
 
 def _by_both(factory: Callable[[], OneDirection]) -> Contestant:
@@ -226,10 +227,11 @@ FACTORIES: Factories = {
     loss: {
         "eager autocast": partial(autocast, EAGER[loss]),
         "compile autocast": partial(compiled, autocast(EAGER[loss])),
-        **({"chunked": partial(CHUNKED.__getitem__, loss)} if loss in CHUNKED else {}),
+        **({"chunked cuBLAS": partial(CHUNKED.__getitem__, loss)} if loss in CHUNKED else {}),
     }
-    for loss in peers.LOSSES
+    for loss in forms.LOSSES
 }
+FACTORIES["sup_con"]["SupContrast autocast"] = partial(autocast, supcontrast_form)
 FACTORIES["clip"]["open_clip autocast"] = partial(autocast, open_clip_form)
 FACTORIES["clip"]["siglip-kernel"] = _siglip
 for _name, _factory in (("inf-cl", _inf_cl), ("cut-cross-entropy", _cut_cross_entropy), ("liger-kernel", _liger)):

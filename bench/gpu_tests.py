@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import gpu, record
+from bench import gpu
+from fastnce.bench import places
 
 # First what takes a second, last what takes minutes: words for pytest -k, and the part of what is left that they may take.
 GROUPS = (
@@ -56,7 +57,7 @@ def run(words: str, seconds: float, report: gpu.Report, log: Path) -> dict[str, 
         start = out.tell()
         try:
             done = subprocess.run(
-                command(words, report), cwd=record.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=seconds
+                command(words, report), cwd=places.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=seconds
             )
             status = {0: "ok", 1: "failures", 5: "no tests"}.get(done.returncode, f"exit status {done.returncode}")
         except subprocess.TimeoutExpired:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from bench import gpu, gpu_measure, peers
+from bench import gpu, gpu_measure
+from fastnce.bench import forms, measure, peers
 
 COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
 # What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
@@ -73,8 +74,11 @@ class Loss:
     """A case, ready to run."""
 
     def __init__(self, case: Case, device: str, backend: str) -> None:
-        self.device, self.leaves = device, peers.leaves(case.loss, case.n, case.d, case.dtype, device=device)
-        self.step = partial(gpu_measure.step, peers.fastnce_loss(case.loss, backend), self.leaves)
+        self.device, self.leaves = device, forms.leaves(case.loss, case.n, case.d, case.dtype, device=device)
+        self.function = peers.fastnce_loss(case.loss, backend)
+
+    def step(self) -> Tensor:
+        return measure.prepared("full", self.function, self.leaves)()
 
     def asked(self) -> dict[Ask, Any]:
         with tiles_asked({}) as asked:
@@ -123,7 +127,7 @@ def attempts(report: gpu.Report, case: Case, seen: set[Ask]) -> Iterator[dict[st
             try:
                 yield row | loss.compare(key, tile, other, 1 if report.dry else ROUNDS)
             except Exception as error:
-                status, detail = gpu_measure.status_of(error)
+                status, detail = measure.status_of(error)
                 yield row | {"status": f"{status} {detail}".strip()}
                 if report.dry:
                     report.fail(f"{row}: {detail}")

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import gpu, record
+from bench import gpu
+from fastnce.bench import places
 
 TOOLS: dict[str, list[str]] = {
     "memcheck": ["--leak-check", "no"],
@@ -125,11 +126,11 @@ def this_program(report: gpu.Report) -> list[str]:
 
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
     """What became of it, and all it printed."""
-    path = os.pathsep.join(filter(None, [str(record.ROOT), environment.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(places.ROOT), environment.get("PYTHONPATH")]))
     environment = environment | {"PYTHONPATH": path}
     # Of its own session, because a sanitizer starts the program as a child, which would outlive it and hold the pipe.
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=places.ROOT, env=environment, start_new_session=True, **pipes)
     try:
         log, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -25,18 +25,15 @@ from bench import (
     gpu_measure,
     gpu_peers,
     gpu_tests,
-    measure,
-    peers,
-    record,
-    report,
     sanitize,
 )
+from fastnce.bench import forms, measure, peers, places, table
+from fastnce.bench.cell import Cell, row_of
+from fastnce.bench.table import Row
 
-Cell = measure.Cell
 
-
-def cell(mode: str, names: tuple[str, ...], loss: str = "nt_xent", **more: Any) -> Cell:
-    return Cell(mode, loss, 64, 8, names, clock="device", **{"repeats": 3, **more})
+def cell(measure: str, names: tuple[str, ...], loss: str = "nt_xent", **more: Any) -> Cell:
+    return Cell(measure, loss, 64, 8, names, clock="device", **{"repeats": 3, **more})
 
 
 # ---------------------------------------------------------------- references
@@ -55,13 +52,13 @@ def test_blocks_are_the_whole(loss: str, temperature: float, monkeypatch: pytest
     assert found_sizes.scale == pytest.approx(sizes.scale, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", peers.LOSSES)
+@pytest.mark.parametrize("loss", forms.LOSSES)
 def test_blocks_are_autograd_through_eager_float64(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_exact, "BLOCK", 33)
-    leaves = peers.leaves(loss, 130, 24, torch.float64)
-    scale = peers.LOGIT_SCALE if loss == "clip" else 1 / peers.TEMPERATURE
+    leaves = forms.leaves(loss, 130, 24, torch.float64)
+    scale = forms.LOGIT_SCALE if loss == "clip" else 1 / forms.TEMPERATURE
     found, _ = gpu_exact.exact(loss, tuple(leaf.detach() for leaf in leaves), scale)
-    assert found.loss == pytest.approx(measure.step(peers.EAGER[loss], leaves), rel=1e-13)
+    assert found.loss == pytest.approx(measure.step(forms.EAGER[loss], leaves), rel=1e-13)
     learned = [leaf.grad for leaf in leaves if leaf.grad is not None]
     for gradient, truth in zip(found.gradients, learned, strict=False):
         assert torch.linalg.vector_norm(torch.from_numpy(gradient) - truth) <= 1e-12 * torch.linalg.vector_norm(truth)
@@ -71,10 +68,10 @@ def test_blocks_are_autograd_through_eager_float64(loss: str, monkeypatch: pytes
 def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline that is wrong would be no baseline; bench/test_bench_small.py has it in one chunk."""
     monkeypatch.setattr(gpu_peers, "ROWS", 33)
-    leaves = peers.leaves(loss, 130, 24)
+    leaves = forms.leaves(loss, 130, 24)
     value = measure.step(gpu_peers.CHUNKED[loss], leaves)
     found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
-    assert value == pytest.approx(measure.step(peers.EAGER[loss], leaves), rel=5e-6)
+    assert value == pytest.approx(measure.step(forms.EAGER[loss], leaves), rel=5e-6)
     for gradient, leaf in zip(found, leaves, strict=True):
         assert leaf.grad is not None
         assert torch.linalg.vector_norm(gradient - leaf.grad) <= 2e-5 * torch.linalg.vector_norm(leaf.grad)
@@ -103,7 +100,7 @@ def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatc
 
 
 def test_contestants_that_fail_are_rows_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> peers.Contestant:
+    def missing() -> forms.Contestant:
         raise ImportError("No module named 'peer'")
 
     def refuses(z: Tensor) -> Tensor:
@@ -130,9 +127,9 @@ def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch:
     def slip(query: Tensor, key: Tensor) -> Tensor:
         raise NameError("name 'lse' is not defined")
 
-    monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked", lambda: slip)
+    monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked cuBLAS", lambda: slip)
     found = gpu.Report("bench", ["--dry-run", f"--out={tmp_path}"])
-    rows = list(gpu_bars.Bars(found).ratios(gpu_bars.Case(11, "info_nce", 64, 8, {"chunked": 1.0, "inf-cl": 1.0})))
+    rows = list(gpu_bars.Bars(found).ratios(gpu_bars.Case(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
     assert [row["met"] for row in rows] == [None, None]
     assert len(found.errors) == 1 and "NameError" in found.errors[0]
 
@@ -143,14 +140,21 @@ def test_slow_rounds_end_early() -> None:
 
 
 def test_a_temperature_holds_for_one_cell() -> None:
-    before = peers.TEMPERATURE
+    before = forms.TEMPERATURE
     (solved,), (random,) = (measure.here(replace(cell("time", ("eager",)), **more)) for more in (gpu_bars.SOLVED, {}))
     assert solved["loss_value"] < 1e-4 < random["loss_value"]
-    assert before == peers.TEMPERATURE
+    assert before == forms.TEMPERATURE
+
+
+@pytest.mark.parametrize("mode", table.MODES)
+def test_modes_under_the_clock_of_a_device(mode: str) -> None:
+    for row in measure.here(cell("time", (peers.OURS, "eager"), mode=mode)):
+        assert (row["mode"], row["status"], "gradient_norm" in row) == (mode, "ok", mode != "fwd")
+        assert row["tflops"] == pytest.approx({"fwd": 2, "bwd": 4, "full": 6}[mode] * 64**2 * 8 / row["gpu_ms"]["median"] / 1e9)
 
 
 def test_every_loss_has_a_memory_row_and_a_profile() -> None:
-    for loss in peers.LOSSES:
+    for loss in forms.LOSSES:
         (row,) = measure.here(cell("memory", ("eager",), loss))
         assert row["status"] == "ok"
         assert row["input_mib"] >= row["gradient_mib"] > 0
@@ -161,11 +165,11 @@ def test_every_loss_has_a_memory_row_and_a_profile() -> None:
 def test_a_process_that_dies_costs_only_the_one_that_killed_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A fault on a GPU takes the whole process: then every peer runs again, alone with ours."""
 
-    def fake(cell: Cell, timeout: float) -> list[measure.Row]:
-        if cell.mode == "gemm":
+    def fake(cell: Cell, timeout: float) -> list[Row]:
+        if cell.measure == "gemm":
             return measure.here(cell)
         dead = "killer" in cell.names
-        return [measure.row_of(cell, n, "crash", detail="SIGABRT") if dead else measure.here(cell)[i] for i, n in enumerate(cell.names)]
+        return [row_of(cell, n, "crash", detail="SIGABRT") if dead else measure.here(cell)[i] for i, n in enumerate(cell.names)]
 
     monkeypatch.setattr(gpu_bars, "run", fake)
     found = gpu.Report("bench", ["--dry-run", f"--out={tmp_path}"])
@@ -204,7 +208,7 @@ def test_outcomes_of_a_log() -> None:
 def test_the_groups_are_all_tests() -> None:
     """Every test on a GPU is in exactly one group: pytest -k looks for words in names."""
     listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"]
-    done = subprocess.run(listed, cwd=record.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(listed, cwd=places.ROOT, capture_output=True, text=True, check=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(names) > 400
     expressions = [re.sub(r"\b(?!not\b|and\b|or\b)(\w+)", r"('\1' in name)", words) for words, _ in gpu_tests.GROUPS]
@@ -229,19 +233,29 @@ def test_a_sanitizer_that_hangs_is_cut_off_with_its_children() -> None:
 def test_a_report_of_a_gpu() -> None:
     graphics = {"name": "G", "cuda": "13.0", "triton": "3.6"}
     env = {"cpu": "C", "vector": "V", "threads": 1, "time": "T", "fastnce": "0", "sources": "d" * 64, "torch": "2", "gpu": graphics}
-    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c"}
-    problem = {"mode": "time", "loss": "clip", "n": 1024, "d": 8, "dtype": "bfloat16", "device": "cuda", "status": "ok"}
+    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c", "mem_limit_mib": 0, "cells_left": 0}
+    problem = {
+        "measure": "time",
+        "mode": "full",
+        "loss": "clip",
+        "n": 1024,
+        "d": 8,
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "threads": 1,
+        "status": "ok",
+    }
     rows = [
-        {**problem, "contestant": "fastnce", "gpu_ms": {"median": 2.0}, "gpu_ratio": 1.0, "tflops": 300.0},
-        {**problem, "contestant": "eager", "gpu_ms": {"median": 9.0}, "gpu_ratio": 4.5, "tflops": 75.0},
-        {**problem, "mode": "memory", "contestant": "fastnce", "peak_mib": 4.0},
-        {**problem, "mode": "gemm", "loss": "gemm", "contestant": "cublas", "tflops": 750.0},
+        {**problem, "contestant": "fastnce", "gpu_ms": {"median": 2.0}, "gpu_ratio": 1.0, "gemm_share": 40.0},
+        {**problem, "contestant": "eager", "gpu_ms": {"median": 9.0}, "gpu_ratio": 4.5, "gemm_share": 10.0},
+        {**problem, "measure": "memory", "contestant": "fastnce", "peak_mib": 4.0},
+        {**problem, "measure": "gemm", "loss": "gemm", "contestant": "torch", "tflops": 750.0},
     ]
-    text = report.render({"env": env, "rows": rows})
-    assert "# Forward + backward on G, CUDA 13.0, triton 3.6" in text
+    text = table.render({"schema": 2, "env": env, "rows": rows})
+    assert "# Contrastive losses on G, CUDA 13.0, triton 3.6" in text
     assert "| 1,024 | 8 | 2 | 9 (4.5×) |" in text
-    assert "runs at 750" in text
-    assert "| 1,024 | 8 | 300 | 75 (0.2×) |" in text
+    assert "percent of a matrix product's 750,000 GFLOP/s in bfloat16" in text
+    assert "| 1,024 | 8 | 40 | 10 |" in text
     assert "peak allocated device memory" in text
 
 
@@ -252,7 +266,7 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
     """All parts, on the CPU: what a GPU hour is too short to find out."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "bench/gpu_run.sh", "--dry-run"], cwd=record.ROOT, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "bench/gpu_run.sh", "--dry-run"], cwd=places.ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for part in gpu.PARTS:
@@ -265,6 +279,6 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 def test_the_script_refuses_what_it_does_not_know() -> None:
-    done = subprocess.run(["bash", "bench/gpu_run.sh", "--dryrun"], cwd=record.ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", "bench/gpu_run.sh", "--dryrun"], cwd=places.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown argument '--dryrun'" in done.stderr

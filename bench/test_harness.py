@@ -1,37 +1,253 @@
-"""The harness itself: failures become rows, results give nothing away, and accuracy.py finds what is wrong."""
+"""The harness itself: failures become rows, what cannot fit is not tried, and results give nothing away."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
-from bench import accuracy, exact, measure, peers, record, report, run
+from bench import conftest, run
+from fastnce.bench import cli, forms, measure, peers, places, process, record, sweep, table
+from fastnce.bench.cell import Cell, row_of
+from fastnce.bench.table import OURS, Row
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
 
-# ---------------------------------------------------------------- cells
+def result_in(folder: Path) -> tuple[dict[str, Any], str]:
+    """The one result below a folder, and its table."""
+    (path,) = folder.glob("*/*.json")
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+# ---------------------------------------------------------------- one process
 
 
 @LINUX
-def test_a_refused_allocation_is_a_row() -> None:
+def test_a_refused_allocation_is_a_row_and_larger_problems_are_not_tried(tmp_path: Path) -> None:
     """The (4096, 4096) float32 logits are 64 MiB: they do not fit into 48, and fastnce does."""
-    cell = measure.Cell("memory", "nt_xent", 4096, 16, ("eager",), mem_limit=48)
-    (dense,) = measure.run(cell, timeout=120)
-    assert dense["status"] == "oom"
-    (ours,) = measure.run(measure.Cell("memory", "nt_xent", 4096, 16, (peers.OURS,), mem_limit=48), timeout=120)
-    assert ours["status"] == "ok"
-    assert 0 < ours["peak_mib"] < 48
+    arguments = ["--losses=nt_xent", "--n=4k:8k:x2", "--d=16", "--measure=memory", "--peers=eager", "--mem-limit=48MiB"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    result, markdown = result_in(tmp_path)
+    assert result["env"]["mem_limit_mib"] == 48
+    found = [(row["n"], row["contestant"], row["status"]) for row in result["rows"]]
+    assert found == [(4096, OURS, "ok"), (4096, "eager", "oom"), (8192, OURS, "ok"), (8192, "eager", "oom-skipped")]
+    assert all(0 < row["peak_mib"] < 48 for row in result["rows"] if row["status"] == "ok")
+    assert result["rows"][1]["detail"] == "tried to allocate 67108864 bytes"
+    assert result["rows"][3]["detail"] == "not run: out of memory at N=4096"
+    assert "| OOM |" in markdown and "| (OOM) |" in markdown and table.SKIPPED in markdown
+
+
+def test_a_timeout_is_a_row() -> None:
+    rows = process.run(Cell("time", "nt_xent", 8, 4, ("eager", OURS)), timeout=0.01)
+    assert [(row["contestant"], row["status"], row["detail"]) for row in rows] == [
+        ("eager", "timeout", "took more than 0.01 s"),
+        (OURS, "timeout", "took more than 0.01 s"),
+    ]
+
+
+def test_a_contestant_that_kills_its_process_is_the_only_one_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name that dies while it is imported stands in front of the real one."""
+    (tmp_path / "info_nce.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGABRT)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = process.isolated(Cell("time", "info_nce", 32, 8, (OURS, "info-nce-pytorch"), repeats=1), timeout=300)
+    assert [(row["contestant"], row["status"]) for row in rows] == [(OURS, "ok"), ("info-nce-pytorch", "crash")]
+    assert rows[1]["detail"] == "SIGABRT"
+    for row in rows:
+        assert row["alone"] and not {"cpu_ratio", "wall_ratio"} & row.keys()
+
+
+def test_what_the_kernel_kills_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several in one process it is not known who; alone it is."""
+
+    def killed(*given: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
+
+    monkeypatch.setattr(process.subprocess, "run", killed)
+    rows = process.isolated(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)
+    assert [(row["status"], row["alone"]) for row in rows] == [("oom", True)] * 2
+    assert [row["status"] for row in process.run(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)] == ["crash"] * 2
+
+
+def test_one_that_raises_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "CHECKOUT", False)
+    rows = measure.here(Cell("time", "nt_xent", 8, 4, ("nobody", "eager", OURS), repeats=1))
+    assert [row["status"] for row in rows] == ["missing", "ok", "ok"]
+    monkeypatch.setitem(peers.FACTORIES["nt_xent"], "eager", lambda: lambda z: z.no_such_name)
+    rows = measure.here(Cell("time", "nt_xent", 8, 4, ("eager", OURS), repeats=1))
+    assert [row["status"] for row in rows] == ["crash", "ok"]
+    assert rows[0]["detail"] == "AttributeError: 'Tensor' object has no attribute 'no_such_name'"
+
+
+def test_times_of_one_process_come_with_their_ratios() -> None:
+    rows = measure.measure_time(Cell("time", "clip", 32, 8, (OURS, "eager", "careful", "chunked"), repeats=3))
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert rows[0]["cpu_ratio"] == rows[0]["wall_ratio"] == 1
+    for row in rows:
+        assert 0 < row["wall_ms"]["min"] <= row["wall_ms"]["median"]
+        assert row["loss_value"] == pytest.approx(rows[0]["loss_value"], rel=5e-6)
+        assert row["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=2e-5)
+
+
+@pytest.mark.parametrize("loss", forms.LOSSES)
+def test_a_forward_leaves_no_gradient_and_a_backward_that_of_the_whole(loss: str) -> None:
+    found = {mode: measure.here(Cell("time", loss, 32, 8, (OURS, "eager"), mode, repeats=1)) for mode in table.MODES}
+    for forward, backward, full in zip(found["fwd"], found["bwd"], found["full"], strict=True):
+        assert (forward["mode"], backward["mode"], full["mode"]) == ("fwd", "bwd", "full")
+        assert forward["loss_value"] == backward["loss_value"] == full["loss_value"]
+        assert "gradient_norm" not in forward
+        assert backward["gradient_norm"] == full["gradient_norm"] > 0
+
+
+def test_what_a_backward_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward has run before the clock starts, once for every step."""
+    calls = []
+
+    def loss(z: Any) -> Any:
+        calls.append(len(z))
+        return z.square().sum()
+
+    leaves = forms.leaves("nt_xent", 8, 4)
+    ready = measure.prepared("bwd", loss, leaves)
+    assert calls == [8] and leaves[0].grad is None
+    ready()
+    assert calls == [8] and leaves[0].grad is not None
+    assert measure.prepared("full", loss, leaves) is not None and calls == [8] and leaves[0].grad is None
+
+
+# ---------------------------------------------------------------- a sweep
+
+
+def answers(status: Callable[[str, int], str]) -> sweep.Runner:
+    """In place of processes: every contestant ends as the function of its name and N says."""
+
+    def runner(cell: Cell, timeout: float) -> list[Row]:
+        return [row_of(cell, name, status(name, cell.n), detail="took more than 1 s") for name in cell.names]
+
+    return runner
+
+
+def cells(*n: int, **more: Any) -> list[Cell]:
+    return [Cell("time", "clip", size, 8, (OURS, "eager"), **more) for size in n]
+
+
+@pytest.mark.parametrize(("status", "then"), [("oom", "oom-skipped"), ("timeout", "timeout"), ("crash", "crash")])
+def test_what_failed_at_a_smaller_n(status: str, then: str) -> None:
+    ran = []
+
+    def outcome(name: str, n: int) -> str:
+        ran.append((name, n))
+        return status if name == "eager" and n >= 32 else "ok"
+
+    planned = [*cells(16, 32, 64), *cells(64, mode="fwd")]
+    found = sweep.run(planned, 1.0, None, answers(outcome)).rows
+    assert [row["status"] for row in found if row["contestant"] == "eager"] == ["ok", status, then, status]
+    assert [row["status"] for row in found if row["contestant"] == OURS] == ["ok"] * 4
+    # A crash may have another reason than size. Another mode is another problem.
+    assert ran.count(("eager", 64)) == (2 if status == "crash" else 1)
+    assert all("N=32" in row["detail"] for row in found if row["detail"].startswith("not run"))
+
+
+def test_progress_and_the_end_of_the_budget(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of 10 s each: after three the 25 s are over."""
+    now = [0.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+
+    def runner(cell: Cell, timeout: float) -> list[Row]:
+        now[0] += 10.0
+        return answers(lambda name, n: "ok")(cell, timeout)
+
+    found = sweep.run(cells(8, 8, 8, 8, 8), 1.0, 25.0, runner)
+    assert (len(found.rows), found.left) == (6, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"time.*eager, ", "", line) for line in lines] == [
+        "[1/5] 0 s elapsed, eta ?",
+        "[2/5] 10 s elapsed, eta 40 s",
+        "[3/5] 20 s elapsed, eta 30 s",
+        "time budget of 25 s ended: 2 of 5 cells left out",
+    ]
+    assert sweep.run(cells(8, 8), 1.0, None, runner).left == 0
+
+
+def test_rates_are_nominal_and_shares_are_of_the_better_product() -> None:
+    problem = {"mode": "full", "loss": "clip", "n": 1000, "d": 10, "dtype": "float32", "device": "cpu", "threads": 1}
+    timed = problem | {"measure": "time", "status": "ok", "cpu_ms": {"median": 6.0}}  # 6e7 FLOP: 10 GFLOP/s
+    product = problem | {"measure": "gemm", "mode": "fwd", "loss": "gemm", "status": "ok"}
+    slow, fast = [product | {"tflops": 0.02}], [product | {"tflops": 0.04}]
+    assert sweep.better(slow, fast) == sweep.better(fast, slow) == fast
+    rows = sweep.with_shares([timed, timed | {"mode": "fwd"}, timed | {"status": "crash"}, timed | {"dtype": "float64"}], fast)
+    assert [row.get("gemm_share") for row in rows] == [pytest.approx(25.0), pytest.approx(25.0 / 3), None, None]
+    assert forms.products("moco", 64, 8) == 4 * 4 * 64 * 8
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def options(*arguments: str) -> Any:
+    return cli.parse(list(arguments), "bench", Path("out"))
+
+
+def test_ranges_lists_and_defaults() -> None:
+    assert options("--n=4k:1M:x2").n == [2**exponent for exponent in range(12, 21)]
+    assert options("--n=4k:10k:x2,1024").n == [1024, 4096, 8192]
+    assert options("--n=8192,64", "--d=64,128", "--dtype=float32,bfloat16").n == [64, 8192]
+    assert options("--losses=all").losses == list(forms.LOSSES)
+    assert (options("--quick").n, options("--quick").peers, options("--quick", "--n=64").n) == ([4096], ["eager"], [64])
+    assert options("--mem-limit=2GiB").mem_limit == 2048
+    assert (options().mode, options().repeats, options("--device=cuda", "--dry-run").repeats) == (["full"], 5, 20)
+
+
+def test_the_plan() -> None:
+    planned = cli.plan(options("--losses=clip", "--n=64,128", "--d=8", "--mode=fwd,bwd,full", "--dtype=float32,bfloat16", "--peers=eager"))
+    assert [cell.n for cell in planned if cell.measure == "time"] == [64, 128] * 6
+    assert {(cell.mode, cell.names) for cell in planned if cell.measure == "memory"} == {
+        (mode, (name,)) for mode in ("fwd", "full") for name in (OURS, "eager")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--n=4k:1M"], "argument --n: '4k:1M' is not a range such as 4k:1M:x2"),
+        (["--n=4k:1M:x1"], "a factor of 2 or more"),
+        (["--n=2M:1M:x2"], "starts above its end"),
+        (["--n=4g"], "'4g' is not a positive integer such as 4096 or 4k"),
+        (["--n=,"], "names no size"),
+        (["--n=0"], "'0' is not a positive integer"),
+        (["--n=65"], "--n must be even for nt_xent"),
+        (["--losses=sup_con", "--n=1"], "--n must be at least 2 for sup_con"),
+        (["--losses=nt_xnt"], "--losses: unknown 'nt_xnt'; choose from nt_xent, info_nce"),
+        (["--losses="], "--losses names nothing"),
+        (["--dtype=fp32"], "--dtype: unknown 'fp32'; choose from float32"),
+        (["--mode=both"], "--mode: unknown 'both'; choose from full, fwd, bwd"),
+        (["--measure=all"], "--measure: unknown 'all'; choose from time, memory"),
+        (["--peers=nobody"], "--peers: unknown 'nobody'"),
+        (["--measure=memory", "--mode=bwd,bwd"], "memory is measured for fwd and full"),
+        (["--mem-limit=2GB"], "'2GB' is not a size such as 512MiB or 2GiB"),
+        (["--time-budget=0"], "--time-budget must be above 0, got 0"),
+        (["--backend=cpp"], "invalid choice: 'cpp'"),
+        (["--device=cuda", "--mem-limit=1GiB"], "--mem-limit holds for the CPU"),
+    ],
+)
+def test_bad_options_are_named(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        options(*arguments)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
 
 
 def test_a_wanted_peer_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> peers.Contestant:
+    def missing() -> forms.Contestant:
         raise ModuleNotFoundError("No module named 'lightly'")
 
     monkeypatch.setitem(peers.FACTORIES["nt_xent"], "lightly", missing)
@@ -40,37 +256,40 @@ def test_a_wanted_peer_that_is_not_installed_is_an_error(monkeypatch: pytest.Mon
         run.main(["--losses=nt_xent", "--peers=lightly", "--dry-run"])
 
 
-def test_a_crash_and_a_timeout_are_rows() -> None:
-    (row,) = measure.run(measure.Cell("time", "nt_xent", 8, 4, ("nobody",)), timeout=120)
-    assert (row["status"], row["detail"]) == ("crash", "KeyError: 'nobody'")
-    rows = measure.run(measure.Cell("time", "nt_xent", 8, 4, ("eager", peers.OURS)), timeout=0.01)
-    assert [(row["contestant"], row["status"]) for row in rows] == [("eager", "timeout"), (peers.OURS, "timeout")]
-
-
-def test_times_of_one_process_come_with_their_ratios() -> None:
-    rows = measure.measure_time(measure.Cell("time", "clip", 32, 8, (peers.OURS, "eager", "careful"), repeats=3))
-    assert [row["status"] for row in rows] == ["ok"] * 3
-    assert rows[0]["cpu_ratio"] == rows[0]["wall_ratio"] == 1
-    for row in rows:
-        assert 0 < row["wall_ms"]["min"] <= row["wall_ms"]["median"]
-        assert row["loss_value"] == pytest.approx(rows[0]["loss_value"], rel=5e-6)
-        assert row["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=2e-5)
+def test_without_a_checkout_there_is_no_gpu_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(places, "CHECKOUT", False)
+    with pytest.raises(SystemExit):
+        options("--device=cuda")
+    assert "run python bench/run.py --device cuda in a checkout" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- results
 
 
 def test_a_result_names_neither_host_nor_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--losses=nt_xent", "--n=32", "--d=4", "--repeats=1", "--mode=time", "--peers=eager"]
-    run.main([*arguments, "--out", str(tmp_path)])
-    (path,) = tmp_path.glob("*/*.json")
-    text = path.read_text() + path.with_suffix(".md").read_text()
-    assert path.with_suffix(".md").read_text() == report.render(json.loads(path.read_text()))
-    assert capsys.readouterr().out.strip() == path.with_suffix(".md").read_text().strip()
-    for secret in (str(tmp_path), str(record.ROOT), str(Path.home())):
+    arguments = ["--losses=nt_xent", "--n=32,64", "--d=4", "--repeats=1", "--measure=time", "--peers=eager", "--time-budget=0.01"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    result, markdown = result_in(tmp_path)
+    assert markdown == table.render(result)
+    assert printed.out.strip() == markdown.strip()
+    text = json.dumps(result) + markdown
+    for secret in (str(tmp_path), str(places.ROOT), str(Path.home())):
         assert secret not in text
-    assert socket.gethostname() not in text.split()
-    assert json.loads(path.read_text())["env"]["command"].startswith("python bench/run.py --losses=nt_xent --n=32")
+    assert socket.gethostname() not in re.findall(r"[\w.-]+", text)
+
+    assert result["schema"] == table.SCHEMA == 2
+    env = result["env"]
+    assert env["command"].startswith("python bench/run.py --losses=nt_xent --n=32,64")
+    assert (env["mem_limit_mib"], env["cells_left"]) == (0, 1)
+    assert "The time budget ended before 1 of the planned cells." in markdown
+    assert printed.err.startswith("[1/2] time   full nt_xent  N=32") and "1 of 2 cells left out" in printed.err
+    found = [(row["measure"], row["mode"], row["contestant"], row["n"]) for row in result["rows"]]
+    assert found == [("time", "full", OURS, 32), ("time", "full", "eager", 32), ("gemm", "fwd", "torch", 1024)]
+    product, timed = result["rows"][-1], result["rows"][:2]
+    for row in timed:
+        rate = 6 * 32 * 32 * 4 / row["cpu_ms"]["median"] / 1e9
+        assert row["gemm_share"] == pytest.approx(100 * rate / product["tflops"])
 
 
 def test_a_later_result_never_replaces_an_earlier_one(tmp_path: Path) -> None:
@@ -79,10 +298,13 @@ def test_a_later_result_never_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert (first.name, second.name) == ("2026-01-02-01234567.json", "2026-01-02-01234567-2.json")
 
 
-def test_the_digest_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "ROOT", tmp_path)
-    (tmp_path / "fastnce").mkdir()
-    source = tmp_path / "fastnce" / "a.py"
+@pytest.mark.parametrize("checkout", [True, False])
+def test_the_digest_follows_the_sources(checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    monkeypatch.setattr(places, "CHECKOUT", checkout)
+    (tmp_path / "fastnce" / "bench").mkdir(parents=True)
+    (tmp_path / "bench").mkdir()
+    source = tmp_path / "fastnce" / "bench" / "a.py"
     found = []
     for text in ("1", "2"):
         source.write_text(text)
@@ -91,62 +313,60 @@ def test_the_digest_follows_the_sources(tmp_path: Path, monkeypatch: pytest.Monk
     found.append(record.digest())
     source.rename(tmp_path / "fastnce" / "b.py")
     found.append(record.digest())
+    (tmp_path / "bench" / "c.py").write_text("of the checkout, or somebody else's package")
+    found.append(record.digest())
     assert found[1] == found[2]
-    assert len(set(found)) == 3
+    assert (found[3] == found[4]) == (not checkout)
+    assert len(set(found)) == (4 if checkout else 3)
 
 
-def test_the_report_shows_what_did_not_run() -> None:
+def test_the_table_shows_what_did_not_run() -> None:
     env = {"cpu": "C", "vector": "V", "threads": 1, "time": "T", "fastnce": "0", "sources": "d" * 64, "torch": "2"}
-    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c"}
-    problem = {"mode": "memory", "loss": "clip", "n": 1024, "d": 8, "dtype": "float32"}
+    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c", "mem_limit_mib": 0, "cells_left": 0}
+    problem = {"mode": "full", "loss": "clip", "n": 1024, "d": 8, "dtype": "float32", "device": "cpu", "threads": 1}
+    sized, timed = problem | {"measure": "memory"}, problem | {"measure": "time", "status": "ok"}
     rows = [
-        {**problem, "contestant": "fastnce", "status": "ok", "peak_mib": 4.0},
-        {**problem, "contestant": "eager", "status": "oom"},
-        {**problem, "contestant": "careful", "status": "ok", "peak_mib": 10.0},
-        {**problem, "contestant": "lightly", "status": "timeout"},
+        {**sized, "contestant": OURS, "status": "ok", "peak_mib": 4.0},
+        {**sized, "contestant": "eager", "status": "oom"},
+        {**sized, "contestant": "careful", "status": "ok", "peak_mib": 10.0},
+        {**sized, "contestant": "lightly", "status": "timeout"},
+        {**timed, "contestant": OURS, "cpu_ms": {"median": 2.0}, "alone": True},
+        {**timed, "contestant": "eager", "cpu_ms": {"median": 8.0}, "alone": True},
     ]
-    assert "| 1,024 | 8 | 4 | OOM | 10 (2.5×) | timeout |" in report.render({"env": env, "rows": rows})
+    text = table.render({"schema": 2, "env": env, "rows": rows})
+    assert "| 1,024 | 8 | 4 | OOM | 10 (2.5×) | timeout |" in text
+    assert "| 1,024 | 8 | 2 | 8 |" in text  # not in turn: no ratio
+    with pytest.raises(ValueError, match="schema 1, and this renders schema 2"):
+        table.render({"schema": 1, "env": env, "rows": []})
 
 
-# ---------------------------------------------------------------- accuracy
+def test_pytest_benchmark_writes_no_host() -> None:
+    machine = {"node": socket.gethostname(), "processor": "x86_64"}
+    conftest.pytest_benchmark_update_machine_info(None, machine)
+    assert machine == {"processor": "x86_64"}
 
 
-@pytest.mark.parametrize("regime", exact.REGIMES)
-@pytest.mark.parametrize("loss", accuracy.LOSSES)
-def test_the_exact_answer_is_that_of_dense_float64(loss: str, regime: str) -> None:
-    """Where the dense form is well conditioned, autograd through it confirms the analytic reference."""
-    cell = accuracy.Cell(loss, torch.float64, regime, 24, 0.5)
-    sides, parameter = accuracy.inputs(cell, 34)
-    true, sizes = exact.exact(exact.Cosines.of(loss, sides), 2.0)
-    dense = accuracy.answer(accuracy.dense(loss), sides, parameter, loss == "nt_xent", 1.0)
-    for name, error in accuracy.errors(dense, true, sizes).items():
-        assert error.max() < 1e-12 * (sizes.scale / abs(true.scale) if name == "scale" else 1), name
+# ---------------------------------------------------------------- installed
 
 
-def test_the_exact_answer_holds_at_tiny_losses() -> None:
-    """Two negatives at cosine 0, the positive at 1: log(1 + 2 exp(-scale)), where dense float64 has 0."""
-    z = torch.eye(2, dtype=torch.float64).repeat(2, 1)
-    true, _ = exact.exact(exact.Cosines.of("nt_xent", [z]), np.longdouble(100))
-    assert true.loss == pytest.approx(2 * np.exp(-100), rel=1e-13)
-    assert true.scale == pytest.approx(-2 * np.exp(-100), rel=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wrong", [None, "loss", "gradient"])
-def test_accuracy_finds_a_planted_error(wrong: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of fastnce the dense loss in float64: as it is, with a loss 1e-4 too large, with 2 % less gradient."""
-    loss_of = accuracy.dense("clip")
-
-    def planted(sides: list[Tensor], parameter: Tensor, reduction: str) -> Tensor:
-        wide = [side.double() for side in sides]
-        if wrong == "gradient":
-            wide[0] = 0.98 * wide[0] + 0.02 * wide[0].detach()
-        value = loss_of(wide, parameter.double(), reduction)
-        return value + 1e-4 if wrong == "loss" else value
-
-    monkeypatch.setattr(accuracy, "fused", lambda loss, backend: planted)
-    cell = accuracy.Cell("clip", dtype, "random", 24, 0.1)
-    sides, parameter = accuracy.inputs(cell, 66)
-    verdicts = accuracy.judge(cell, sides, parameter, exact.Cosines.of("clip", sides), "cpu")
-    outside = {name for name, verdict in verdicts.items() if not verdict.used <= 1}
-    assert outside == ({wrong} if wrong != "loss" else {"loss", "row"}) - {None}
+@LINUX
+def test_from_an_installation_and_any_folder(tmp_path: Path) -> None:
+    """A copy of the package alone: what it needs from the checkout would be missing."""
+    shutil.copytree(places.ROOT / "fastnce", tmp_path / "site" / "fastnce", ignore=shutil.ignore_patterns("__pycache__"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnce", "bench", "--quick", "--losses=nt_xent", "--n=512"],
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result, markdown = result_in(elsewhere / "fastnce-bench")
+    assert done.stdout.strip() == markdown.strip()
+    assert "written: fastnce-bench/" in done.stderr
+    assert result["env"]["command"].startswith("python -m fastnce bench --losses=nt_xent --n=512 --d=64")
+    assert [row["status"] for row in result["rows"]] == ["ok"] * 5  # two times, two peaks, one product
+    assert result["env"]["sources"] != record.digest()  # without csrc/ and bench/

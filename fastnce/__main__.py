@@ -1,4 +1,7 @@
-"""`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test."""
+"""`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test.
+
+`python -m fastnce bench` measures time and memory against the ways these losses are computed today; see bench --help.
+"""
 
 from __future__ import annotations
 
@@ -102,10 +105,21 @@ def _where(name: str, device: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report; 1 where the self-test failed."""
-    parser = argparse.ArgumentParser(prog="python -m fastnce", description=__doc__, allow_abbrev=False)
+    """Print the report, or run the benchmark; 1 where the self-test failed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:
+        from fastnce.bench import cli
+
+        return cli.main(given[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastnce",
+        usage="%(prog)s [--json]\n       %(prog)s bench [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     found = report()
     print(json.dumps(found, indent=2, allow_nan=False) if options.json else text(found))
     return 0 if found["self_test"]["ok"] else 1

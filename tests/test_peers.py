@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnce
+from fastnce.bench import forms, packages
 from train_ref.golden import make
 
 pytestmark = pytest.mark.peers
@@ -40,9 +41,7 @@ LOSS, GRADIENT = 1e-12, 1e-11  # float64, relative
 def installed_peers() -> None:
     for module in ("info_nce", "pytorch_metric_learning"):
         pytest.importorskip(module)
-    from bench import peers
-
-    for load in (peers.lightly_nt_xent, peers.open_clip_loss):
+    for load in (packages.lightly_nt_xent, packages.open_clip_loss):
         try:
             load()
         except ImportError as error:
@@ -80,8 +79,6 @@ def test_golden_file_is_what_the_installed_peers_compute() -> None:
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("negatives", [None, "unpaired", "paired"])
 def test_info_nce_pytorch(negatives: str | None, reduction: str, backend: str) -> None:
-    from bench.peers import info_nce_pytorch
-
     shapes: list[tuple[int, ...]] = [(33, 21), (33, 21)]
     if negatives is not None:
         shapes.append((47, 21) if negatives == "unpaired" else (33, 6, 21))
@@ -89,19 +86,17 @@ def test_info_nce_pytorch(negatives: str | None, reduction: str, backend: str) -
     options: dict[str, Any] = {"temperature": 0.2, "reduction": reduction, "negative_mode": negatives or "unpaired"}
     agree(
         lambda: fused.info_nce(*leaves, **options, backend=backend),
-        lambda: info_nce_pytorch()(*leaves, **options),
+        lambda: packages.info_nce_pytorch()(*leaves, **options),
         leaves,
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lightly_nt_xent(backend: str) -> None:
-    from bench.peers import lightly_nt_xent
-
     leaves = views(1, (33, 21), (33, 21))
     agree(
         lambda: fused.nt_xent(*leaves, 0.2, backend=backend),
-        lambda: lightly_nt_xent()(temperature=0.2)(*leaves),
+        lambda: packages.lightly_nt_xent()(temperature=0.2)(*leaves),
         leaves,
     )
 
@@ -109,10 +104,8 @@ def test_lightly_nt_xent(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lightly_memory_bank_is_the_moco_queue(backend: str) -> None:
     """The loss reads the bank as it was; the batch enters it afterwards, in place, so its keys are copied out first."""
-    from bench.peers import lightly_nt_xent
-
     q, k = views(2, (16, 21), (16, 21))
-    peer: Any = lightly_nt_xent()(temperature=0.2, memory_bank_size=(64, 21)).double()
+    peer: Any = packages.lightly_nt_xent()(temperature=0.2, memory_bank_size=(64, 21)).double()
     peer.memory_bank.bank = F.normalize(views(3, (64, 21))[0].detach(), dim=1)
     queue = peer.memory_bank.bank.clone()
     agree(lambda: fused.moco_loss(q, k.detach(), queue, 0.2, backend=backend), lambda: peer(q, k.detach()), [q])
@@ -159,13 +152,11 @@ def test_several_positives_differ_from_pytorch_metric_learnings_nt_xent() -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_open_clip(backend: str) -> None:
-    from bench.peers import open_clip_form, open_clip_loss
-
     leaves = [*views(8, (33, 21), (33, 21)), torch.tensor(1 / 0.07, dtype=torch.float64, requires_grad=True)]
     image, text, logit_scale = leaves
     agree(
         lambda: fused.clip_loss(image, text, logit_scale, backend=backend),
-        lambda: open_clip_loss()()(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale),
+        lambda: packages.open_clip_loss()()(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale),
         leaves,
     )
-    agree(lambda: open_clip_form(*leaves), lambda: fused.clip_loss(*leaves, backend=backend), leaves)
+    agree(lambda: forms.open_clip_form(*leaves), lambda: fused.clip_loss(*leaves, backend=backend), leaves)

@@ -56,8 +56,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"checks", "formulas", "negatives", "pairs", "problem", "queue", "small", "stats"},
     "modules": {"formulas", "losses", "negatives", "queue"},
     "selftest": {"losses"},
+    # Above all of it: what nothing but its own command imports.
+    "bench": set(),
+    "bench.places": set(),
+    "bench.table": set(),
+    "bench.forms": set(),
+    "bench.chunked": {"bench.forms"},
+    "bench.packages": {"bench.forms"},
+    "bench.peers": {"__init__", "bench.chunked", "bench.forms", "bench.packages", "bench.places", "bench.table"},
+    "bench.cell": {"bench.table"},
+    "bench.measure": {"bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
+    "bench.process": {"bench.cell", "bench.places", "bench.table"},
+    "bench.record": {"__init__", "bench.packages", "bench.places", "bench.table"},
+    "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},
+    "bench.cli": {"backends", *(m for m in MODULES if m.startswith("bench."))},
     "__init__": {"_version", "checks", "formulas", "losses", "modules", "queue", "stats"},
-    "__main__": {"__init__", "backends", "pairs", "problem", "selftest"},
+    "__main__": {"__init__", "backends", "bench.cli", "pairs", "problem", "selftest"},
 }
 # A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"native", "norms", "pairs", "problem", "tiles"}

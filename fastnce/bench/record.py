@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from bench import peers
+import fastnce
+from fastnce.bench import packages, places
+from fastnce.bench.table import SCHEMA as SCHEMA
 
-SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = places.ROOT / "bench" / "results"  # of a checkout
 SOURCES = {".py", ".cpp", ".hpp", ".h", ".cu", ".cuh"}
 
 # Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
@@ -27,12 +27,12 @@ ALLOCATOR = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "MALLOC_ARENA_MAX", "LD_P
 
 
 def digest() -> str:
-    """sha256 over the sources in fastnce/, csrc/ and bench/: a result belongs to exactly these."""
+    """sha256 over the sources in fastnce/, and in a checkout csrc/ and bench/: a result belongs to exactly these."""
     found = hashlib.sha256()
-    for folder in ("fastnce", "csrc", "bench"):
-        for path in sorted((ROOT / folder).rglob("*")):
+    for folder in ("fastnce", "csrc", "bench") if places.CHECKOUT else ("fastnce",):
+        for path in sorted((places.ROOT / folder).rglob("*")):
             if path.suffix in SOURCES:
-                found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+                found.update(path.relative_to(places.ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
 
 
@@ -68,9 +68,8 @@ def machine(device: str = "cpu") -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def environment(program: str, arguments: list[str], threads: int, device: str = "cpu") -> dict[str, Any]:
-    import fastnce
-
+def environment(command: list[str], threads: int, device: str = "cpu") -> dict[str, Any]:
+    """What a result says of where it comes from; `command` is what repeats it."""
     return ({} if device == "cpu" else {"gpu": gpu()}) | {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
@@ -79,13 +78,13 @@ def environment(program: str, arguments: list[str], threads: int, device: str = 
         "python": platform.python_version(),
         "torch": torch.__version__,
         "fastnce": fastnce.__version__,
-        "peers": peers.versions(),
+        "peers": packages.versions(),
         "threads": threads,
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "load": [round(load, 2) for load in os.getloadavg()],
         "sources": digest(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(["python", f"bench/{program}", *arguments]),
+        "command": shlex.join(command),
     }
 
 
