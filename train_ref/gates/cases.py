@@ -1,0 +1,91 @@
+"""The calls of the operator gate: what is asked of every loss, one call at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from train_ref.gates.subject import LOSSES
+
+# 0.005 is below the published recipes: exponentials of its logits leave float32 unless a maximum is subtracted.
+TEMPERATURES = (0.005, 0.02, 0.05, 0.1, 0.5)
+NOISE = {"aligned": 0.5, "solved": 0.1}  # between the two views, in standard deviations of a coordinate
+QUEUE = 1.6  # keys in the queue, per pair
+
+
+@dataclass(frozen=True)
+class Case:
+    """pairs are rows of one side; nt_xent and sup_con see twice as many. length multiplies every row."""
+
+    loss: str
+    kind: str = "random"
+    pairs: int = 67
+    d: int = 24
+    temperature: float = 0.1
+    length: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        length = "" if self.length == 1 else f", lengths about {self.length:g}"
+        return f"{self.loss} {self.kind}, {self.pairs} pairs, D {self.d}, temperature {self.temperature:g}{length}"
+
+    def labels(self) -> Tensor | None:
+        """Of sup_con: its two views with some classes of one view, some rows alone and some negative labels."""
+        if self.loss != "sup_con":
+            return None
+        label = torch.arange(self.pairs) % max(1, self.pairs - self.pairs // 4)
+        both = torch.cat([label, label])
+        both[: self.pairs // 8] = -1 - torch.arange(self.pairs // 8) % 2
+        both[self.pairs + 1 :][-1:] = self.pairs  # an anchor without a positive
+        return both
+
+    def sides(self, dtype: torch.dtype) -> list[Tensor]:
+        """The features in the order of the loss's arguments, rounded to the dtype; every row of another length."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, self.d, generator=generator, dtype=torch.float64)
+
+        n_queue = int(QUEUE * self.pairs) if self.loss == "moco_loss" else 0
+        first, second, queue = normal(self.pairs), normal(self.pairs), normal(n_queue)
+        if self.kind in NOISE:
+            second = first + NOISE[self.kind] * second
+        if self.kind == "identical":
+            first, second, queue = (first[:1].expand(len(rows), -1) for rows in (first, second, queue))
+        if self.kind == "orthogonal":
+            rows = torch.eye(2 * self.pairs + n_queue, dtype=torch.float64)
+            first, second, queue = rows[:, torch.randperm(len(rows), generator=generator)].split([self.pairs, self.pairs, n_queue])
+        # 1/2, 1 and 2 by turns: a forgotten norm shows, parallel rows stay parallel, and float16 keeps its range.
+        lengths = [2.0 ** (torch.arange(len(rows)) % 3 - 1) * self.length for rows in (first, second, queue)]
+        one, two, ring = ((rows * length.double()[:, None]).to(dtype) for rows, length in zip((first, second, queue), lengths, strict=True))
+        return {"sup_con": [torch.cat([one, two])], "moco_loss": [one, two, ring]}.get(self.loss, [one, two])
+
+
+def cases(pairs: int = 67, large: int = 530) -> Iterator[Case]:
+    """Of every loss: each kind at each temperature; ragged sizes; one pair; very long and very short rows.
+
+    large  rows of the case that has to be ragged behind at least one whole tile, also in tiles of 512
+    """
+    for loss in LOSSES:
+        base = Case(loss, pairs=pairs)
+        # Orthogonal rows need as many dimensions as rows.
+        upright = replace(base, kind="orthogonal", pairs=9, d=18 + (int(QUEUE * 9) if loss == "moco_loss" else 0))
+        kinds = [*(replace(base, kind=kind) for kind in ("random", "aligned", "solved", "identical")), upright]
+        yield from (replace(case, temperature=temperature) for case in kinds for temperature in TEMPERATURES)
+        yield from (replace(base, pairs=1, d=7, kind=kind) for kind in ("random", "identical"))
+        yield from (replace(base, pairs=n, d=d, seed=1) for n, d in ((2, 1), (5, 3), (33, 1), (pairs - 2, 65)))
+        yield replace(base, pairs=large // (2 if loss in ("nt_xent", "sup_con") else 1), d=40, seed=2)
+        yield from (replace(base, length=length, temperature=t) for length in (LONG, SHORT) for t in (0.05, 0.5))
+
+
+LONG, SHORT = 1e15, 1e-10  # see within_range for float16, whose numbers end at 65504
+
+
+def within_range(case: Case, dtype: torch.dtype) -> Case:
+    """The same case with lengths that float16 can hold, and whose gradients it can."""
+    if dtype == torch.float16 and case.length != 1:
+        return replace(case, length=64.0 if case.length > 1 else 1 / 16)
+    return case
