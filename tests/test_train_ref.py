@@ -268,7 +268,7 @@ def test_moco_follows_slowly_and_queues_its_keys() -> None:
 
 def test_raw_pixels_score_what_is_known_of_them() -> None:
     digits = load_digits()
-    found = evaluate_features(digits.images.flatten(1), digits.labels)
+    found = evaluate_features(digits.images.flatten(1), digits)
     assert found.knn_20 == pytest.approx(0.956, abs=0.003)
     # scikit-learn's LogisticRegression(C=1) reaches 0.916 on this split.
     assert found.linear == pytest.approx(0.916, abs=0.004)
@@ -276,11 +276,11 @@ def test_raw_pixels_score_what_is_known_of_them() -> None:
 
 
 def test_perfect_and_useless_features() -> None:
-    labels = load_digits().labels
-    noise = torch.randn(len(labels), N_CLASSES, generator=torch.Generator().manual_seed(0))
-    perfect = evaluate_features(nn.functional.one_hot(labels, N_CLASSES) + 0.01 * noise, labels)
+    digits = load_digits()
+    noise = torch.randn(len(digits.labels), N_CLASSES, generator=torch.Generator().manual_seed(0))
+    perfect = evaluate_features(nn.functional.one_hot(digits.labels, N_CLASSES) + 0.01 * noise, digits)
     assert (perfect.knn_20, perfect.linear, perfect.one_shot) == (1.0, 1.0, 1.0)
-    useless = evaluate_features(noise, labels)
+    useless = evaluate_features(noise, digits)
     assert max(useless.knn_20, useless.linear, useless.one_shot) < 0.2
 
 
@@ -374,6 +374,7 @@ def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.Capture
     result = json.loads(text)
     assert set(result) == {
         "schema",
+        "data",
         "config",
         "versions",
         "seconds",
@@ -384,6 +385,8 @@ def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.Capture
         "runs",
     }
     assert set(result["versions"]) == {"python", "numpy", "torch", "fastnce"}
+    assert result["data"]["described"] == "digits: 1297 training images and 500 test images, from data/digits.npz"
+    assert result["config"]["preset"] == "digits"
     assert result["config"]["seeds"] == [0]
     assert result["config"]["backend"] == "cpu"
     assert result["config"]["temperatures"] == {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
@@ -443,7 +446,10 @@ def test_the_reference_runs_anywhere_without_fastnce_and_matplotlib(tmp_path: Pa
         ("--seeds two", "argument --seeds: 'two' is not a whole number of at least 1"),
         ("--temperature 0", "argument --temperature: '0' is not a positive number"),
         ("--temperature nan", "argument --temperature: 'nan' is not a positive number"),
-        ("--batch-size 2000", "argument --batch-size: '2000' is not a whole number from 2 to 1297"),
+        ("--batch-size 1", "argument --batch-size: '1' is not a whole number of at least 2"),
+        ("--batch-size 2000", "argument --batch-size: 2000 images, and digits has 1297 that train"),
+        ("--held-out 1297", "argument --held-out: 1297 cannot be held out of the 1297 training images of digits"),
+        ("--data-dir .", "argument --data-dir: digits ship with the project"),
         ("--batch-size 600 --method moco", "argument --batch-size: 600 images give 1200 keys a step"),
         ("--device nowhere", "argument --device: 'nowhere' cannot be used"),
         ("--device meta", "argument --device: 'meta' cannot be used"),

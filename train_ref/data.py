@@ -1,10 +1,10 @@
-"""The digits: 1797 handwritten 8x8 images that ship with the project (data/README.md has their source and licence)."""
+"""Labelled images as one value, and the digits: 1797 handwritten 8x8 images that ship with the project (data/README.md)."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,65 @@ N_CLASSES = 10
 
 
 @dataclass(frozen=True)
-class Digits:
-    """images (1797, 1, 8, 8) float32 in 0..1, labels (1797,) int64; the first N_TRAIN train, the others test."""
+class ImageData:
+    """images (N, C, H, W), uint8 0..255 or float32 0..1, and labels (N,) int64; the first n_train train, the others test.
 
+    source is the file or folder it came from, by name; full_size the (training, test) images of the whole set of that name.
+    unit_features says that the linear probe gets features with a root mean square of 1, whatever the network's unit is.
+    """
+
+    name: str
     images: Tensor
     labels: Tensor
+    n_train: int
+    n_classes: int
+    source: str
+    full_size: tuple[int, int]
+    held_out: bool = False
+    unit_features: bool = True
+
+    @property
+    def n_test(self) -> int:
+        return len(self.images) - self.n_train
+
+    @property
+    def tested_on(self) -> str:
+        return f"{self.n_test} {'held-out training' if self.held_out else 'test'} images"
+
+    @property
+    def is_subset(self) -> bool:
+        return not self.held_out and (self.n_train, self.n_test) != self.full_size
+
+    def to(self, device: torch.device) -> ImageData:
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def hold_out(self, n: int) -> ImageData:
+        """Without the test images: the last n training images take their place, for choosing settings.
+
+        Raises ValueError unless training images are left.
+        """
+        if not 1 <= n < self.n_train:
+            raise ValueError(f"{n} cannot be held out of the {self.n_train} training images of {self.name}")
+        kept = slice(self.n_train)
+        return replace(self, images=self.images[kept], labels=self.labels[kept], n_train=self.n_train - n, held_out=True)
+
+    def describe(self) -> str:
+        """One line: what it is, how much of it there is, where it is from."""
+        train, test = self.full_size
+        counts = f"{self.n_train} training images and {self.tested_on}"
+        part = f" (a subset: the whole has {train} and {test})" if self.is_subset else ""
+        return f"{self.name}: {counts}{part}, from {self.source}"
 
 
-def load_digits(path: Path = DIGITS) -> Digits:
+def as_float(images: Tensor) -> Tensor:
+    """Float images as they are, uint8 ones as float32 in 0..1."""
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def load_digits(path: Path = DIGITS) -> ImageData:
     """The digits, once the file has proved to be the one the published numbers were measured on.
 
+    images (1797, 1, 8, 8) float32 in 0..1.
     Raises FileNotFoundError when there is no such file and ValueError when its sha256 is another.
     """
     try:
@@ -45,4 +94,13 @@ def load_digits(path: Path = DIGITS) -> Digits:
         )
     with np.load(io.BytesIO(content)) as arrays:
         images, labels = arrays["x"], arrays["y"]
-    return Digits(torch.from_numpy(images).float().div(16).unsqueeze(1), torch.from_numpy(labels).long())
+    return ImageData(
+        name="digits",
+        images=torch.from_numpy(images).float().div(16).unsqueeze(1),
+        labels=torch.from_numpy(labels).long(),
+        n_train=N_TRAIN,
+        n_classes=N_CLASSES,
+        source="data/digits.npz",
+        full_size=(N_TRAIN, len(images) - N_TRAIN),
+        unit_features=False,  # as in the numbers of train_ref/README.md
+    )

@@ -1,7 +1,7 @@
 """What frozen features are worth: nearest neighbours, a linear probe, and one labelled example per class.
 
 The encoder only computes features here, in eval mode and without gradients, and has to come out bit for bit as it went
-in: probes that quietly trained the encoder too have produced published numbers that had to be withdrawn.
+in: probes that quietly trained the encoder too have produced published numbers that were points too high.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_ref.data import N_CLASSES, N_TRAIN, Digits
+from train_ref.data import ImageData, as_float
 
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.1
 ONE_SHOT_DRAWS = 20
+CHUNK = 512  # images at a time
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Fractions of the test digits that are classified correctly."""
+    """Fractions of the test images that are classified correctly."""
 
     knn_20: float
     linear: float
@@ -52,30 +53,36 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def frozen_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """(N, D) features on the CPU, with running statistics instead of batch statistics and without gradients."""
+    """(N, D) features, with running statistics instead of batch statistics and without gradients."""
     training = encoder.training
     encoder.eval()
     try:
         with torch.no_grad():
-            return torch.cat([encoder(batch) for batch in images.split(512)]).cpu()
+            return torch.cat([encoder(as_float(batch)) for batch in images.split(CHUNK)])
     finally:
         encoder.train(training)
 
 
-def evaluate_encoder(encoder: nn.Module, digits: Digits) -> Accuracies:
+def evaluate_encoder(encoder: nn.Module, data: ImageData) -> Accuracies:
     """The accuracies of the encoder's features. Raises RuntimeError if evaluating has changed the encoder."""
     with unchanged(encoder):
-        return evaluate_features(frozen_features(encoder, digits.images), digits.labels.cpu())
+        return evaluate_features(frozen_features(encoder, data.images), data)
 
 
-def evaluate_features(features: Tensor, labels: Tensor) -> Accuracies:
-    """The three accuracies of (1797, D) features: fitted on the first N_TRAIN rows, tested on the others."""
-    train, test = features[:N_TRAIN], features[N_TRAIN:]
-    train_labels, test_labels = labels[:N_TRAIN], labels[N_TRAIN:]
+def evaluate_features(features: Tensor, data: ImageData) -> Accuracies:
+    """The three accuracies of features (N, D) of all images: fitted on the first n_train rows, tested on the others.
+
+    Computed where the features are.
+    """
+    labels = data.labels.to(features.device)
+    train, test = features[: data.n_train], features[data.n_train :]
+    train_labels, test_labels = labels[: data.n_train], labels[data.n_train :]
+    n = data.n_classes
+    unit = train.square().mean().sqrt() if data.unit_features else 1.0
     return Accuracies(
-        knn_20=accuracy(nearest_neighbours(train, train_labels, test), test_labels),
-        linear=accuracy(linear_probe(train, train_labels, test), test_labels),
-        one_shot=accuracy(one_shot(train, train_labels, test), test_labels),
+        knn_20=accuracy(nearest_neighbours(train, train_labels, test, n), test_labels),
+        linear=accuracy(linear_probe(train / unit, train_labels, test / unit, n), test_labels),
+        one_shot=accuracy(one_shot(train, train_labels, test, n), test_labels),
     )
 
 
@@ -84,22 +91,27 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
-def nearest_neighbours(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+def nearest_neighbours(train: Tensor, train_labels: Tensor, test: Tensor, n_classes: int) -> Tensor:
     """The class with the largest sum of exp(cosine / 0.1) among the 20 nearest training rows by cosine."""
-    cosine = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    nearest, index = cosine.topk(NEIGHBOURS, dim=1)
-    weight = (nearest / NEIGHBOUR_TEMPERATURE).exp()
-    return torch.zeros(len(test), N_CLASSES).scatter_add_(1, train_labels[index], weight).argmax(1)
+    keys = F.normalize(train, dim=1).T
+    predicted = []
+    for queries in F.normalize(test, dim=1).split(CHUNK):
+        nearest, index = (queries @ keys).topk(NEIGHBOURS, dim=1)
+        weight = (nearest / NEIGHBOUR_TEMPERATURE).exp()
+        predicted.append(weight.new_zeros(len(queries), n_classes).scatter_add_(1, train_labels[index], weight).argmax(1))
+    return torch.cat(predicted)
 
 
-def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, n_classes: int) -> Tensor:
     """Multinomial logistic regression in float64, minimising  mean cross-entropy + |W|^2 / (2 n).
 
-    That is scikit-learn's LogisticRegression(C=1), whose accuracy on the raw pixels is within 0.2 points of this one's.
+    That is scikit-learn's LogisticRegression(C=1), whose accuracy on the raw digits is within 0.2 points of this one's.
+    The penalty weighs more on smaller features: those of an untrained network on Fashion-MNIST reach 65.5 % as they are
+    and 85.1 % divided by their root mean square. One evaluation of 50,000 rows of 512 takes 0.24 s on a core.
     """
     train, test = train.double(), test.double()
-    weight = torch.zeros(train.shape[1], N_CLASSES, dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(N_CLASSES, dtype=torch.float64, requires_grad=True)
+    weight = train.new_zeros(train.shape[1], n_classes, requires_grad=True)
+    bias = train.new_zeros(n_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=300,
@@ -119,10 +131,10 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
     return (test @ weight + bias).detach().argmax(1)
 
 
-def one_shot(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
-    """(draws, n): the class of the nearest of ten training rows by cosine, one row per class. The draws are fixed."""
+def one_shot(train: Tensor, train_labels: Tensor, test: Tensor, n_classes: int) -> Tensor:
+    """(draws, n): the class of the nearest of some training rows by cosine, one row per class. The draws are fixed."""
     generator = torch.Generator().manual_seed(0)
-    members = [(train_labels == label).nonzero().flatten() for label in range(N_CLASSES)]
+    members = [(train_labels == label).nonzero().flatten() for label in range(n_classes)]
     prototypes = torch.stack(
         [rows[torch.randint(len(rows), (ONE_SHOT_DRAWS,), generator=generator)] for rows in members], dim=1
     )  # (draws, classes)

@@ -18,8 +18,8 @@ BASELINES = ("#d0d5db", "#98a1ac")
 COLOURS = {"simclr": "#1f6fb4", "supcon": "#c4511a", "moco": "#178a63"}
 
 
-def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row]) -> None:
-    """Write a PNG. Raises ImportError where matplotlib is missing."""
+def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row], tested_on: str) -> None:
+    """Write a PNG; tested_on says which images the accuracies are of. Raises ImportError where matplotlib is missing."""
     from matplotlib.figure import Figure
 
     n_rows = len(baselines) + len(trained)
@@ -28,7 +28,7 @@ def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row]) ->
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
     losses, accuracies = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * n_rows))
     draw_losses(losses, trained)
-    draw_accuracies(accuracies, baselines, trained)
+    draw_accuracies(accuracies, baselines, trained, tested_on)
     # Without it the file names the version of matplotlib that wrote it.
     figure.savefig(path, metadata={"Software": None})
 
@@ -63,7 +63,7 @@ def draw_losses(axes: Axes, trained: Sequence[Row]) -> None:
     finish(axes, "Loss by epoch, nats" + (f" ({n_seeds} seeds)" if n_seeds > 1 else ""), len(set(entries)))
 
 
-def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row]) -> None:
+def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row], tested_on: str) -> None:
     """Means over seeds as bars from zero, standard deviations as whiskers, every value written out."""
     bars = [(row, colour, False) for row, colour in zip(baselines, BASELINES, strict=True)]
     bars += [(row, COLOURS[row.histories[0].method], is_twin(row, trained)) for row in trained]
@@ -102,7 +102,7 @@ def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row]
     axes.set_xticks(range(len(METRICS)), ["20 nearest neighbours", "linear probe", "one label per class"])
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylim(0, 114 if rotation else 108)
-    finish(axes, "Accuracy of frozen features on 500 test digits, %", len(bars))
+    finish(axes, f"Accuracy of frozen features, %: {tested_on}", len(bars))
     axes.tick_params(axis="x", labelcolor=INK)
 
 

@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from train_ref.augment import two_views
-from train_ref.data import N_TRAIN, Digits
+from train_ref.augment import VIEWS
+from train_ref.data import ImageData
 from train_ref.implementations import LossFunctions
 from train_ref.methods import build_method
 from train_ref.model import Network, build_network
+from train_ref.presets import DIGITS, Preset
 
-# Chosen on 297 held-out training digits. kNN, linear, 1-shot: 98.1, 98.5, 88.1 % with 40 epochs at 4e-3 and width 16;
-# 98.1, 99.3, 89.2 % with 40 epochs at 2e-3 and width 32, in 2.6 times the time.
-EPOCHS = 40
-LEARNING_RATE = 4e-3
-WEIGHT_DECAY = 1e-4
-WARM_UP = 0.1  # of all steps
+EPOCHS = DIGITS.epochs
+LEARNING_RATE = DIGITS.learning_rate
+WARM_UP = DIGITS.warm_up
 
 
 @dataclass(frozen=True)
@@ -49,62 +47,77 @@ class History:
     cpu_seconds: float = 0.0
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth of all steps, then half a cosine towards zero; step counts from 0."""
-    warm = max(1, int(steps * WARM_UP))
+def learning_rate(step: int, steps: int, peak: float = LEARNING_RATE, warm_up: float = WARM_UP) -> float:
+    """Linear warm-up over the first part of all steps, then half a cosine towards zero; step counts from 0."""
+    warm = max(1, int(steps * warm_up))
     if step < warm:
-        return LEARNING_RATE * (step + 1) / warm
-    return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+def build_optimizer(network: Network, preset: Preset) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9; every step sets the learning rate."""
+    if preset.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=preset.weight_decay)
+    return torch.optim.AdamW(network.parameters(), weight_decay=preset.weight_decay)
 
 
 def train_network(
     method_name: str,
     functions: LossFunctions,
-    digits: Digits,
+    data: ImageData,
     *,
     seed: int,
     temperature: float,
     epochs: int,
     batch_size: int,
     on_epoch: Callable[[History], None],
+    preset: Preset = DIGITS,
 ) -> tuple[Network, History]:
-    """Train on the first N_TRAIN digits; on_epoch is called after every epoch.
+    """Train on the first data.n_train images, on their device; on_epoch is called after every epoch.
 
     Order, views and initial state have a generator each: one seed gives all methods and both implementations of the
-    losses the same weights, batches and views. Raises FloatingPointError when the loss is no longer finite.
+    losses the same weights, batches and views. Raises FloatingPointError after the first epoch in which the loss of a step
+    was not finite.
     """
-    device = digits.images.device
-    network = build_network(seed, device)
+    device = data.images.device
+    network = build_network(seed, device, preset.network, data.images.shape[1], preset.bfloat16)
     order, views, start = (torch.Generator().manual_seed(3 * seed + stream) for stream in range(3))
-    method = build_method(method_name, network, functions, temperature, start)
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=WEIGHT_DECAY)
+    two_views = VIEWS[data.name]
+    method = build_method(method_name, network, functions, temperature, start, preset.queue_size, preset.momentum)
+    optimizer = build_optimizer(network, preset)
     history = History(method_name, functions.name, seed, temperature)
     digest = hashlib.sha256()
-    steps_per_epoch = N_TRAIN // batch_size
-    steps = epochs * steps_per_epoch
+    steps_per_epoch = data.n_train // batch_size
+    steps, step = epochs * steps_per_epoch, 0
 
     began, cpu_began = time.perf_counter(), time.process_time()
     for epoch in range(1, epochs + 1):
         epoch_began = time.perf_counter()
-        shuffled = torch.randperm(N_TRAIN, generator=order)
+        shuffled = torch.randperm(data.n_train, generator=order)
+        losses = []
         # The last, smaller batch is dropped: it has fewer negatives. A new order every epoch evens that out.
         for batch in shuffled[: steps_per_epoch * batch_size].split(batch_size):
             digest.update(batch.numpy().tobytes())
-            batch = batch.to(device)
-            lr = learning_rate(len(history.step_losses), steps)
+            batch = batch.to(device, non_blocking=True)
+            lr = learning_rate(step, steps, preset.peak_learning_rate(batch_size), preset.warm_up)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = method.loss(two_views(digits.images[batch], views), digits.labels[batch])
+            loss = method.loss(two_views(data.images[batch], views), data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             method.after_step()
-            history.step_losses.append(loss.item())
-            if not math.isfinite(history.step_losses[-1]):
-                raise FloatingPointError(
-                    f"{method_name}, {functions.name} loss, seed {seed}: the loss is {history.step_losses[-1]} at step "
-                    f"{len(history.step_losses)}; temperature {temperature:g} is probably too low"
-                )
+            losses.append(loss.detach())
+            step += 1
+        # Read once an epoch: a GPU would stand still at every step that waits for its loss.
+        history.step_losses += torch.stack(losses).tolist()
+        unusable = [i for i, value in enumerate(history.step_losses) if not math.isfinite(value)]
+        if unusable:
+            raise FloatingPointError(
+                f"{method_name}, {functions.name} loss, seed {seed}: the loss is {history.step_losses[unusable[0]]} at step "
+                f"{unusable[0] + 1}; temperature {temperature:g} is probably too low"
+            )
         mean = math.fsum(history.step_losses[-steps_per_epoch:]) / steps_per_epoch
         history.epochs.append(Epoch(epoch, mean, lr, time.perf_counter() - epoch_began))
         on_epoch(history)

@@ -10,19 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train_ref.implementations import LossFunctions
-from train_ref.model import EMBEDDING, Network
+from train_ref.model import Network
+from train_ref.presets import DIGITS
 
-QUEUE_SIZE = 1024
-MOMENTUM = 0.99
-
-# 1-shot accuracy at 0.2: 78 % with SimCLR (83 at 0.5), 79 % with MoCo (81 at 0.5). SupCon's is the one of its paper.
-TEMPERATURES = {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
+QUEUE_SIZE = DIGITS.queue_size
+MOMENTUM = DIGITS.momentum
+TEMPERATURES = DIGITS.temperatures
 TITLES = {"simclr": "SimCLR", "supcon": "SupCon", "moco": "MoCo"}
 
 
 class Method(Protocol):
     def loss(self, views: Tensor, labels: Tensor) -> Tensor:
-        """0-dim loss of views (2B, 1, H, W), all first views before all second views, with labels (B,)."""
+        """0-dim loss of views (2B, C, H, W), all first views before all second views, with labels (B,)."""
 
     def after_step(self) -> None:
         """What has to happen once the optimiser has moved the network."""
@@ -62,13 +61,21 @@ class MoCo:
     Symmetric: every view is a query once. Both networks see both views in one batch.
     """
 
-    def __init__(self, network: Network, functions: LossFunctions, temperature: float, generator: torch.Generator) -> None:
-        self.network, self.functions, self.temperature = network, functions, temperature
+    def __init__(
+        self,
+        network: Network,
+        functions: LossFunctions,
+        temperature: float,
+        generator: torch.Generator,
+        queue_size: int = QUEUE_SIZE,
+        momentum: float = MOMENTUM,
+    ) -> None:
+        self.network, self.functions, self.temperature, self.momentum = network, functions, temperature, momentum
         self.key_network = copy.deepcopy(network).requires_grad_(False)
         device = next(network.parameters()).device
-        self.queue = functions.queue(QUEUE_SIZE, EMBEDDING, device)
-        # Random directions until real keys have replaced them, two steps of 256 images later.
-        self.queue.enqueue(F.normalize(torch.randn(QUEUE_SIZE, EMBEDDING, generator=generator), dim=1).to(device))
+        self.queue = functions.queue(queue_size, network.embedding, device)
+        # Random directions until real keys have replaced them: after two steps of 256 images with the digits' 1024.
+        self.queue.enqueue(F.normalize(torch.randn(queue_size, network.embedding, generator=generator), dim=1).to(device))
 
     def loss(self, views: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -80,15 +87,23 @@ class MoCo:
     def after_step(self) -> None:
         self.queue.enqueue(self.keys)
         for key_weight, weight in zip(self.key_network.parameters(), self.network.parameters(), strict=True):
-            key_weight.lerp_(weight, 1 - MOMENTUM)
+            key_weight.lerp_(weight, 1 - self.momentum)
 
 
-def build_method(name: str, network: Network, functions: LossFunctions, temperature: float, generator: torch.Generator) -> Method:
+def build_method(
+    name: str,
+    network: Network,
+    functions: LossFunctions,
+    temperature: float,
+    generator: torch.Generator,
+    queue_size: int = QUEUE_SIZE,
+    momentum: float = MOMENTUM,
+) -> Method:
     """The method of that name; the generator fills what it starts with at random."""
     if name == "simclr":
         return SimCLR(network, functions, temperature)
     if name == "supcon":
         return SupCon(network, functions, temperature)
     if name == "moco":
-        return MoCo(network, functions, temperature, generator)
-    raise ValueError(f"method is {name!r}; it must be one of {', '.join(TEMPERATURES)}")
+        return MoCo(network, functions, temperature, generator, queue_size, momentum)
+    raise ValueError(f"method is {name!r}; it must be one of {', '.join(TITLES)}")

@@ -73,7 +73,7 @@ def compare(fused: Row, reference: Row) -> list[Comparison]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Accuracies on the test digits in %, mean ± standard deviation over seeds."""
+    """Accuracies on the test images in %, mean ± standard deviation over seeds."""
     no_sd = " " * 6 if any(len(row.accuracies) > 1 for row in rows) else ""
     label_width = max(len(row.label) for row in rows)
 

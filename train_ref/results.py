@@ -1,0 +1,115 @@
+"""Write the tables of docs/reference-runs.md from the recorded runs in train_ref/results.
+
+    python train_ref/results.py            # write them
+    python train_ref/results.py --check    # write nothing; exit 1 when the page says something else
+
+A recorded run is a result.json as the scripts wrote it. Its "summary" becomes a table: a list of {"row": label, metric: {"mean",
+"sd"}, ...} with fractions between 0 and 1. Files without a summary are no runs and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "train_ref" / "results"
+PAGE = ROOT / "docs" / "reference-runs.md"
+BEGIN, END = "<!-- results:begin (generated) -->", "<!-- results:end -->"
+
+TITLES = {"knn_20": "kNN-20", "linear": "linear probe", "one_shot": "1-shot", "r1": "R@1", "r5": "R@5", "mrr": "MRR"}
+# Of a recipe, what a reader compares first; all of it is in the file.
+SHOWN = [
+    *("preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "temperature"),
+    *(
+        "queue_size",
+        "momentum",
+        "dropout",
+        "bfloat16",
+        "loss",
+        "backend",
+        "training_pairs",
+        "candidates",
+        "n_candidates",
+        "device",
+        "threads",
+    ),
+]
+
+
+def title(metric: str, config: dict[str, Any]) -> str:
+    """left_to_right_r1 names the two sides that the run's configuration has."""
+    for there, back in (("left", "right"), ("right", "left")):
+        direction = f"{there}_to_{back}_"
+        if metric.startswith(direction):
+            metric = metric.removeprefix(direction)
+            return f"{config[there]} → {config[back]}, {TITLES.get(metric, metric)}"
+    return TITLES.get(metric, metric)
+
+
+def cell(value: dict[str, float | None] | None) -> str:
+    """In %, with the standard deviation over seeds where there is one; empty for a row without this metric."""
+    if value is None or value["mean"] is None:
+        return ""
+    sd = value["sd"]
+    return f"{100 * value['mean']:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def setting(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{name} " + ", ".join(f"{key} {entry:g}" for key, entry in value.items())
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """Heading, what ran, and the table of one recorded run."""
+    config, summary = result["config"], result["summary"]
+    metrics = list(dict.fromkeys(key for row in summary for key in row if key != "row"))
+    described = result["data"]["described"] if "data" in result else setting("data", config["data"])
+    settings = "; ".join(setting(key.replace("_", " "), config[key]) for key in SHOWN if config.get(key) is not None)
+    versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    lines = [
+        f"### {name}",
+        "",
+        f"{described}. In %, mean ± standard deviation; seeds {', '.join(map(str, config['seeds']))}.",
+        "",
+        "| | " + " | ".join(title(metric, config) for metric in metrics) + " |",
+        "|---" + "|--:" * len(metrics) + "|",
+        *("| " + " | ".join([row["row"], *(cell(row.get(metric)) for metric in metrics)]) + " |" for row in summary),
+        "",
+        f"{settings}; {versions}; {result['cpu_seconds']:.0f} CPU s, {result['seconds']:.0f} s for all of it.",
+    ]
+    return "\n".join(lines)
+
+
+def render(page: str, folder: Path) -> str:
+    """The page with the recorded runs between its marks. Raises ValueError unless it has each mark once, in order."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"the page needs {BEGIN} and {END}, once each and in this order")
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    sections = [section(name, result) for name, result in results.items() if "summary" in result]
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    return before + "\n\n".join([BEGIN, *sections, END]) + after
+
+
+def main(argv: Sequence[str] | None = None, page: Path = PAGE, folder: Path = RESULTS) -> int:
+    """Write the page, or with --check say whether it is what would be written; returns the exit status."""
+    p = argparse.ArgumentParser(description="Write the tables of docs/reference-runs.md from train_ref/results.")
+    p.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page differs")
+    options = p.parse_args(argv)
+    before = page.read_text(encoding="utf-8")
+    after = render(before, folder)
+    if options.check and before != after:
+        print(f"{page.name} is not what {folder.name} says: run python train_ref/results.py", file=sys.stderr)
+        return 1
+    if not options.check:
+        page.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
