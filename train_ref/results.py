@@ -23,10 +23,11 @@ BEGIN, END = "<!-- results:begin (generated) -->", "<!-- results:end -->"
 
 TITLES = {"knn_20": "kNN-20", "linear": "linear probe", "one_shot": "1-shot", "r1": "R@1", "r5": "R@5", "mrr": "MRR"}
 # Of a recipe, what a reader compares first; all of it is in the file.
-SHOWN = (
-    "preset network optimizer learning_rate weight_decay batch_size epochs temperatures temperature "
-    "queue_size momentum dropout hard_negatives one_of_each bfloat16 loss backend training_pairs candidates n_candidates device threads"
-).split()
+SHOWN = [
+    "preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "temperature",
+    "queue_size", "momentum", "dropout", "hard_negatives", "one_of_each", "bfloat16", "loss", "backend", "training_pairs",
+    "candidates", "n_candidates", "device", "threads",
+]  # fmt: skip
 
 
 def title(metric: str, config: dict[str, Any]) -> str:
