@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,50 @@ def test_what_failed_at_a_smaller_n(status: str, then: str) -> None:
     # A crash may have another reason than size. Another mode is another problem.
     assert ran.count(("eager", 64)) == (2 if status == "crash" else 1)
     assert all("N=32" in row["detail"] for row in found if row["detail"].startswith("not run"))
+
+
+def test_what_would_take_longer_than_a_process_may_is_not_tried() -> None:
+    """A step of 1 s at N = 16 takes 4 s at 32 and 16 s at 64; six of them a cell."""
+    ran = []
+
+    def runner(cell: Cell, timeout: float) -> list[Row]:
+        ran.append((cell.measure, cell.n, cell.names))
+        seconds = {OURS: 1e-3, "eager": (cell.n / 16) ** 2}
+        time = {name: {"wall_ms": {"median": 1e3 * seconds[name]}} if cell.measure == "time" else {} for name in cell.names}
+        return [row_of(cell, name, "ok", **time[name]) for name in cell.names]
+
+    planned = [*cells(16, 32, 64), *(replace(cell, measure="memory") for cell in cells(32, 64))]
+    found = sweep.run(planned, 30.0, None, runner).rows
+    assert ran[2] == ("time", 64, (OURS,))
+    assert ran[4] == ("memory", 64, (OURS, "eager"))  # a single step
+    (left,) = [row for row in found if row["status"] != "ok"]
+    assert (left["status"], left["n"], left["contestant"]) == ("timeout", 64, "eager")
+    assert left["detail"] == "not run: N=32 took 4 s a step, so this needs 96 of 30 s"
+
+
+def test_an_interrupt_leaves_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    def runner(cell: Cell, timeout: float) -> list[Row]:
+        if cell.n == 32:
+            raise KeyboardInterrupt
+        return answers(lambda name, n: "ok")(cell, timeout)
+
+    found = sweep.run(cells(16, 32, 64), 1.0, None, runner)
+    assert (len(found.rows), found.left) == (2, 2)
+    assert "interrupted: 2 of 3 cells left out" in capsys.readouterr().err
+
+
+def test_the_time_left_counts_who_still_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+
+    def runner(cell: Cell, timeout: float) -> list[Row]:
+        now[0] += 10.0
+        return answers(lambda name, n: "ok" if name == OURS else "oom")(cell, timeout)
+
+    monkeypatch.setattr(sweep, "START", 0.0)
+    sweep.run(cells(16, 16), 1.0, None, runner)
+    assert "[2/2] " in (last := capsys.readouterr().err.splitlines()[-1])
+    assert last.endswith("10 s elapsed, eta 5 s")
 
 
 def test_progress_and_the_end_of_the_budget(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

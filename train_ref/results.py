@@ -24,30 +24,21 @@ BEGIN, END = "<!-- results:begin (generated) -->", "<!-- results:end -->"
 TITLES = {"knn_20": "kNN-20", "linear": "linear probe", "one_shot": "1-shot", "r1": "R@1", "r5": "R@5", "mrr": "MRR"}
 # Of a recipe, what a reader compares first; all of it is in the file.
 SHOWN = [
-    *("preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "temperature"),
-    *(
-        "queue_size",
-        "momentum",
-        "dropout",
-        "bfloat16",
-        "loss",
-        "backend",
-        "training_pairs",
-        "candidates",
-        "n_candidates",
-        "device",
-        "threads",
-    ),
-]
+    "preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "temperature",
+    "queue_size", "momentum", "dropout", "hard_negatives", "one_of_each", "bfloat16", "loss", "backend", "training_pairs",
+    "candidates", "n_candidates", "device", "threads",
+]  # fmt: skip
 
 
 def title(metric: str, config: dict[str, Any]) -> str:
-    """left_to_right_r1 names the two sides that the run's configuration has."""
+    """left_to_right_r1 names the two sides that the run's configuration has; further_ are other pairs of training sentences."""
+    further = metric.startswith("further_")
+    metric = metric.removeprefix("further_")
     for there, back in (("left", "right"), ("right", "left")):
         direction = f"{there}_to_{back}_"
         if metric.startswith(direction):
             metric = metric.removeprefix(direction)
-            return f"{config[there]} → {config[back]}, {TITLES.get(metric, metric)}"
+            return f"{'further pairs, ' if further else ''}{config[there]} → {config[back]}, {TITLES.get(metric, metric)}"
     return TITLES.get(metric, metric)
 
 

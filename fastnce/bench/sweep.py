@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 from fastnce.bench import forms, process, table
 from fastnce.bench.cell import Cell, row_of
@@ -28,20 +28,27 @@ class Sweep(NamedTuple):
 
 
 def run(cells: list[Cell], timeout: float, budget: float | None, runner: Runner = process.isolated) -> Sweep:
-    """The rows of all cells, in order; no cell starts after `budget` seconds. Progress goes to stderr."""
+    """The rows of all cells, in order; no cell starts after `budget` seconds, or after an interrupt. Progress goes to stderr."""
     begun, done = time.monotonic(), 0.0
     rows: list[Row] = []
-    failed: dict[tuple[str, ...], Row] = {}
-    total = sum(map(cost, cells))
+    past = Past(timeout)
     for index, cell in enumerate(cells):
         elapsed = time.monotonic() - begun
         if budget is not None and elapsed > budget:
             _say(f"time budget of {budget:g} s ended: {len(cells) - index} of {len(cells)} cells left out")
             return Sweep(rows, len(cells) - index)
-        eta = f"{elapsed * (total - done) / done:.0f} s" if done else "?"
+        ahead = sum(cost(past.without_the_hopeless(later)) for later in cells[index:])
+        eta = f"{elapsed * ahead / done:.0f} s" if done else "?"
         _say(f"[{index + 1}/{len(cells)}] {cell.title()}, {elapsed:.0f} s elapsed, eta {eta}")
-        rows += without_the_failed(cell, failed, lambda cell: runner(cell, timeout))
-        done += cost(cell)
+        trying = past.without_the_hopeless(cell)
+        try:
+            found = {row["contestant"]: row for row in (runner(trying, timeout) if trying.names else [])}
+        except KeyboardInterrupt:
+            _say(f"interrupted: {len(cells) - index} of {len(cells)} cells left out")
+            return Sweep(rows, len(cells) - index)
+        rows += [found[name] if name in found else past.reason(cell, name) for name in cell.names]
+        past.learn(found.values())
+        done += cost(trying)
     return Sweep(rows, 0)
 
 
@@ -49,33 +56,58 @@ def _say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
+def calls(cell: Cell) -> int:
+    """Steps that a cell does of each contestant."""
+    return 1 + cell.repeats if cell.measure == "time" else 1
+
+
 def cost(cell: Cell) -> float:
-    """About how long a cell takes, in FLOP."""
-    calls = len(cell.names) * (1 + cell.repeats if cell.measure == "time" else 1)
-    return START + calls * forms.products(cell.loss, cell.n, cell.d)
+    """About how long a cell takes, in FLOP; nothing where nobody is left to run."""
+    return START + len(cell.names) * calls(cell) * forms.products(cell.loss, cell.n, cell.d) if cell.names else 0.0
 
 
-def without_the_failed(cell: Cell, failed: dict[tuple[str, ...], Row], runner: Callable[[Cell], list[Row]]) -> list[Row]:
-    """The rows of a cell, of which only those contestants run that had memory and time enough at every smaller N.
+class Past:
+    """What contestants did at smaller N, and so which cells are beyond them: more memory than there is, more time than a process has."""
 
-    `failed` is what is known of them, (contestant, problem without its N) -> row, and learns from this cell.
-    """
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.failed: dict[tuple[Any, ...], Row] = {}
+        self.timed: dict[tuple[Any, ...], Row] = {}
 
-    def key(name: str) -> tuple[str, ...]:
-        return (name, cell.measure, cell.mode, cell.loss, str(cell.d), cell.dtype)
+    def learn(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            if row["status"] in ("oom", "timeout"):
+                self.failed[self._problem(row, row["contestant"]), row["measure"]] = row
+            elif row["status"] == "ok" and "wall_ms" in row:
+                self.timed[self._problem(row, row["contestant"])] = row
 
-    names = tuple(name for name in cell.names if key(name) not in failed)
-    found = {row["contestant"]: row for row in (runner(replace(cell, names=names)) if names else [])}
-    for name, row in found.items():
-        if row["status"] in ("oom", "timeout"):
-            failed[key(name)] = row
-    return [found[name] if name in found else _skipped(cell, name, failed[key(name)]) for name in cell.names]
+    def without_the_hopeless(self, cell: Cell) -> Cell:
+        return replace(cell, names=tuple(name for name in cell.names if self._objection(cell, name) is None))
 
+    def reason(self, cell: Cell, name: str) -> Row:
+        """The row of a contestant that was not tried."""
+        found = self._objection(cell, name)
+        assert found is not None
+        return row_of(cell, name, found[0], detail=f"not run: {found[1]}")
 
-def _skipped(cell: Cell, name: str, before: Row) -> Row:
-    if before["status"] == "oom":
-        return row_of(cell, name, "oom-skipped", detail=f"not run: out of memory at N={before['n']}")
-    return row_of(cell, name, "timeout", detail=f"not run: N={before['n']} {before['detail']}")
+    def _objection(self, cell: Cell, name: str) -> tuple[str, str] | None:
+        key = self._problem(asdict(cell), name)
+        failed, timed = self.failed.get((key, cell.measure)), self.timed.get(key)
+        if failed is not None:
+            if failed["status"] == "oom":
+                return "oom-skipped", f"out of memory at N={failed['n']}"
+            return "timeout", f"N={failed['n']} {failed['detail']}"
+        if timed is not None:
+            seconds = timed["wall_ms"]["median"] / 1e3
+            # All of these losses multiply every row with every other.
+            needed = calls(cell) * seconds * (cell.n / timed["n"]) ** 2
+            if needed > self.timeout:
+                return "timeout", f"N={timed['n']} took {seconds:.3g} s a step, so this needs {needed:.0f} of {self.timeout:g} s"
+        return None
+
+    @staticmethod
+    def _problem(of: dict[str, Any], name: str) -> tuple[Any, ...]:
+        return (name, *(of[field] for field in ("mode", "loss", "d", "dtype")))
 
 
 # ---------------------------------------------------------------- the rate of a matrix product

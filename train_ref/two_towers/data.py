@@ -1,0 +1,187 @@
+"""Pairs to train on: halves of digits, emoji and their names, sentences and their translations."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train_ref.data import load_digits
+from train_ref.two_towers.text import Bags, hashed_n_grams
+
+EMOJI_FILE = "noto_emoji32.npz"
+EMOJI_WHAT = (
+    "a NumPy archive of emoji and their names: x uint8 (N, 3, 32, 32), RGB on white; names, uint8 bytes of N lines of UTF-8; made from "
+    "github.com/googlefonts/noto-emoji, png/32, and the names of Unicode's emoji-test.txt"
+)
+TATOEBA_FILE = "tatoeba_laser_v1.tsv.gz"
+TATOEBA_WHAT = (
+    "gzipped UTF-8 lines 'language<TAB>English sentence<TAB>its translation'; made from github.com/facebookresearch/LASER, data/tatoeba/v1"
+)
+
+# Held out from training, whatever the seed: the candidates of the test, and those on which settings are chosen.
+EMOJI_TEST, EMOJI_VALIDATION = 500, 300
+TATOEBA_TEST, TATOEBA_VALIDATION = 4000, 4000
+# The digits' own split (train_ref/data.py): the last 500 of the file test; the 300 before them choose.
+DIGITS_TEST, DIGITS_VALIDATION = 500, 300
+
+
+@dataclass(frozen=True)
+class Images:
+    """pixels (N, C, H, W) float32 in 0..1."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
+    def select(self, index: Tensor) -> Tensor:
+        """(B, C, H, W): those images, in that order."""
+        return self.pixels[index]
+
+
+def no_index() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Row i of `left` belongs to row i of `right`, and to those of all rows with the same id (N,).
+
+    train are the indices of the training pairs, validation and test those of the candidates for choosing settings and for the results;
+    no id is in two of them. unlabelled are further pairs of training ids that only mining meets, and further_validation and further_test
+    those that nothing meets, one of an id: candidates of their own.
+    """
+
+    name: str
+    left: Images | Bags
+    right: Images | Bags
+    left_name: str
+    right_name: str
+    ids: Tensor
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    unlabelled: Tensor = field(default_factory=no_index)
+    further_validation: Tensor = field(default_factory=no_index)
+    further_test: Tensor = field(default_factory=no_index)
+
+    @property
+    def corpus(self) -> Tensor:
+        """The pairs whose right halves hard negatives are mined from: the training pairs first."""
+        return torch.cat([self.train, self.unlabelled])
+
+
+def equal_ids(things: Sequence[Hashable]) -> Tensor:
+    """(N,) int64: equal things get the same id, numbered as they first appear."""
+    seen: dict[Hashable, int] = {}
+    return torch.tensor([seen.setdefault(thing, len(seen)) for thing in things])
+
+
+def load_digit_halves() -> PairData:
+    """The left four columns of every digit and its right four; every pair has an id of its own."""
+    images = load_digits().images
+    train, validation, test = torch.arange(len(images)).split(
+        [len(images) - DIGITS_VALIDATION - DIGITS_TEST, DIGITS_VALIDATION, DIGITS_TEST]
+    )
+    left, right = Images(images[..., :4].contiguous()), Images(images[..., 4:].contiguous())
+    return PairData("digit-halves", left, right, "left half", "right half", torch.arange(len(images)), train, validation, test)
+
+
+def the_file(where: Path, name: str, what: str) -> Path:
+    """`where` itself, or the file of that name in it. Raises FileNotFoundError with what the file should be."""
+    path = where / name if where.is_dir() else where
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected {name}, {what}")
+    return path
+
+
+def load_emoji(where: Path) -> PairData:
+    """Images of emoji and their names; pixelwise equal images share an id. Every held-out emoji is a candidate.
+
+    Raises FileNotFoundError without the file, and ValueError when it is damaged or holds something else.
+    """
+    path = the_file(where, EMOJI_FILE, EMOJI_WHAT)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, names = arrays["x"], arrays["names"].tobytes().decode("utf-8").split("\n")
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged or another file ({error}); expected {EMOJI_FILE}, {EMOJI_WHAT}") from None
+    if x.dtype != np.uint8 or x.shape != (len(names), 3, 32, 32):
+        raise ValueError(f"{path} holds x {x.dtype} {x.shape} and {len(names)} names; expected {EMOJI_FILE}, {EMOJI_WHAT}")
+    ids = equal_ids([image.tobytes() for image in x])
+    train, validation, test = split_by_id(ids, EMOJI_VALIDATION, EMOJI_TEST)
+    left = Images(torch.from_numpy(x).float().div(255))
+    return PairData("emoji", left, hashed_n_grams(names), "image", "name", ids, train, validation, test)
+
+
+def load_tatoeba(where: Path, min_copies: int = 1, one_of_each: bool = False) -> PairData:
+    """English sentences and their translations into some hundred languages; pairs with the same English sentence share an id.
+
+    The candidates are the first pair of every held-out English sentence: all English sentences among them are distinct and unseen in
+    training. min_copies leaves only those training pairs whose sentence has at least so many of them. one_of_each trains on one pair
+    of every sentence (label_one_of_each).
+    Raises FileNotFoundError without the file, and ValueError when it is damaged or holds something else.
+    """
+    path = the_file(where, TATOEBA_FILE, TATOEBA_WHAT)
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or another file ({error}); expected {TATOEBA_FILE}, {TATOEBA_WHAT}") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != 3:
+            raise ValueError(f"{path}: line {number} has {len(row)} fields instead of 3; expected {TATOEBA_FILE}, {TATOEBA_WHAT}")
+    if not rows:
+        raise ValueError(f"{path} is empty; expected {TATOEBA_FILE}, {TATOEBA_WHAT}")
+    _, english, other = zip(*rows, strict=True)
+    ids = equal_ids(english)
+    train, validation, test = split_by_id(ids, TATOEBA_VALIDATION, TATOEBA_TEST)
+    train = train[ids[train].bincount(minlength=len(rows))[ids[train]] >= min_copies]
+    data = PairData("tatoeba", hashed_n_grams(english), hashed_n_grams(other), "English", "other language", ids, train, validation, test)
+    data = replace(data, validation=first_of_each(ids, validation), test=first_of_each(ids, test))
+    return label_one_of_each(data) if one_of_each else data
+
+
+def label_one_of_each(data: PairData) -> PairData:
+    """One random but fixed pair of every training id to train on, one held out from everything where there is another, the rest unlabelled.
+
+    As in retrieval: one known answer to a query, and a corpus that holds others nobody has marked.
+    """
+    shuffled = data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))]
+    labelled = first_of_each(data.ids, shuffled)
+    others = shuffled[~torch.isin(shuffled, labelled)]
+    further = first_of_each(data.ids, others)
+    unlabelled = others[~torch.isin(others, further)]
+    return replace(data, train=labelled, unlabelled=unlabelled, further_validation=further[::2], further_test=further[1::2])
+
+
+def split_by_id(ids: Tensor, n_validation: int, n_test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the training, validation and test pairs: of all ids in a random but fixed order, the first n_test test, the next
+    n_validation validate. Small data keep half of their ids for training."""
+    n_ids = int(ids.max()) + 1
+    if n_validation + n_test > n_ids // 2:
+        n_validation, n_test = n_ids // 4, n_ids // 4
+    place = torch.randperm(n_ids, generator=torch.Generator().manual_seed(0))[ids]
+    split = [place >= n_validation + n_test, (place >= n_test) & (place < n_validation + n_test), place < n_test]
+    train, validation, test = (mask.nonzero().flatten() for mask in split)
+    return train, validation, test
+
+
+def first_of_each(ids: Tensor, index: Tensor) -> Tensor:
+    """The first of the indices for every id among them, in ascending order of the indices."""
+    seen: dict[int, int] = {}
+    for place, number in zip(index.tolist(), ids[index].tolist(), strict=True):
+        seen.setdefault(number, place)
+    return torch.tensor(sorted(seen.values()), dtype=torch.int64)
