@@ -88,7 +88,10 @@ def backward_rows(
     split = tl.program_id(0) % splits
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
-    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    alpha = tl.load(A + i)
+    largest = valid(scale) * LOG2E
+    if ROWS:
+        alpha *= largest
     unshifted = tl.load(bound) <= UNSHIFTED
     tiles = tl.cdiv(columns, BN)
     lo = split * per_split
@@ -104,7 +107,12 @@ def backward_rows(
         beta = tl.load(B + j)
         y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
         s = product(x, x_low, tl.trans(y), tl.trans(y_low), tl.zeros([BM, BN], tl.float32), PARTS)
-        t = s * beta[None, :] * alpha[:, None]
+        if ROWS:
+            t = s * beta[None, :] * alpha[:, None]
+        else:
+            # As the forward pass multiplied for the columns, whose sums these weights are divided by. In the other order t is another number,
+            # by u scale: at temperature 0.005 ten times the error of the gradient.
+            t = s * alpha[:, None] * (beta * largest)[None, :]
         positive = t == t
         if IN_TILE or q_exclude is not None:
             positive, negative = classes(
