@@ -416,3 +416,20 @@ def test_every_tile_of_the_table_fits_the_padding(architecture: str) -> None:
                 assert tiles.TRITON_BLOCK % tile.rows == tiles.TRITON_BLOCK % tile.columns == 0
                 assert kernel != "both" or tile.rows == tile.columns
                 assert tile.depth == (depth if short else tiles.TRITON_DEPTH)
+
+
+def test_gradients_of_keys_are_as_exact_as_those_of_queries_at_a_low_temperature(family: str) -> None:
+    """Both divide by sums of the very same logits. Whole numbers, so that every product is exact: what differs is how norms and scale are
+    multiplied to it, and in another order a logit of 200 is off by 1e-5."""
+    for seed in range(3):
+        values = torch.randint(-3, 4, (2, 40, 24), generator=torch.Generator().manual_seed(seed)).double()
+
+        def gradients_in(dtype: torch.dtype, backend: str, values: Tensor = values) -> tuple[Tensor, ...]:
+            leaves = [side.to(dtype).requires_grad_() for side in values]
+            rows: Any = fastnce.info_nce(*leaves, temperature=0.005, reduction="none", backend=backend)
+            upstream = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            return torch.autograd.grad(rows, leaves, upstream.to(rows.dtype))
+
+        pairs = zip(gradients_in(torch.float32, "triton"), gradients_in(torch.float64, "reference"), strict=True)
+        of_queries, of_keys = (budget.relative(found, exact) for found, exact in pairs)
+        assert of_keys <= 2 * of_queries
