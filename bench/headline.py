@@ -1,6 +1,7 @@
 """From the recorded results: the ones that exist, and the rows of them that a page shows first.
 
-A headline is one loss at D = 128, forward and backward, over N, from the newest result of a machine that has both its times and its memory:
+A headline is one loss at D = 128, forward and backward, over N, from the result of a machine that has its times and its memory up to the
+largest N:
 float32 on a CPU, bfloat16 on a GPU. Shown are fastnce, torch's own ways, and the best of the other packages.
 """
 
@@ -120,13 +121,13 @@ def refused(row: Row) -> bool:
 
 
 def headlines(results: Results) -> list[Headline]:
-    """At most one for every machine and loss, the newest first."""
+    """At most one for every machine and loss: the one that reaches the largest N, of those the newest."""
     found: dict[tuple[str, str], Headline] = {}
     for result in results.measured:
         for loss in LOSSES:
-            headline = headline_of(result, loss)
-            if headline is not None:
-                found.setdefault((result.machine, loss), headline)
+            headline, key = headline_of(result, loss), (result.machine, loss)
+            if headline is not None and (key not in found or headline.sizes[-1] > found[key].sizes[-1]):
+                found[key] = headline
     return list(found.values())
 
 
