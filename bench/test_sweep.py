@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastnce.bench import cli, sweep
+from fastnce.bench import cli, forms, sweep
 from fastnce.bench.cell import Cell, row_of
 from fastnce.bench.table import OURS, Row
 
