@@ -109,6 +109,7 @@ def conditions(headline: Headline) -> str:
         f"{LOSSES[headline.loss]}, forward and backward, D = {WIDTH}, {rows[0]['dtype']}; peak memory above the inputs / median {clock}. "
         f"OOM: an allocation was refused, at this N or a smaller one. {table.place(env)}{limited}, torch {env['torch']}, "
         f"{env['time'][:10]}, sources {env['sources'][:8]}.{left} `{env['command']}`"
+        + "".join(f", completed by `{other.env['command']}`" for other in headline.completed_by)
     )
 
 

@@ -273,6 +273,21 @@ def test_a_status_and_a_gap_are_shown_as_they_are(results: Path) -> None:
     assert "| 4,096 | 192 / timeout |" in text and "| 1,024 | 12 / 7 | 9 / 10 | – / 11 |" in text
 
 
+@pytest.mark.parametrize("sources", ["d", "e"])
+def test_a_timeout_is_completed_by_a_longer_run_of_the_same_sources(sources: str, results: Path) -> None:
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    (late,) = [row for row in result["rows"] if (row["measure"], row["contestant"], row["n"]) == ("time", "fastnce", 16384)][:1]
+    again = dict(late)
+    late["status"] = "timeout"
+    path.write_text(json.dumps(result))
+    env = environment(sources=sources * 64, command="python longer.py", time="2027-01-01T00:00:00Z")
+    record(results, f"{path.parent.name}/2027-longer.json", [again], env)
+    text = regions.top(headline.load(results))
+    assert ("timeout" in text) == (sources == "e")
+    assert ("completed by `python longer.py`" in text) == (sources == "d")
+
+
 def test_where_another_wins_is_listed(results: Path) -> None:
     found = headline.load(results)
     everything, summary = regions.everything(found), regions.faster(found)
