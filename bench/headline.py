@@ -1,6 +1,7 @@
 """From the recorded results: the ones that exist, and the rows of them that a page shows first.
 
-A headline is one loss at D = 128, forward and backward, over N, from the newest result of a machine that has both its times and its memory:
+A headline is one loss at D = 128, forward and backward, over N, from the result of a machine that has its times and its memory up to the
+largest N:
 float32 on a CPU, bfloat16 on a GPU. Shown are fastnce, torch's own ways, and the best of the other packages.
 """
 
@@ -19,6 +20,7 @@ from fastnce.bench.table import OURS, Row, rows_of
 
 LOSSES = {"nt_xent": "NT-Xent", "clip": "CLIP"}
 WIDTH = 128
+SETTINGS = ("sources", "torch", "threads", "mem_limit_mib", "allocator")  # of env: equal where two runs are one
 # What a page calls them, and which contestants they are: the first that was measured. Under autocast GPUs are trained.
 TORCH = {"eager": ("eager autocast", "eager"), "torch.compile": ("compile autocast", "compile"), "chunked": ("chunked",)}
 # Torch in other words; packages that compute another loss.
@@ -72,6 +74,7 @@ class Headline:
     loss: str
     rows: list[Row]
     shown: dict[str, str]
+    completed_by: tuple[Recorded, ...] = ()
 
     @property
     def name(self) -> str:
@@ -120,30 +123,48 @@ def refused(row: Row) -> bool:
 
 
 def headlines(results: Results) -> list[Headline]:
-    """At most one for every machine and loss, the newest first."""
+    """At most one for every machine and loss: the one that reaches the largest N, of those the newest."""
     found: dict[tuple[str, str], Headline] = {}
     for result in results.measured:
         for loss in LOSSES:
-            headline = headline_of(result, loss)
-            if headline is not None:
-                found.setdefault((result.machine, loss), headline)
+            headline, key = headline_of(result, loss, results.measured), (result.machine, loss)
+            if headline is not None and (key not in found or headline.sizes[-1] > found[key].sizes[-1]):
+                found[key] = headline
     return list(found.values())
 
 
-def headline_of(result: Recorded, loss: str) -> Headline | None:
-    """None where fastnce or eager has not both its times and its memory at two N or more."""
+def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = ()) -> Headline | None:
+    """None where fastnce or eager has not both its times and its memory at two N or more.
+
+    What ran into the time limit is taken from `others` where they measured it: same machine, same sources, same settings.
+    """
     dtype = "bfloat16" if "gpu" in result.env else "float32"
-    measured = [row for row in result.rows if row["measure"] in ("time", "memory")]
-    rows = rows_of(measured, loss=loss, d=WIDTH, dtype=dtype, mode="full")
+    rows = shown_rows(result, loss, dtype)
+    completed_by: list[Recorded] = []
+    for other in others:
+        if other is not result and other.machine == result.machine and all(other.env[name] == result.env[name] for name in SETTINGS):
+            found = {key_of(row): row for row in shown_rows(other, loss, dtype) if row["status"] == "ok"}
+            missing = [row for row in rows if row["status"] == "timeout" and key_of(row) in found]
+            rows = [found[key_of(row)] if row in missing else row for row in rows]
+            completed_by += [other] if missing else []
     present = list(dict.fromkeys(row["contestant"] for row in rows))
     shown = {label: name for label, names in TORCH.items() for name in reversed(names) if name in present}
     library = best(rows, [name for name in present if name not in NO_LIBRARY])
     shown |= ({library: library} if library else {}) | {OURS: OURS}
-    found = Headline(result, loss, rows, shown)
+    found = Headline(result, loss, rows, shown, tuple(completed_by))
     enough = "eager" in shown and all(
         len(found.measured(measure, label).values) > 1 for measure in ("time", "memory") for label in ("eager", OURS)
     )
     return found if enough else None
+
+
+def shown_rows(result: Recorded, loss: str, dtype: str) -> list[Row]:
+    measured = [row for row in result.rows if row["measure"] in ("time", "memory")]
+    return rows_of(measured, loss=loss, d=WIDTH, dtype=dtype, mode="full")
+
+
+def key_of(row: Row) -> tuple[str, str, int]:
+    return row["measure"], row["contestant"], row["n"]
 
 
 def best(rows: Sequence[Row], names: Sequence[str]) -> str | None:

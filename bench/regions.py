@@ -47,7 +47,8 @@ def summary_table(headline: Headline) -> Iterator[str]:
         cells = []
         for label in headline.shown:
             both = [cell(headline.row(measure, label, n)) for measure in ("memory", "time")]
-            cells.append(both[0] if both[0] == both[1] else " / ".join(both))
+            ran = any(row is not None and row["status"] == "ok" for row in (headline.row(m, label, n) for m in ("memory", "time")))
+            cells.append(" / ".join(both) if ran else both[0] if both[0] == both[1] else " / ".join(both))
         yield bars([f"{n:,}", *cells])
 
 
@@ -56,7 +57,7 @@ def cell(row: Row | None) -> str:
         return "–"
     if row["status"] == "ok":
         return table.number(value(row))
-    return "OOM" if refused(row) else str(row["status"])
+    return "OOM" if refused(row) else table.status(row)
 
 
 def sentences(headline: Headline, results: Results) -> Iterator[str]:
@@ -67,7 +68,8 @@ def sentences(headline: Headline, results: Results) -> Iterator[str]:
         memory, time = (times_ours(headline, measure, "eager", both[-1]) for measure in ("memory", "time"))
         yield f"**At N = {both[-1]:,} eager takes {memory} times the memory and {time} times the time of {OURS}.**"
     limit = f"in {mebibytes(headline.limit)}" if headline.limit else "in memory"
-    reach = ", ".join(f"{label} {max(headline.fits(label)):,}" for label in reversed(headline.shown) if headline.fits(label))
+    reached = {label: max(headline.fits(label)) for label in headline.shown if headline.fits(label)}
+    reach = ", ".join(f"{label} {n:,}" for label, n in sorted(reached.items(), key=lambda entry: (-entry[1], entry[0] != OURS)))
     yield f"Largest N measured that fits {limit} above the inputs: {reach}."
     yield from agreement(headline)
     if results.judged:
@@ -102,11 +104,12 @@ def conditions(headline: Headline) -> str:
     env, rows = headline.result.env, headline.rows
     clock = table.clock(rows_of(rows, measure="time")[0])[1]
     limited = f", allocations limited to {mebibytes(headline.limit)} above the inputs" if env["mem_limit_mib"] else ""
-    left = f" The time budget left out {env['cells_left']} cells." if env["cells_left"] else ""
+    left = f" {env['cells_left']} of the planned cells were not started." if env["cells_left"] else ""
     return (
         f"{LOSSES[headline.loss]}, forward and backward, D = {WIDTH}, {rows[0]['dtype']}; peak memory above the inputs / median {clock}. "
         f"OOM: an allocation was refused, at this N or a smaller one. {table.place(env)}{limited}, torch {env['torch']}, "
         f"{env['time'][:10]}, sources {env['sources'][:8]}.{left} `{env['command']}`"
+        + "".join(f", completed by `{other.env['command']}`" for other in headline.completed_by)
     )
 
 

@@ -10,17 +10,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import conftest, run
-from fastnce.bench import cli, forms, measure, peers, places, process, record, sweep, table
-from fastnce.bench.cell import Cell, row_of
-from fastnce.bench.table import OURS, Row
+from fastnce.bench import cli, forms, measure, peers, places, process, record, table
+from fastnce.bench.cell import Cell
+from fastnce.bench.table import OURS
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
@@ -80,6 +80,65 @@ def test_what_the_kernel_kills_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch
     assert [row["status"] for row in process.run(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)] == ["crash"] * 2
 
 
+@pytest.mark.parametrize("call", [2, 3, 5], ids=["first at full size", "first round", "a later round"])
+def test_memory_that_is_refused_when_timed_is_a_row(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also alone in its process, and also after it has run before: the others go on and keep their ratios."""
+
+    def hungry(calls: list[int]) -> forms.Contestant:
+        def loss(*leaves: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) >= call:
+                raise MemoryError
+            return forms.eager_clip(*leaves)
+
+        return loss
+
+    monkeypatch.setitem(peers.FACTORIES["clip"], "careful", lambda: hungry([]))
+    cell = Cell("time", "clip", 16, 8, (OURS, "careful", "eager"), repeats=3)
+    ours, refused, eager = measure.measure_time(cell)
+    assert (ours["status"], refused["status"], eager["status"]) == ("ok", "oom", "ok")
+    assert eager["cpu_ratio"] > 0 and "cpu_ms" not in refused
+    assert [row["status"] for row in measure.measure_time(replace(cell, names=("careful",)))] == ["oom"]
+
+
+def test_a_real_limit_on_a_timed_cell() -> None:
+    rows = process.isolated(Cell("time", "nt_xent", 4096, 16, (OURS, "eager"), repeats=1, mem_limit=128), 120)
+    assert [row["status"] for row in rows] == ["ok", "oom"]
+
+
+def test_the_limit_holds_while_a_contestant_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(measure, "limit_memory", lambda mebibytes: seen.append(("limit", mebibytes)))
+
+    def step(function: forms.Contestant, leaves: tuple[torch.Tensor, ...], mode: str) -> float:
+        seen.append(("step", len(leaves[0])))
+        return 1.0
+
+    monkeypatch.setattr(measure, "step", step)
+    monkeypatch.setitem(peers.FACTORIES["clip"], "compile", lambda: forms.eager_clip)
+    measure.measure_memory(Cell("memory", "clip", 1024, 8, ("compile",), mem_limit=64))
+    measure.measure_memory(Cell("memory", "clip", 2048, 8, ("eager",), mem_limit=64))
+    beyond = 64 + measure.COMPILING
+    assert seen == [("limit", beyond), ("step", 1024), ("limit", 64), ("step", 1024), ("step", 1024), ("limit", 64), ("step", 2048)]
+
+
+def test_what_is_measured_is_memory_and_not_code() -> None:
+    """No page of a library is read for the first time within the step that counts."""
+    code = """
+import torch; torch.set_num_threads(1)
+from fastnce.bench import measure
+from fastnce.bench.cell import Cell
+cell = Cell("memory", "nt_xent", 2048, 64, ("fastnce",))
+function = measure.warmed_up(cell, "fastnce")
+leaves = measure.leaves_of(cell)
+before = measure.resident("RssFile")
+measure.step(function, leaves)
+print(measure.resident("RssFile") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=places.ROOT, check=True)
+    assert float(done.stdout) < 0.5
+
+
 def test_one_that_raises_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "CHECKOUT", False)
     rows = measure.here(Cell("time", "nt_xent", 8, 4, ("nobody", "eager", OURS), repeats=1))
@@ -124,115 +183,6 @@ def test_what_a_backward_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> No
     ready()
     assert calls == [8] and leaves[0].grad is not None
     assert measure.prepared("full", loss, leaves) is not None and calls == [8] and leaves[0].grad is None
-
-
-# ---------------------------------------------------------------- a sweep
-
-
-def answers(status: Callable[[str, int], str]) -> sweep.Runner:
-    """In place of processes: every contestant ends as the function of its name and N says."""
-
-    def runner(cell: Cell, timeout: float) -> list[Row]:
-        return [row_of(cell, name, status(name, cell.n), detail="took more than 1 s") for name in cell.names]
-
-    return runner
-
-
-def cells(*n: int, **more: Any) -> list[Cell]:
-    return [Cell("time", "clip", size, 8, (OURS, "eager"), **more) for size in n]
-
-
-@pytest.mark.parametrize(("status", "then"), [("oom", "oom-skipped"), ("timeout", "timeout"), ("crash", "crash")])
-def test_what_failed_at_a_smaller_n(status: str, then: str) -> None:
-    ran = []
-
-    def outcome(name: str, n: int) -> str:
-        ran.append((name, n))
-        return status if name == "eager" and n >= 32 else "ok"
-
-    planned = [*cells(16, 32, 64), *cells(64, mode="fwd")]
-    found = sweep.run(planned, 1.0, None, answers(outcome)).rows
-    assert [row["status"] for row in found if row["contestant"] == "eager"] == ["ok", status, then, status]
-    assert [row["status"] for row in found if row["contestant"] == OURS] == ["ok"] * 4
-    # A crash may have another reason than size. Another mode is another problem.
-    assert ran.count(("eager", 64)) == (2 if status == "crash" else 1)
-    assert all("N=32" in row["detail"] for row in found if row["detail"].startswith("not run"))
-
-
-def test_what_would_take_longer_than_a_process_may_is_not_tried() -> None:
-    """A step of 1 s at N = 16 takes 4 s at 32 and 16 s at 64; six of them a cell."""
-    ran = []
-
-    def runner(cell: Cell, timeout: float) -> list[Row]:
-        ran.append((cell.measure, cell.n, cell.names))
-        seconds = {OURS: 1e-3, "eager": (cell.n / 16) ** 2}
-        time = {name: {"wall_ms": {"median": 1e3 * seconds[name]}} if cell.measure == "time" else {} for name in cell.names}
-        return [row_of(cell, name, "ok", **time[name]) for name in cell.names]
-
-    planned = [*cells(16, 32, 64), *(replace(cell, measure="memory") for cell in cells(32, 64))]
-    found = sweep.run(planned, 30.0, None, runner).rows
-    assert ran[2] == ("time", 64, (OURS,))
-    assert ran[4] == ("memory", 64, (OURS, "eager"))  # a single step
-    (left,) = [row for row in found if row["status"] != "ok"]
-    assert (left["status"], left["n"], left["contestant"]) == ("timeout", 64, "eager")
-    assert left["detail"] == "not run: N=32 took 4 s a step, so this needs 96 of 30 s"
-
-
-def test_an_interrupt_leaves_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    def runner(cell: Cell, timeout: float) -> list[Row]:
-        if cell.n == 32:
-            raise KeyboardInterrupt
-        return answers(lambda name, n: "ok")(cell, timeout)
-
-    found = sweep.run(cells(16, 32, 64), 1.0, None, runner)
-    assert (len(found.rows), found.left) == (2, 2)
-    assert "interrupted: 2 of 3 cells left out" in capsys.readouterr().err
-
-
-def test_the_time_left_counts_who_still_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-
-    def runner(cell: Cell, timeout: float) -> list[Row]:
-        now[0] += 10.0
-        return answers(lambda name, n: "ok" if name == OURS else "oom")(cell, timeout)
-
-    monkeypatch.setattr(sweep, "START", 0.0)
-    sweep.run(cells(16, 16), 1.0, None, runner)
-    assert "[2/2] " in (last := capsys.readouterr().err.splitlines()[-1])
-    assert last.endswith("10 s elapsed, eta 5 s")
-
-
-def test_progress_and_the_end_of_the_budget(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells of 10 s each: after three the 25 s are over."""
-    now = [0.0]
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-
-    def runner(cell: Cell, timeout: float) -> list[Row]:
-        now[0] += 10.0
-        return answers(lambda name, n: "ok")(cell, timeout)
-
-    found = sweep.run(cells(8, 8, 8, 8, 8), 1.0, 25.0, runner)
-    assert (len(found.rows), found.left) == (6, 2)
-    lines = capsys.readouterr().err.splitlines()
-    assert [re.sub(r"time.*eager, ", "", line) for line in lines] == [
-        "[1/5] 0 s elapsed, eta ?",
-        "[2/5] 10 s elapsed, eta 40 s",
-        "[3/5] 20 s elapsed, eta 30 s",
-        "time budget of 25 s ended: 2 of 5 cells left out",
-    ]
-    assert sweep.run(cells(8, 8), 1.0, None, runner).left == 0
-
-
-def test_rates_are_nominal_and_shares_are_of_the_better_product() -> None:
-    problem = {"mode": "full", "loss": "clip", "n": 1000, "d": 10, "dtype": "float32", "device": "cpu", "threads": 1}
-    timed = problem | {"measure": "time", "status": "ok", "cpu_ms": {"median": 6.0}}  # 6e7 FLOP: 10 GFLOP/s
-    product = problem | {"measure": "gemm", "mode": "fwd", "loss": "gemm", "status": "ok"}
-    slow, fast = [product | {"tflops": 0.02}], [product | {"tflops": 0.04}]
-    assert sweep.better(slow, fast) == sweep.better(fast, slow) == fast
-    rows = sweep.with_shares([timed, timed | {"mode": "fwd"}, timed | {"status": "crash"}, timed | {"dtype": "float64"}], fast)
-    assert [row.get("gemm_share") for row in rows] == [pytest.approx(25.0), pytest.approx(25.0 / 3), None, None]
-    assert forms.products("moco", 64, 8) == 4 * 4 * 64 * 8
 
 
 # ---------------------------------------------------------------- the command line
@@ -327,11 +277,16 @@ def test_a_result_names_neither_host_nor_folder(tmp_path: Path, capsys: pytest.C
     env = result["env"]
     assert env["command"].startswith("python bench/run.py --losses=nt_xent --n=32,64")
     assert (env["mem_limit_mib"], env["cells_left"]) == (0, 1)
-    assert "The time budget ended before 1 of the planned cells." in markdown
+    assert "1 of the planned cells were not started." in markdown
     assert printed.err.startswith("[1/2] time   full nt_xent  N=32") and "1 of 2 cells left out" in printed.err
     found = [(row["measure"], row["mode"], row["contestant"], row["n"]) for row in result["rows"]]
-    assert found == [("time", "full", OURS, 32), ("time", "full", "eager", 32), ("gemm", "fwd", "torch", 1024)]
-    product, timed = result["rows"][-1], result["rows"][:2]
+    assert found == [
+        ("time", "full", OURS, 32),
+        ("time", "full", "eager", 32),
+        ("gemm", "fwd", "torch", 1024),
+        ("gemm", "fwd", "oneDNN", 1024),
+    ]
+    product, timed = max(result["rows"][2:], key=lambda row: row["tflops"]), result["rows"][:2]
     for row in timed:
         rate = 6 * 32 * 32 * 4 / row["cpu_ms"]["median"] / 1e9
         assert row["gemm_share"] == pytest.approx(100 * rate / product["tflops"])
@@ -413,5 +368,5 @@ def test_from_an_installation_and_any_folder(tmp_path: Path) -> None:
     assert done.stdout.strip() == markdown.strip()
     assert "written: fastnce-bench/" in done.stderr
     assert result["env"]["command"].startswith("python -m fastnce bench --losses=nt_xent --n=512 --d=64")
-    assert [row["status"] for row in result["rows"]] == ["ok"] * 5  # two times, two peaks, one product
+    assert [row["status"] for row in result["rows"]] == ["ok"] * 6  # two times, two peaks, two products
     assert result["env"]["sources"] != record.digest()  # without csrc/ and bench/

@@ -247,7 +247,7 @@ def test_the_table_above_the_fold(results: Path) -> None:
     assert "| 1,024 | 12 / 7 | 9 / 10 | 40 / 11 | 16 / 20 | 2 / 9 |" in text
     assert "| 8,192 | OOM | OOM | 320 / 704 | OOM | 9 / 309 |" in text
     assert "At N = 4,096 eager takes 38.4 times the memory and 1.35 times the time of fastnce." in text
-    assert "fits in 512 MiB above the inputs: fastnce 16,384, library 4,096, chunked 8,192, torch.compile 4,096, eager 4,096." in text
+    assert "fits in 512 MiB above the inputs: fastnce 16,384, chunked 8,192, eager 4,096, torch.compile 4,096, library 4,096." in text
     assert "the loss differs from eager's by at most 5.0e-08 of it" in text
     assert "[198 of 200 cells](#accuracy) keep the accuracy contract." in text
     for condition in (
@@ -271,6 +271,21 @@ def test_a_status_and_a_gap_are_shown_as_they_are(results: Path) -> None:
     path.write_text(json.dumps(result))
     text = regions.top(headline.load(results))
     assert "| 4,096 | 192 / timeout |" in text and "| 1,024 | 12 / 7 | 9 / 10 | – / 11 |" in text
+
+
+@pytest.mark.parametrize("sources", ["d", "e"])
+def test_a_timeout_is_completed_by_a_longer_run_of_the_same_sources(sources: str, results: Path) -> None:
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    (late,) = [row for row in result["rows"] if (row["measure"], row["contestant"], row["n"]) == ("time", "fastnce", 16384)][:1]
+    again = dict(late)
+    late["status"] = "timeout"
+    path.write_text(json.dumps(result))
+    env = environment(sources=sources * 64, command="python longer.py", time="2027-01-01T00:00:00Z")
+    record(results, f"{path.parent.name}/2027-longer.json", [again], env)
+    text = regions.top(headline.load(results))
+    assert ("timeout" in text) == (sources == "e")
+    assert ("completed by `python longer.py`" in text) == (sources == "d")
 
 
 def test_where_another_wins_is_listed(results: Path) -> None:

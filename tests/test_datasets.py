@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
 import struct
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from train_ref.data import as_float, load_digits
-from train_ref.datasets import CIFAR_BATCHES, DATASETS, load_data
+from train_ref.data import DIGITS_SHA256, as_float, load_digits
+from train_ref.datasets import CIFAR_BATCHES, DATASETS, PUBLISHED, load_data
+from train_ref.evaluate import evaluate_features
 from train_ref.formats import ArrayUnpickler, read_cifar_batch, read_idx, read_subset
 
 Bytes = NDArray[np.uint8]
@@ -162,6 +165,46 @@ def test_the_whole_set_comes_before_a_subset(tmp_path: Path) -> None:
     assert load_data("fashion-mnist", tmp_path).source == "idx files"
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_sha256_of_every_file_that_was_read(tmp_path: Path) -> None:
+    packed, unpacked, archive = (tmp_path / name for name in ("packed", "unpacked", "archive"))
+    write_fashion(packed, packed=True)
+    write_fashion(unpacked, packed=False)
+    (unpacked / "train-images-idx3-ubyte.gz").touch()  # beside it, and not read
+    for folder, end in ((packed, ".gz"), (unpacked, "")):
+        files = load_data("fashion-mnist", folder).files
+        assert files == {f"{name}{end}": sha256(folder / f"{name}{end}") for name in FASHION}
+    write_cifar(unpacked)
+    assert load_data("cifar10", unpacked).files == {name: sha256(unpacked / name) for name in CIFAR_BATCHES}
+    archive.mkdir()
+    write_cifar_archive(archive / "cifar-10-python.tar.gz", CIFAR_FILES)
+    data = load_data("cifar10", archive)
+    assert data.files == {"cifar-10-python.tar.gz": sha256(archive / "cifar-10-python.tar.gz")}
+    assert data.hold_out(8).files == data.files
+    subset = tmp_path / "mine.npz"
+    np.savez(subset, x=random_bytes(0, 30, 28, 28), y=ten_classes(30), split=np.repeat(np.array([0, 2], np.uint8), (20, 10)))
+    assert load_data("fashion-mnist", subset).files == {"mine.npz": sha256(subset)}
+    assert load_data("digits").files == {"digits.npz": DIGITS_SHA256}
+
+
+def test_a_file_with_a_published_name_and_another_md5_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fashion(tmp_path, packed=True)
+    names = [f"{name}.gz" for name in FASHION]
+    assert load_data("fashion-mnist", tmp_path).unpublished == tuple(names)
+    # Were these files the published ones, one changed label would be noticed.
+    published = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in names}
+    monkeypatch.setitem(PUBLISHED, "fashion-mnist", replace(PUBLISHED["fashion-mnist"], files=published))
+    assert load_data("fashion-mnist", tmp_path).unpublished == ()
+    (tmp_path / names[1]).write_bytes(gzip.compress(idx(ten_classes(30)[::-1])))
+    assert load_data("fashion-mnist", tmp_path).unpublished == (names[1],)
+    # Nothing is published of unpacked files and subsets.
+    write_fashion(tmp_path, packed=False)
+    assert load_data("fashion-mnist", tmp_path).unpublished == ()
+
+
 def test_digits_need_no_folder() -> None:
     data = load_data("digits")
     assert torch.equal(data.images, load_digits().images)
@@ -176,9 +219,25 @@ def test_held_out_images_take_the_place_of_the_test_images(tmp_path: Path) -> No
     assert (data.n_train, data.n_test, len(data.images)) == (22, 8, 30)
     assert torch.equal(data.images, whole.images[:30]) and torch.equal(data.labels, whole.labels[:30])
     assert "22 training images and 8 held-out training images" in data.describe()
-    for n in (0, 30):
-        with pytest.raises(ValueError, match=f"{n} cannot be held out of the 30 training images of fashion-mnist"):
+    for n in (0, 11, 30, 31):
+        with pytest.raises(ValueError, match=f"{n} cannot be held out of the 30 training images of fashion-mnist: .* 20 of all 10 classes"):
             whole.hold_out(n)
+
+
+def test_the_fewest_images_that_may_be_left_can_be_evaluated(tmp_path: Path) -> None:
+    write_fashion(tmp_path, packed=False)
+    data = load_data("fashion-mnist", tmp_path).hold_out(10)
+    found = evaluate_features(as_float(data.images).flatten(1), data)
+    assert all(0 <= accuracy <= 1 for accuracy in (found.knn_20, found.linear, found.one_shot))
+
+
+def test_no_class_may_vanish_from_training(tmp_path: Path) -> None:
+    labels = np.minimum(np.arange(60) // 5, 9).astype(np.uint8)  # the last of class 8 is number 44
+    np.savez(tmp_path / "fashion_sub.npz", x=random_bytes(0, 60, 28, 28), y=labels, split=np.repeat(np.array([0, 2], np.uint8), (50, 10)))
+    data = load_data("fashion-mnist", tmp_path)
+    assert data.hold_out(4).n_train == 46
+    with pytest.raises(ValueError, match="5 cannot be held out of the 50 training images of fashion-mnist: .* 20 of all 10 classes"):
+        data.hold_out(5)
 
 
 def test_bytes_become_floats_and_floats_stay() -> None:
@@ -223,11 +282,14 @@ def test_what_is_missing_is_named_with_its_address(name: str, wanted: list[str],
 def test_a_single_missing_file_is_named(tmp_path: Path) -> None:
     write_fashion(tmp_path, packed=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks t10k-labels-idx1-ubyte \(or the same with \.gz\)"):
+    address = r"Fashion-MNIST is to be had from\s+http://\S+/train-images-idx3-ubyte\.gz  md5 8d4f"
+    with pytest.raises(FileNotFoundError, match=rf"lacks t10k-labels-idx1-ubyte \(or the same with \.gz\)\. {address}"):
         load_data("fashion-mnist", tmp_path)
     write_cifar(tmp_path)
     (tmp_path / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks data_batch_4"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks data_batch_4\. CIFAR-10 is to be had from\s+https://\S+/cifar-10-python\.tar\.gz  md5 c58f"
+    ):
         load_data("cifar10", tmp_path)
 
 
@@ -353,6 +415,9 @@ def test_images_of_another_size_and_missing_classes_are_refused(tmp_path: Path) 
             load_data("fashion-mnist", path)
     np.savez(path, x=random_bytes(0, 30, 28, 28), y=ten_classes(30), split=0 * split)
     with pytest.raises(ValueError, match="needs test images"):
+        load_data("fashion-mnist", path)
+    np.savez(path, x=random_bytes(0, 30, 28, 28), y=ten_classes(30), split=np.repeat(np.array([0, 2], np.uint8), (19, 11)))
+    with pytest.raises(ValueError, match=r"sub\.npz: 19 training images are too few: 20 of them vote"):
         load_data("fashion-mnist", path)
     write_fashion(tmp_path, packed=False)
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(ten_classes(11)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import gzip
+import hashlib
 import json
 import math
 import os
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from train_ref import image_ops, results
 from train_ref.augment import HUE, JITTER, LOG_RATIO, VIEWS, photo_views, random_box
 from train_ref.data import ImageData, load_digits
+from train_ref.datasets import PUBLISHED
 from train_ref.evaluate import CHUNK, evaluate_encoder, evaluate_features, linear_probe, nearest_neighbours
 from train_ref.implementations import DenseQueue, dense_losses
 from train_ref.loop import build_optimizer, train_network
@@ -333,6 +336,9 @@ def test_the_gpu_preset_from_end_to_end_on_a_cpu(tmp_path: Path, capsys: pytest.
     assert str(tmp_path) not in text
     result = json.loads(text)
     assert result["data"]["subset"] and result["data"]["source"] == "cifar10_sub.npz"
+    written = hashlib.sha256((tmp_path / "cifar10_sub.npz").read_bytes()).hexdigest()
+    assert result["data"]["files"] == {"cifar10_sub.npz": written} and result["data"]["unpublished"] == []
+    assert "not the published file" not in shown
     config = result["config"]
     assert (config["preset"], config["network"], config["optimizer"], config["bfloat16"]) == ("cifar10-gpu", "resnet18", "sgd", True)
     assert (config["epochs"], config["batch_size"], config["queue_size"]) == (1, 8, 4096)
@@ -360,6 +366,21 @@ def test_data_alone_picks_its_cpu_preset_and_options_change_it(tmp_path: Path, c
     assert len(result["runs"][0]["step_losses"]) == 4
 
 
+def test_a_file_that_is_not_the_published_one_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng, names = np.random.default_rng(0), list(PUBLISHED["fashion-mnist"].files)
+    for i, n in enumerate((30, 12)):
+        images = bytes([0, 0, 8, 3, 0, 0, 0, n, 0, 0, 0, 28, 0, 0, 0, 28]) + rng.bytes(n * 28 * 28)
+        labels = bytes([0, 0, 8, 1, 0, 0, 0, n]) + bytes(j % 10 for j in range(n))
+        for name, content in zip(names[2 * i :], (images, labels), strict=False):
+            (tmp_path / name).write_bytes(gzip.compress(content))
+    options = f"--data fashion-mnist --data-dir {tmp_path} --loss reference --seeds 1 --epochs 1 --batch-size 10 --out {tmp_path}/out"
+    assert main(options.split()) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} is not the published file: it has another md5\n" in shown for name in names)
+    result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert result["data"]["unpublished"] == names and list(result["data"]["files"]) == names
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -374,6 +395,8 @@ def test_data_alone_picks_its_cpu_preset_and_options_change_it(tmp_path: Path, c
         ("--learning-rate 0", "argument --learning-rate: '0' is not a positive number"),
         ("--method clip simclr", "argument --method: clip trains two towers on pairs, the others one network on images; run it alone"),
         ("--method clip all", "argument --method: clip trains two towers"),
+        ("--meth clip", "unrecognized arguments: --meth clip"),
+        ("--meth simclr", "unrecognized arguments: --meth simclr"),
     ],
 )
 def test_bad_options_are_named(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,7 +467,7 @@ def test_training_on_photographs_tells_classes_apart(tmp_path: Path) -> None:
 # Recorded results -------------------------------------------------------------------------------------------------------------------------
 
 IMAGES = {
-    "data": {"described": "cifar10: 20 training images"},
+    "data": {"described": "cifar10: 20 training images", "files": {"c.npz": "1f"}},
     "config": {
         "preset": "cifar10-gpu",
         "learning_rate": 0.12,
@@ -489,7 +512,7 @@ cifar10: 20 training images. In %, mean ± standard deviation; seeds 0, 1.
 | raw pixels | 50.0 |  |
 | SimCLR, fused | 61.2 ± 0.7 | 70.0 ± 0.0 |
 
-preset cifar10-gpu; learning rate 0.12; temperatures simclr 0.5, moco 0.1; torch 2.13.0; 11 CPU s, 12 s for all of it.
+preset cifar10-gpu; learning rate 0.12; temperatures simclr 0.5, moco 0.1; c.npz sha256 1f; torch 2.13.0; 11 CPU s, 12 s for all of it.
 
 <!-- results:end -->
 after

@@ -413,6 +413,21 @@ def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.Capture
     assert (picture[:4] == 1).all()  # opaque white, whatever is behind it
 
 
+@pytest.mark.parametrize("method", ["simclr", "clip"])
+def test_float32_on_a_gpu_is_float32(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions take TF32 by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert main(["--method", method, "--loss", "reference", "--quick", "--epochs", "1", "--out", str(tmp_path)]) == 0
+        assert not torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.deterministic
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 WITHOUT = """
 import runpy, sys
 sys.modules["fastnce"] = sys.modules["matplotlib"] = None
@@ -449,6 +464,7 @@ def test_the_reference_runs_anywhere_without_fastnce_and_matplotlib(tmp_path: Pa
         ("--batch-size 1", "argument --batch-size: '1' is not a whole number of at least 2"),
         ("--batch-size 2000", "argument --batch-size: 2000 images, and digits has 1297 that train"),
         ("--held-out 1297", "argument --held-out: 1297 cannot be held out of the 1297 training images of digits"),
+        ("--held-out 1290 --batch-size 4", "argument --held-out: 1290 cannot be held out of the 1297 training images of digits"),
         ("--data-dir .", "argument --data-dir: digits ship with the project"),
         ("--batch-size 600 --method moco", "argument --batch-size: 600 images give 1200 keys a step"),
         ("--device nowhere", "argument --device: 'nowhere' cannot be used"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from train_ref.implementations import LossFunctions, dense_losses, fused_losses
 from train_ref.train_pairs import main
-from train_ref.two_towers.data import Images, PairData, load_digit_halves, load_emoji, load_tatoeba
+from train_ref.two_towers.data import Images, PairData, linked, load_digit_halves, load_emoji, load_tatoeba, motif
 from train_ref.two_towers.loop import History, Settings, train_towers
 from train_ref.two_towers.mining import mine
 from train_ref.two_towers.objectives import VARIANTS, false_negatives, mined_false_negatives, objective
@@ -122,11 +123,17 @@ def write_tatoeba(folder: Path, lines: Sequence[tuple[str, ...]] = LINES) -> Pat
     return path
 
 
+def emoji_names(n: int) -> list[str]:
+    """Two variants of every motif, one behind a colon and one by who it shows in turn; the last name is a motif of its own."""
+    first, second = ("man with é {}", "man with é {}: dark skin tone"), ("woman with é {}", "person with é {}")
+    return [*((first, second)[i // 2 % 2][i % 2].format(i // 2) for i in range(n - 1)), "copy"]
+
+
 def write_emoji(folder: Path, n: int = 24) -> Path:
     """n images, the last one a copy of the first under another name."""
     x = np.random.default_rng(0).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
     x[-1] = x[0]
-    names = [f"face number {i}: tone é" for i in range(n)]
+    names = emoji_names(n)
     path = folder / "noto_emoji32.npz"
     as_bytes = {"names": names, "groups": ["Smileys", "Flags"]}
     arrays = {key: np.frombuffer("\n".join(lines).encode(), np.uint8) for key, lines in as_bytes.items()}
@@ -186,12 +193,46 @@ def test_emoji(tmp_path: Path) -> None:
     assert isinstance(data.left, Images)
     assert data.left.shape == (3, 32, 32) and data.left.pixels.dtype == torch.float32
     assert data.left.pixels.min() >= 0 and data.left.pixels.max() == 1
-    assert bag(data.right, 3) == bag(hashed_n_grams(["face number 3: tone é"]), 0)
+    names = emoji_names(24)
+    assert bag(data.right, 3) == bag(hashed_n_grams([names[3]]), 0)
     assert data.ids.tolist() == [*range(23), 0]  # equal images belong together
+    assert data.files == {"noto_emoji32.npz": hashlib.sha256((tmp_path / "noto_emoji32.npz").read_bytes()).hexdigest()}
     train, validation, test = splits(data)
     assert not train & validation and not train & test and not validation & test
-    assert (len(train), len(validation), len(test)) == (13, 5, 5)
-    assert len(data.train) + len(data.validation) + len(data.test) == 24
+    # Twelve motifs, "copy" looking like one of them, three of them held out for each purpose, with one candidate each.
+    assert (len(data.validation), len(data.test)) == (3, 3)
+    parts = [{motif(names[i]) for i in part} for part in (data.train, data.validation, data.test)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    assert sorted(parts[0] | parts[1] | parts[2] | {"copy"}) == sorted({motif(name) for name in names})
+    for i in (*data.validation.tolist(), *data.test.tolist()):
+        assert i == min(j for j in range(24) if motif(names[j]) == motif(names[i]))  # the first of its motif
+    assert 24 - len(data.train) == sum(motif(name) in parts[1] | parts[2] for name in names) + (data.ids[0] in validation | test)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("detective", "detective"),
+        ("man detective: dark skin tone", "detective"),
+        ("people with bunny ears", "with bunny ears"),
+        ("woman and man holding hands: light skin tone, dark skin tone", "and holding hands"),
+        ("woman: red hair", ""),
+        ("snowman", "snowman"),
+        ("woman’s boot", "woman’s boot"),
+        ("keycap: 7", "keycap"),
+    ],
+)
+def test_variants_have_one_motif(name: str, expected: str) -> None:
+    assert motif(name) == expected
+
+
+def test_rows_are_linked_over_other_rows() -> None:
+    one, other = torch.tensor([0, 1, 2, 3, 1, 5, 5]), torch.tensor([0, 1, 2, 0, 2, 3, 4])
+    # 1 and 4 are equal in one label, 4 and 2 in the other, 0 and 3 too.
+    assert linked(one, other).tolist() == [0, 1, 1, 0, 1, 2, 2]
+    chain = torch.arange(100)
+    assert linked(chain // 2, (chain + 1) // 2).tolist() == [0] * 100
+    assert linked(chain).tolist() == chain.tolist()
 
 
 def test_digit_halves() -> None:
@@ -584,6 +625,8 @@ def test_other_data_from_a_folder(name: str, tmp_path: Path) -> None:
     assert main([*options, "--batch-size", "8", "--out", str(tmp_path)]) == 0
     result = read(tmp_path)
     assert result["config"]["data"] == name and result["config"]["seeds"] == [0, 1]
+    ((file, digest),) = result["config"]["files"].items()
+    assert digest == hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
     (change,) = result["differences"]
     assert (change["variant"], change["minus"]) == ("exclude", "plain")
     assert len(change["per_seed"]["left_to_right_r1"]) == 2
@@ -632,6 +675,7 @@ def test_hard_negatives_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         ("--backend fastest", "argument --backend: 'fastest' cannot be used on cpu"),
         ("--backend cpu --loss reference", "argument --backend: the reference losses have no backends"),
         ("--out {file}/below", "argument --out: cannot make the folder"),
+        ("--temp 0.2", "unrecognized arguments: --temp 0.2"),
     ],
 )
 def test_bad_options_are_named(arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ DIGITS_SHA256 = "6f801551877abf69fbf3711373bb642a18dc933430a3385cd6febc235225ea6
 # neighbours); in the file's order the last 500 are harder.
 N_TRAIN = 1297
 N_CLASSES = 10
+NEIGHBOURS = 20  # that vote on a test image (evaluate.py): fewer training images cannot be evaluated
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ImageData:
     """images (N, C, H, W), uint8 0..255 or float32 0..1, and labels (N,) int64; the first n_train train, the others test.
 
     source is the file or folder it came from, by name; full_size the (training, test) images of the whole set of that name.
+    files has the sha256 of every file that was read, by name, and unpublished those that have the name of a published file but not its
+    md5.
     unit_features says that the linear probe gets features with a root mean square of 1, whatever the network's unit is.
     """
 
@@ -37,6 +40,8 @@ class ImageData:
     full_size: tuple[int, int]
     held_out: bool = False
     unit_features: bool = True
+    files: dict[str, str] = field(default_factory=dict)
+    unpublished: tuple[str, ...] = ()
 
     @property
     def n_test(self) -> int:
@@ -56,10 +61,13 @@ class ImageData:
     def hold_out(self, n: int) -> ImageData:
         """Without the test images: the last n training images take their place, for choosing settings.
 
-        Raises ValueError unless training images are left.
+        Raises ValueError unless enough training images are left to evaluate with.
         """
-        if not 1 <= n < self.n_train:
-            raise ValueError(f"{n} cannot be held out of the {self.n_train} training images of {self.name}")
+        if n < 1 or self.n_train - n < NEIGHBOURS or len(self.labels[: self.n_train - n].unique()) < self.n_classes:
+            raise ValueError(
+                f"{n} cannot be held out of the {self.n_train} training images of {self.name}: it takes at least one, and at least "
+                f"{NEIGHBOURS} of all {self.n_classes} classes have to be left"
+            )
         kept = slice(self.n_train)
         return replace(self, images=self.images[kept], labels=self.labels[kept], n_train=self.n_train - n, held_out=True)
 
@@ -103,4 +111,5 @@ def load_digits(path: Path = DIGITS) -> ImageData:
         source="data/digits.npz",
         full_size=(N_TRAIN, len(images) - N_TRAIN),
         unit_features=False,  # as in the numbers of train_ref/README.md
+        files={path.name: digest},
     )

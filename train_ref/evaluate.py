@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_ref.data import ImageData, as_float
+from train_ref.data import NEIGHBOURS, ImageData, as_float
 
-NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.1
 ONE_SHOT_DRAWS = 20
 CHUNK = 512  # images at a time

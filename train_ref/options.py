@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
     count = number(int, "a whole number of at least 1", lambda n: n >= 1)
     batch = number(int, "a whole number of at least 2", lambda n: n >= 2)
     positive = number(float, "a positive number", lambda x: x > 0 and math.isfinite(x))
-    p = argparse.ArgumentParser(description="Contrastive training on images, evaluated on frozen features.")
+    # Not abbreviated: train.py looks for --method clip before this parser does.
+    p = argparse.ArgumentParser(description="Contrastive training on images, evaluated on frozen features.", allow_abbrev=False)
     p.add_argument(
         "--method",
         nargs="+",
@@ -153,6 +154,14 @@ def read_preset(p: argparse.ArgumentParser, options: argparse.Namespace, methods
             f"queue holds {preset.queue_size}; at most {preset.queue_size // 2} with --method moco"
         )
     return name, preset
+
+
+def set_numerics(threads: int) -> None:
+    """Threads, the same sums in every run, and float32 that is float32: cuDNN's convolutions take TF32 unless they are told not to."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def read_device(p: argparse.ArgumentParser, name: str) -> torch.device:

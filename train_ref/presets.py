@@ -13,7 +13,7 @@ class Preset:
     warm_up        part of all steps in which it rises, before half a cosine takes it to zero
     temperatures   by method
     queue_size     keys that MoCo keeps, and momentum with which its key network follows
-    bfloat16       autocast of the network in training; losses and evaluation are float32
+    bfloat16       autocast of the network in training; losses and evaluation are float32, without TF32
     """
 
     data: str

@@ -62,6 +62,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     metrics = list(dict.fromkeys(key for row in summary for key in row if key != "row"))
     described = result["data"]["described"] if "data" in result else setting("data", config["data"])
     settings = "; ".join(setting(key.replace("_", " "), config[key]) for key in SHOWN if config.get(key) is not None)
+    files = result.get("data", config).get("files", {})  # runs before the sha256 was recorded have none
+    hashes = "".join(f"; {file} sha256 {sha256}" for file, sha256 in files.items())
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     lines = [
         f"### {name}",
@@ -72,7 +74,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         "|---" + "|--:" * len(metrics) + "|",
         *("| " + " | ".join([row["row"], *(cell(row.get(metric)) for metric in metrics)]) + " |" for row in summary),
         "",
-        f"{settings}; {versions}; {result['cpu_seconds']:.0f} CPU s, {result['seconds']:.0f} s for all of it.",
+        f"{settings}{hashes}; {versions}; {result['cpu_seconds']:.0f} CPU s, {result['seconds']:.0f} s for all of it.",
     ]
     return "\n".join(lines)
 

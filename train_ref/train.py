@@ -20,15 +20,13 @@ if not __package__:
     # Run as a file: import the package from the repository, not its modules as top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
-
 from train_ref.data import as_float
 from train_ref.evaluate import Accuracies, evaluate_encoder, evaluate_features
 from train_ref.figure import save_figure
 from train_ref.loop import History, train_network
 from train_ref.methods import TITLES
 from train_ref.model import build_network
-from train_ref.options import Run, parser, read_options
+from train_ref.options import Run, parser, read_options, set_numerics
 from train_ref.report import (
     Comparison,
     Row,
@@ -94,11 +92,13 @@ def config(run: Run) -> dict[str, Any]:
 
 
 def data_entry(run: Run) -> dict[str, Any]:
-    """Which images, how many and from what; the source is a file's or folder's own name, without its place."""
+    """Which images, how many and from what; source and files are their own names, without their place."""
     data = run.data
     return {
         "name": data.name,
         "source": data.source,
+        "files": data.files,
+        "unpublished": list(data.unpublished),
         "training_images": data.n_train,
         "test_images": data.n_test,
         "subset": data.is_subset,
@@ -132,10 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train_pairs.main(pairs)
 
     run = read_options(argv)
-    torch.set_num_threads(run.threads)
-    torch.backends.cudnn.deterministic = True
+    set_numerics(run.threads)
     began, cpu_began = time.perf_counter(), time.process_time()
     print(run.data.describe(), flush=True)
+    for name in run.data.unpublished:
+        print(f"{name} is not the published file: it has another md5", flush=True)
     # All of it, once: a batch is then an index away, and 50,000 images of 32x32 are 150 MB in bytes.
     data = run.data.to(run.device)
     run = replace(run, data=data)

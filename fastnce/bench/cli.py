@@ -67,7 +67,7 @@ def _sizes(text: str) -> list[int]:
 
 def _mebibytes(text: str) -> int:
     units = {"MiB": 1, "GiB": 1024}
-    if text[-3:] not in units or not text[:-3].isdigit():
+    if text[-3:] not in units or not text[:-3].isdigit() or int(text[:-3]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MiB or 2GiB")
     return int(text[:-3]) * units[text[-3:]]
 
@@ -90,8 +90,9 @@ def _parser(program: str, out: Path) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="interleaved rounds per cell; default: 5 on a CPU, 20 on a GPU")
     parser.add_argument("--mem-limit", type=_mebibytes, default=0, help="address space above the inputs, e.g. 2GiB")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds per process")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds that each contestant of a cell may take")
     parser.add_argument("--time-budget", type=float, help="seconds after which no cell is started")
+    parser.add_argument("--at-least", type=float, help="exit 1 unless every other contestant takes so many times our time in this run")
     parser.add_argument("--out", type=Path, default=out, help=f"default: {_shown(out)}")
     parser.add_argument("--quick", action="store_true", help="N = 4096, D = 64, 3 rounds, against eager: under a minute")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and stop")
@@ -133,7 +134,7 @@ def parse(arguments: list[str], program: str, out: Path) -> argparse.Namespace:
         parser.error("--n must be even for nt_xent: its rows are two views of every example")
     if "sup_con" in options.losses and min(options.n) < 2:
         parser.error("--n must be at least 2 for sup_con: every row needs a positive")
-    for option in ("repeats", "threads", "timeout", "time_budget"):
+    for option in ("repeats", "threads", "timeout", "time_budget", "at_least"):
         value = getattr(options, option)
         if value is not None and not value > 0:
             parser.error(f"--{option.replace('_', '-')} must be above 0, got {value:g}")
@@ -143,6 +144,14 @@ def parse(arguments: list[str], program: str, out: Path) -> argparse.Namespace:
         parser.error("--mem-limit holds for the CPU: a GPU has the memory it has")
     if options.device == "cuda" and not (options.dry_run or torch.cuda.is_available()):
         parser.error("--device cuda: torch finds no CUDA device here")
+    if options.mem_limit and not peak:
+        parser.error("--mem-limit: what a process holds is read from Linux's /proc, and there is none here")
+    having = {name: [loss for loss in forms.LOSSES if name in peers.factories(loss, options.device)] for name in options.peers or []}
+    for name, losses in having.items():
+        if not set(losses) & set(options.losses):
+            parser.error(f"--peers: {name} has none of {', '.join(options.losses)}, only {', '.join(losses)}")
+    if options.at_least is not None and ("time" not in options.measure or options.peers == ["fastnce"]):
+        parser.error("--at-least compares times with those of other contestants: measure time, and name some in --peers")
     if "memory" in options.measure and not peak:
         parser.error("--measure memory: peak memory is read from Linux's /proc; use --measure time here")
     return options
@@ -187,15 +196,31 @@ def main(arguments: list[str], program: str = "python -m fastnce bench", out: Pa
     if options.dry_run:
         print("\n".join(cell.title() for cell in planned))
         return 0
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{program}: argument --out: cannot make the folder {options.out}: {error.strerror}") from error
     env = record.environment([*program.split(), *spelled_out(options)], options.threads, options.device)
     timed = options.dtype if "time" in options.measure else []
     products = sweep.gemm(planned[0], timed, options.timeout)
     found = sweep.run(planned, options.timeout, options.time_budget)
     products = sweep.better(products, sweep.gemm(planned[0], timed, options.timeout))
     env |= {"mem_limit_mib": options.mem_limit, "cells_left": found.left}
-    result = {"schema": table.SCHEMA, "env": env, "rows": sweep.with_shares(found.rows, products) + products}
+    rows = sweep.with_shares(found.rows, products) + products
+    result = {"schema": table.SCHEMA, "env": env, "rows": rows}
     markdown = table.render(result)
     path = record.save(result, markdown, options.out)
     print(f"written: {path} and {path.with_suffix('.md').name}", file=sys.stderr, flush=True)
     print(markdown)
-    return 0
+    return 0 if options.at_least is None else _slower(rows, options.at_least)
+
+
+def _slower(rows: list[table.Row], least: float) -> int:
+    """1 where another contestant takes less than `least` times our time, or one of the times is missing; says which."""
+    timed = [row for row in rows if row["measure"] == "time" and row["contestant"] != table.OURS]
+    found = [(row, table.ratio(row) if row["status"] == "ok" else None) for row in timed]
+    short = [(row, ratio) for row, ratio in found if ratio is None or ratio < least]
+    for row, ratio in short:
+        said = row["status"] if ratio is None else f"{ratio:.2f} times"
+        print(f"{row['loss']} N={row['n']} D={row['d']}: {row['contestant']} takes {said}, not {least:g}", file=sys.stderr)
+    return 1 if short or not timed else 0

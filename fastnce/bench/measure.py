@@ -26,6 +26,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fastnce.backends._gemm import product
 from fastnce.bench import forms, peers, places
 from fastnce.bench.cell import Cell, row_of
 from fastnce.bench.forms import Contestant
@@ -33,7 +34,10 @@ from fastnce.bench.table import Row
 
 MIB = 2**20
 GEMM_MS = 1000.0  # of products; then one more is not started
-WARM_UP = 64  # rows of the small problem that runs before memory is measured
+# Rows of the small problem that runs first, so that code which is loaded at a first call is not counted: enough for the path that larger
+# problems take. With 64 rows, 7 MiB of a matrix library's code were counted as fastnce's at N = 512.
+WARM_UP = 1024
+COMPILING = 4096  # MiB beyond the limit that a compiler may take
 
 
 def leaves_of(cell: Cell, rows: int | None = None) -> tuple[Tensor, ...]:
@@ -102,20 +106,28 @@ def guarded(cell: Cell, name: str, call: Callable[[], Row]) -> Row:
 
 
 def limit_memory(mebibytes: int) -> None:
-    """Let the address space grow by no more than that, so a larger allocation is refused instead of swapping."""
+    """Let the address space grow by no more than that from now on, so a larger allocation is refused instead of swapping; 0: no limit."""
     if mebibytes:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         ceiling = pages * resource.getpagesize() + mebibytes * MIB
-        resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def warmed_up(cell: Cell, name: str) -> Contestant:
+    """The contestant, after a step of a small problem; one that is compiled, which is done for a shape, after one of this problem."""
+    function = peers.contestant(cell.loss, name, cell.backend)
+    compiled = name in peers.COMPILED
+    if compiled and cell.mem_limit:
+        limit_memory(cell.mem_limit + COMPILING)
+    step(function, leaves_of(cell, cell.n if compiled else min(cell.n, WARM_UP)), cell.mode)
+    return function
 
 
 # ---------------------------------------------------------------- time
 
 
 def _start(cell: Cell, name: str, leaves: tuple[Tensor, ...], running: dict[str, Contestant]) -> Row:
-    function = peers.contestant(cell.loss, name, cell.backend)
-    value = step(function, leaves, cell.mode)
-    running[name] = function
+    value = step(running[name], leaves, cell.mode)
     return row_of(cell, name, "ok", **computed(value, leaves))
 
 
@@ -127,41 +139,69 @@ def clocks(call: Callable[[], Tensor]) -> tuple[float, float]:
 
 
 def measure_time(cell: Cell) -> list[Row]:
-    leaves = leaves_of(cell)
+    """Whoever fails, at the first call or in a later round, has a row that says so; the others go on."""
+    rows: dict[str, Row] = {}
     running: dict[str, Contestant] = {}
+
+    def attempt(name: str, call: Callable[[], Row]) -> bool:
+        rows[name] = guarded(cell, name, call)
+        if rows[name]["status"] != "ok":
+            running.pop(name, None)
+        return name in running
+
+    def warm_up(name: str) -> Row:
+        running[name] = warmed_up(cell, name)
+        return row_of(cell, name, "ok")
+
+    for name in cell.names:
+        attempt(name, partial(warm_up, name))
+    leaves = leaves_of(cell)
     limit_memory(cell.mem_limit)
-    rows = {name: guarded(cell, name, partial(_start, cell, name, leaves, running)) for name in cell.names}
+    for name in list(running):
+        attempt(name, partial(_start, cell, name, leaves, running))
 
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
+
+    def sample(name: str) -> Row:
+        samples[name].append(clocks(prepared(cell.mode, running[name], leaves)))
+        return rows[name]
+
     gc.collect()
     gc.disable()
     order = list(running)
-    for _ in range(cell.repeats):
-        for name in order:
-            samples[name].append(clocks(prepared(cell.mode, running[name], leaves)))
-        order.append(order.pop(0))
+    for turn in range(cell.repeats):
+        # Forwards and backwards, from another one each time: nobody always has the same one before him.
+        for name in order[:: 1 if turn % 2 else -1]:
+            if name in running:
+                attempt(name, partial(sample, name))
+        order = order[1:] + order[:1]
     gc.enable()
-    for name, pairs in samples.items():
+    for name in running:
         for clock, of_round in (("cpu", 0), ("wall", 1)):
-            milliseconds = [pair[of_round] for pair in pairs]
+            milliseconds = [pair[of_round] for pair in samples[name]]
             rows[name][f"{clock}_ms"] = {"median": median(milliseconds), "min": min(milliseconds)}
-            if peers.OURS in samples:
+            if peers.OURS in running:
                 ours = [pair[of_round] for pair in samples[peers.OURS]]
                 rows[name][f"{clock}_ratio"] = median(a / b for a, b in zip(milliseconds, ours, strict=True))
     return list(rows.values())
 
 
 def measure_gemm(cell: Cell) -> list[Row]:
-    """TFLOP/s of torch's matrix product, by the clock that the losses are read from."""
+    """TFLOP/s of matrix products, by the clock that the losses are read from: torch's, and fastnce's where that is another."""
     a, b, out = (torch.randn(cell.n, cell.n).to(getattr(torch, cell.dtype)) for _ in range(3))
-    torch.mm(a, b, out=out)
+    calls: dict[str, Callable[[], Tensor]] = {"torch": partial(torch.mm, a, b, out=out), "oneDNN": partial(product, a, b)}
+    return [_rate(cell, name, calls[name]) for name in cell.names]
+
+
+def _rate(cell: Cell, name: str, call: Callable[[], Tensor]) -> Row:
+    call()
     pairs: list[tuple[float, float]] = []
     # Without instructions for it, float16 runs at a hundredth of float32's rate.
     while len(pairs) < cell.repeats and sum(cpu for cpu, _ in pairs) < GEMM_MS:
-        pairs.append(clocks(partial(torch.mm, a, b, out=out)))
+        pairs.append(clocks(call))
     cpu, wall = (median(pair[of_round] for pair in pairs) for of_round in (0, 1))
     rate = 2.0 * cell.n**3 / (cpu if cell.threads == 1 else wall) / 1e9
-    return [row_of(cell, cell.names[0], "ok", cpu_ms={"median": cpu}, wall_ms={"median": wall}, tflops=rate)]
+    return row_of(cell, name, "ok", cpu_ms={"median": cpu}, wall_ms={"median": wall}, tflops=rate)
 
 
 # ---------------------------------------------------------------- memory
@@ -174,9 +214,7 @@ def resident(field: str) -> float:
 
 
 def _memory(cell: Cell, name: str) -> Row:
-    function = peers.contestant(cell.loss, name, cell.backend)
-    # What is compiled is compiled for a shape, and the compiler's own memory is not that of the loss.
-    step(function, leaves_of(cell, cell.n if name in peers.COMPILED else WARM_UP), cell.mode)
+    function = warmed_up(cell, name)
     leaves = leaves_of(cell)
     gc.collect()
     # What building the inputs freed would otherwise be reused by the loss and not count.

@@ -30,12 +30,15 @@ def run(cell: Cell, timeout: float) -> list[Row]:
     """
     command = [sys.executable, "-m", "fastnce.bench.measure", json.dumps(asdict(cell))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **_found_again())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout * len(cell.names), **_found_again())
     except subprocess.TimeoutExpired:
         return [row_of(cell, name, "timeout", detail=f"took more than {timeout:g} s") for name in cell.names]
     if done.returncode == 0:
-        rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
-        return rows
+        try:
+            rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
+            return rows
+        except (IndexError, ValueError):
+            return [row_of(cell, name, "crash", detail="its last line is no result") for name in cell.names]
     if done.returncode == -signal.SIGKILL and len(cell.names) == 1:
         return [row_of(cell, cell.names[0], "oom", detail="SIGKILL, as the kernel does where memory is short")]
     if done.returncode < 0:
