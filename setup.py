@@ -21,9 +21,10 @@ class Build(build_py):
         if not KINDS:
             return
         if importlib.util.find_spec("torch") is None:
+            asked = f"FASTNCE_BUILD={','.join(KINDS)}"
             raise SystemExit(
-                f"FASTNCE_BUILD={','.join(KINDS)} needs the torch that will load the library, and this isolated build environment has none. "
-                f"Run: FASTNCE_BUILD={','.join(KINDS)} pip install --no-build-isolation ."
+                f"{asked} needs the torch that will load the library, and this isolated build environment has none. "
+                f"Run: {asked} pip install --no-build-isolation ."
             )
         sys.path.insert(0, str(Path(__file__).resolve().parent))
         from fastnce import build

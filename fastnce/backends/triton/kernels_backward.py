@@ -110,8 +110,8 @@ def backward_rows(
         if ROWS:
             t = s * beta[None, :] * alpha[:, None]
         else:
-            # As the forward pass multiplied for the columns, whose sums these weights are divided by. In the other order t is another number,
-            # by u scale: at temperature 0.005 ten times the error of the gradient.
+            # As the forward pass multiplied for the columns, by whose sums these weights are divided. In the other order t is another
+            # number, by u scale: at temperature 0.005 ten times the error of the gradient.
             t = s * alpha[:, None] * (beta * largest)[None, :]
         positive = t == t
         if IN_TILE or q_exclude is not None:
