@@ -1,6 +1,7 @@
 """`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test.
 
 `python -m fastnce bench` measures time and memory against the ways these losses are computed today; see bench --help.
+`python -m fastnce build-cpu` compiles the CPU backend's kernels into the user's cache: seconds, a C++ compiler and ninja.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fastnce import __version__, backends, selftest
+from fastnce import __version__, backends, build, native, selftest
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -37,6 +38,7 @@ def report() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "cores": os.cpu_count(),
         "backends": found,
+        "compiled": {kind: native.objection(kind) or native.level(kind) for kind in native.KINDS},
         "auto": {device: _auto(device) for device in devices},
         "self_test": {"limit": selftest.LIMIT, "ok": all(test["ok"] for test in tests), "runs": tests},
     }
@@ -88,6 +90,8 @@ def text(found: dict[str, Any]) -> str:
     lines.append("backends")
     for row in found["backends"]:
         lines.append(f"  {_where(row['name'], row['device'])}{'yes' if row['available'] else 'no    ' + '; '.join(row['reasons'])}")
+    for kind, state in found["compiled"].items():
+        lines.append(f"  compiled kernels of {kind}: {state}")
     for device, name in found["auto"].items():
         lines.append(f"auto uses  {name or 'nothing'} for {device} tensors")
     limit = found["self_test"]["limit"]
@@ -104,6 +108,20 @@ def _where(name: str, device: str) -> str:
     return f"{name:<11}on {device:<6}"
 
 
+def _build(kind: str, arguments: Sequence[str]) -> int:
+    """Compile a library and load it; 1 where that fails."""
+    argparse.ArgumentParser(prog=f"python -m fastnce build-{kind}", description=f"Compile csrc/{kind}.", allow_abbrev=False).parse_args(arguments)
+    try:
+        print(build.build(kind))
+    except (build.BuildError, OSError) as error:
+        print(f"fastnce build-{kind}: {error}", file=sys.stderr)
+        return 1
+    if reason := native.objection(kind):
+        print(f"fastnce build-{kind}: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report, or run the benchmark; 1 where the self-test failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -111,9 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastnce.bench import cli
 
         return cli.main(given[1:])
+    if given[:1] == ["build-cpu"]:
+        return _build("cpu", given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m fastnce",
-        usage="%(prog)s [--json]\n       %(prog)s bench [options]",
+        usage="%(prog)s [--json]\n       %(prog)s bench [options]\n       %(prog)s build-cpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -65,3 +65,11 @@ def objection(kind: str) -> str | None:
     except OSError as error:
         return f"{path} does not load: {error}"
     return None
+
+
+def level(kind: str) -> str:
+    """Which of its levels a loaded library takes on this processor."""
+    import torch
+
+    found: str = getattr(torch.ops, f"fastnce_{kind}").level()
+    return found

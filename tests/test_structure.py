@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},
     "bench.cli": {"backends", *(m for m in MODULES if m.startswith("bench."))},
     "__init__": {"_version", "checks", "formulas", "losses", "modules", "queue", "stats"},
-    "__main__": {"__init__", "backends", "bench.cli", "pairs", "problem", "selftest"},
+    "__main__": {"__init__", "backends", "bench.cli", "build", "native", "pairs", "problem", "selftest"},
 }
 # A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"native", "norms", "pairs", "problem", "tiles"}

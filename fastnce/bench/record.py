@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 import fastnce
+from fastnce import native
 from fastnce.bench import packages, places
 from fastnce.bench.table import SCHEMA as SCHEMA
 
 RESULTS = places.ROOT / "bench" / "results"  # of a checkout
-SOURCES = {".py", ".cpp", ".hpp", ".h", ".cu", ".cuh"}
+SOURCES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 # Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
 ALLOCATOR = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
@@ -80,6 +81,7 @@ def environment(command: list[str], threads: int, device: str = "cpu") -> dict[s
         "fastnce": fastnce.__version__,
         "peers": packages.versions(),
         "threads": threads,
+        "compiled": native.objection("cpu") or native.level("cpu"),
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "load": [round(load, 2) for load in os.getloadavg()],
         "sources": digest(),
