@@ -143,9 +143,9 @@ def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = ()) ->
     completed_by: list[Recorded] = []
     for other in others:
         if other is not result and other.machine == result.machine and all(other.env[name] == result.env[name] for name in SETTINGS):
-            found = {key_of(row): row for row in shown_rows(other, loss, dtype) if row["status"] == "ok"}
-            missing = [row for row in rows if row["status"] == "timeout" and key_of(row) in found]
-            rows = [found[key_of(row)] if row in missing else row for row in rows]
+            ran = {key_of(row): row for row in shown_rows(other, loss, dtype) if row["status"] == "ok"}
+            missing = [row for row in rows if row["status"] == "timeout" and key_of(row) in ran]
+            rows = [ran[key_of(row)] if row in missing else row for row in rows]
             completed_by += [other] if missing else []
     present = list(dict.fromkeys(row["contestant"] for row in rows))
     shown = {label: name for label, names in TORCH.items() for name in reversed(names) if name in present}
