@@ -110,7 +110,8 @@ def _where(name: str, device: str) -> str:
 
 def _build(kind: str, arguments: Sequence[str]) -> int:
     """Compile a library and load it; 1 where that fails."""
-    argparse.ArgumentParser(prog=f"python -m fastnce build-{kind}", description=f"Compile csrc/{kind}.", allow_abbrev=False).parse_args(arguments)
+    parser = argparse.ArgumentParser(prog=f"python -m fastnce build-{kind}", description=f"Compile csrc/{kind}.", allow_abbrev=False)
+    parser.parse_args(arguments)
     try:
         print(build.build(kind))
     except (build.BuildError, OSError) as error:

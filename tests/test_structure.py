@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench.cell": {"bench.table"},
     "bench.measure": {"backends._gemm", "bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
     "bench.process": {"bench.cell", "bench.places", "bench.table"},
-    "bench.record": {"__init__", "bench.packages", "bench.places", "bench.table"},
+    "bench.record": {"__init__", "native", "bench.packages", "bench.places", "bench.table"},
     "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},
     "bench.cli": {"backends", *(m for m in MODULES if m.startswith("bench."))},
     "__init__": {"_version", "checks", "formulas", "losses", "modules", "queue", "stats"},
