@@ -104,10 +104,12 @@ def conditions(headline: Headline) -> str:
     env, rows = headline.result.env, headline.rows
     clock = table.clock(rows_of(rows, measure="time")[0])[1]
     limited = f", allocations limited to {mebibytes(headline.limit)} above the inputs" if env["mem_limit_mib"] else ""
+    late = any(row["status"] == "timeout" for row in rows)
+    waited = " (timeout): steps at a smaller N say that it would take longer than the run allows." if late else ""
     left = f" {env['cells_left']} of the planned cells were not started." if env["cells_left"] else ""
     return (
         f"{LOSSES[headline.loss]}, forward and backward, D = {WIDTH}, {rows[0]['dtype']}; peak memory above the inputs / median {clock}. "
-        f"OOM: an allocation was refused, at this N or a smaller one. {table.place(env)}{limited}, torch {env['torch']}, "
+        f"OOM: an allocation was refused, at this N or a smaller one.{waited} {table.place(env)}{limited}, torch {env['torch']}, "
         f"{env['time'][:10]}, sources {env['sources'][:8]}.{left} `{env['command']}`"
         + "".join(f", completed by `{other.env['command']}`" for other in headline.completed_by)
     )
