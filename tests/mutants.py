@@ -61,6 +61,10 @@ MUTANTS = (
     Mutant("no upstream", "upstream gradient taken to be positive", "operator"),
     Mutant("epsilon", "1e-6 added to every norm", "operator"),
     Mutant("lonely anchor", "an anchor without positives counts its log-sum", "operator"),
+    Mutant("wide rows", "gradient halved from 128 dimensions on", "operator"),
+    Mutant("129", "the last key dropped where their number is 1 more than a multiple of 128", "operator"),
+    Mutant("ids ignored", "ids of rows that belong together ignored", "operator"),
+    Mutant("weight ignored", "weights of rows ignored", "operator"),
     Mutant("half sums", "running maximum and sum kept in bfloat16", "operator", torch.bfloat16),
     Mutant("one-hot outside", "the positive's 1 subtracted after the weights are rounded", "operator", torch.bfloat16),
     Mutant("two products", "positive logit from unrounded operands, the others from rounded ones", "operator", torch.bfloat16),
@@ -69,13 +73,14 @@ MUTANTS = (
 
 @dataclass(frozen=True)
 class Pairs:
-    """What column j is to row i: its partner or a column with its label is positive; excluded are itself, and the columns
-    before own_before that are not its partner."""
+    """What column j is to row i: its partner or a column with its label (of rows and columns) is positive; excluded are itself,
+    the columns before own_before that are not its partner, and those with its excluded label that are not positive."""
 
     partner: Tensor | None = None
-    labels: Tensor | None = None
+    labels: tuple[Tensor, Tensor] | None = None
     exclude_self: bool = False
     own_before: int = 0
+    excluded: tuple[Tensor, Tensor] | None = None
 
     def tile(self, rows: int, columns: Tensor, fault: str, backward: bool = False) -> tuple[Tensor, Tensor]:
         """(rows, columns) positive and kept."""
@@ -88,12 +93,18 @@ class Pairs:
             partner = self.partner.roll(1) if fault == "wrong positive" else self.partner
             positive = partner[:, None] == column
         if self.labels is not None:
-            positive = (self.labels[:, None] == self.labels[columns]) & (self.labels[:, None] >= 0)
-            if fault != "self is positive":
+            positive |= equal(self.labels, columns)
+            if self.exclude_self and fault != "self is positive":
                 positive &= row != column
         if self.own_before:
             excluded = excluded | ((column < self.own_before) & ~positive)
+        if self.excluded is not None:
+            excluded = excluded | (equal(self.excluded, columns) & ~positive)
         return positive, ~excluded
+
+
+def equal(labels: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    return (labels[0][:, None] == labels[1][columns]) & (labels[0][:, None] >= 0)
 
 
 class LogSum:
@@ -170,6 +181,8 @@ class Tiled(torch.autograd.Function):
             dk[columns] += w.T @ q_hat
         if fault != "no scale":
             dq, dk = dq * scale, dk * scale
+        if fault == "wide rows" and dq.shape[1] >= 128:
+            dq, dk = dq / 2, dk / 2
         if fault == "one-sided":
             dk = torch.zeros_like(dk)
         by_scale = {"scale sign": -dscale, "scale factor": dscale * scale}.get(fault, dscale)
@@ -192,6 +205,8 @@ def through_norm(d_hat: Tensor, hat: Tensor, norm: Tensor, dtype: torch.dtype, f
 
 
 def tiles(columns: int, fault: str) -> list[Tensor]:
+    if fault == "129" and columns % 128 == 1 and columns > 1:
+        columns -= 1
     size = TILES[columns > 300]
     found = list(torch.arange(columns).split(size))
     return found[:-1] if fault == "tail dropped" and len(found[-1]) < size else found
@@ -218,32 +233,62 @@ def tiled(fault: str = "") -> LossFunctions:
         scale = scale.to(wide) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=wide)
         return Tiled.apply(q, k, scale, pairs, fault)
 
-    def nt_xent(z0: Tensor, z1: Tensor, temperature: Any = 0.5, reduction: str = "mean") -> Tensor:
+    def pair(one: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        return None if one is None or other is None or fault == "ids ignored" else (one, other)
+
+    def reduced(rows: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+        weight = torch.ones_like(rows) if weight is None or fault == "weight ignored" else weight.to(rows)
+        rows = rows * weight
+        return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weight.sum()}[reduction]
+
+    def nt_xent(z0: Tensor, z1: Tensor, temperature: Any = 0.5, reduction: str = "mean", *, weight: Tensor | None = None) -> Tensor:
         partner = torch.arange(2 * len(z0)).roll(len(z0))
-        return reduced(rows(torch.cat([z0, z1]), None, 1 / temperature, Pairs(partner, exclude_self=True)), reduction)
+        return reduced(rows(torch.cat([z0, z1]), None, 1 / temperature, Pairs(partner, exclude_self=True)), reduction, weight)
 
-    def info_nce(query: Tensor, positive_key: Tensor, temperature: Any = 0.1, reduction: str = "mean") -> Tensor:
-        return reduced(rows(query, positive_key, 1 / temperature, Pairs(torch.arange(len(query)))), reduction)
+    def info_nce(
+        query: Tensor,
+        positive_key: Tensor,
+        temperature: Any = 0.1,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+        exclude_query_ids: Tensor | None = None,
+        exclude_key_ids: Tensor | None = None,
+    ) -> Tensor:
+        own = Pairs(torch.arange(len(query)), pair(query_ids, key_ids), excluded=pair(exclude_query_ids, exclude_key_ids))
+        return reduced(rows(query, positive_key, 1 / temperature, own), reduction, weight)
 
-    def clip_loss(image: Tensor, text: Tensor, logit_scale: Any, reduction: str = "mean") -> Tensor:
-        own = Pairs(torch.arange(len(image)))
-        forth, back = rows(image, text, logit_scale, own), rows(text, image, logit_scale, own)
-        return reduced(forth if fault == "one direction" else (forth + back) / 2, reduction)
+    def clip_loss(
+        image: Tensor,
+        text: Tensor,
+        logit_scale: Any,
+        reduction: str = "mean",
+        *,
+        weight: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+    ) -> Tensor:
+        own = torch.arange(len(image))
+        forth = rows(image, text, logit_scale, Pairs(own, pair(image_ids, text_ids)))
+        back = rows(text, image, logit_scale, Pairs(own, pair(text_ids, image_ids)))
+        return reduced(forth if fault == "one direction" else (forth + back) / 2, reduction, weight)
 
-    def sup_con(features: Tensor, labels: Tensor, temperature: Any = 0.1, reduction: str = "mean") -> Tensor:
+    def sup_con(
+        features: Tensor, labels: Tensor, temperature: Any = 0.1, reduction: str = "mean", *, weight: Tensor | None = None
+    ) -> Tensor:
         if features.ndim == 3:
             labels, features = labels.repeat_interleave(features.shape[1]), features.flatten(0, 1)
-        return reduced(rows(features, None, 1 / temperature, Pairs(labels=labels, exclude_self=True)), reduction)
+        return reduced(rows(features, None, 1 / temperature, Pairs(labels=(labels, labels), exclude_self=True)), reduction, weight)
 
-    def moco_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: Any = 0.07, reduction: str = "mean") -> Tensor:
+    def moco_loss(
+        q: Tensor, k: Tensor, queue: Tensor, temperature: Any = 0.07, reduction: str = "mean", *, weight: Tensor | None = None
+    ) -> Tensor:
         pairs = Pairs(torch.arange(len(q)), own_before=len(k))
-        return reduced(rows(q, torch.cat([k, queue]), 1 / temperature, pairs), reduction)
+        return reduced(rows(q, torch.cat([k, queue]), 1 / temperature, pairs), reduction, weight)
 
     return LossFunctions(fault or "tiled", info_nce, nt_xent, sup_con, clip_loss, moco_loss, DenseQueue)
-
-
-def reduced(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else rows.mean()
 
 
 # The measured tables --------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Epoch:
 
 @dataclass
 class History:
-    """Everything a run has to say except its accuracies. order_sha256 covers the indices of every batch, in order."""
+    """Everything a run has to say except its accuracies. order_sha256 covers the indices of every batch so far, in order."""
 
     method: str
     loss: str
@@ -120,7 +120,7 @@ def train_network(
             )
         mean = math.fsum(history.step_losses[-steps_per_epoch:]) / steps_per_epoch
         history.epochs.append(Epoch(epoch, mean, lr, time.perf_counter() - epoch_began))
+        history.order_sha256 = digest.hexdigest()
         on_epoch(history)
-    history.order_sha256 = digest.hexdigest()
     history.seconds, history.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     return network, history

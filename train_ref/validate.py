@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +32,12 @@ from train_ref.gates.formula import formula
 from train_ref.gates.free_run import free_run
 from train_ref.gates.operator import operator
 from train_ref.gates.outcome import LEAST_SEEDS, outcome
-from train_ref.gates.replay import Recording, record, replay
+from train_ref.gates.replay import LIMITS, Recording, record, replay
 from train_ref.gates.report import GATES, Report, markdown, progress, versions
 from train_ref.gates.scenes import SCENES
-from train_ref.gates.subject import Subject, dtype_name, noise_control
+from train_ref.gates.subject import Subject, dtype_name
 from train_ref.gates.trainings import Trainings
-from train_ref.gates.verdict import Verdict
+from train_ref.gates.verdict import Verdict, failure
 from train_ref.implementations import dense_losses, fused_losses
 from train_ref.report import device_name, write_json
 
@@ -50,7 +51,8 @@ class Sizes:
 
     pairs: int = 67
     large: int = 530
-    every: int = 1  # of the operator's calls
+    wide: int = 140
+    thin: int = 1  # of the operator's kinds and temperatures
     scenes: tuple[str, ...] = tuple(SCENES)
     steps: int = 125
     checkpoints: int = 25
@@ -60,15 +62,18 @@ class Sizes:
     batch_size: int = 256
 
     def cases(self) -> list[Case]:
-        return list(cases(self.pairs, self.large))[:: self.every]
+        return list(cases(self.pairs, self.large, self.wide, self.thin))
 
 
 FULL = Sizes()
-# Twenty checkpoints of the first forty steps; the first fifty steps of trainings. Five whole ones, for the outcome, take minutes.
+# Twenty checkpoints of a schedule of forty steps; the first fifty steps of trainings. Five whole ones, for the outcome, take minutes.
 QUICK = Sizes(scenes=("simclr", "clip"), steps=40, checkpoints=20, stop_after=10, seeds=3, gates=GATES[:-1])
 EPOCHS = 40
-# A call on 20 rows takes Triton's interpreter a second of CPU time: a few small calls, and no trainings.
-INTERPRETED = Sizes(pairs=9, large=140, every=4, scenes=("simclr", "clip"), steps=20, checkpoints=20, gates=GATES[:3], batch_size=40)
+# A call on 20 rows takes Triton's interpreter a second of CPU time, one on 140 four: no trainings, and of the operator's calls a
+# quarter of the kinds and temperatures, in small, and all ragged, wide and large ones: 140 rows are more than its largest tile.
+INTERPRETED = Sizes(
+    pairs=9, large=140, wide=20, thin=4, scenes=("simclr", "clip"), steps=20, checkpoints=20, gates=GATES[:3], batch_size=40
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,10 @@ def read_backends(p: argparse.ArgumentParser, asked: list[str] | None, device: t
         from fastnce.backends import BACKENDS
     except ModuleNotFoundError as error:
         p.error(f"fastnce is needed ({error}); run 'pip install -e .' in the repository")
-    names, left_out = [], [f"backend {name}: not asked for" for name in BACKENDS if asked and name not in asked]
-    for name in dict.fromkeys(asked or BACKENDS):
+    # What users get who name none comes last: on the CPU small problems have a way of their own there.
+    every = [*BACKENDS, "auto"]
+    names, left_out = [], [f"backend {name}: not asked for" for name in every if asked and name not in asked]
+    for name in dict.fromkeys(asked or every):
         try:
             view = torch.eye(2, 8, device=device)
             fused_losses(name).nt_xent(view, view)
@@ -166,6 +173,8 @@ def read_backends(p: argparse.ArgumentParser, asked: list[str] | None, device: t
             if asked:
                 p.error(f"argument --backend: {name!r} cannot be used on {device}: {reason}")
             left_out.append(f"backend {name}: {reason}")
+        except RuntimeError:
+            names.append(name)  # the gates will say it
         else:
             names.append(name)
     return names, left_out
@@ -191,7 +200,7 @@ class Workshop:
             self._recordings = [record(scene, images, labels, **size) for scene in self.sizes.scenes]
         return self._recordings
 
-    def gate(self, name: str, subject: Subject) -> Verdict:
+    def gate(self, name: str, subject: Subject, yardstick: bool = False) -> Verdict:
         """The verdict of one gate about one subject, with the CPU time that it took."""
         run: dict[str, Callable[[], Verdict]] = {
             "formula": lambda: formula(subject),
@@ -201,29 +210,34 @@ class Workshop:
             "outcome": lambda: outcome(subject, self.trainings, self.sizes.seeds),
         }
         began = time.process_time()
-        verdict = (
-            run[name]()
-            if name in self.sizes.gates
-            else Verdict(name, subject.label, not_run=["everything: Triton's interpreter is too slow"])
-        )
-        verdict.cpu_seconds = round(time.process_time() - began, 2)
+        if name not in self.sizes.gates:
+            return Verdict(name, subject.label, not_run=["everything: Triton's interpreter is too slow"], yardstick=yardstick)
+        try:
+            verdict = run[name]()
+        except Exception as error:  # the others still have something to say
+            traceback.print_exc()
+            verdict = Verdict(name, subject.label, [failure("the gate itself", 0.0, error)])
+        verdict.cpu_seconds, verdict.yardstick = round(time.process_time() - began, 2), yardstick
         return verdict
 
 
 def verdicts(options: Options, data: ImageData) -> Iterator[Verdict]:
-    """Gate by gate. The dense reference passes the formula gate too, and the noise control those with fixed limits."""
+    """Gate by gate. The dense reference has to pass the formula gate too, and the noise controls all others."""
     usual = Workshop(data, replace(options.sizes, gates=GATES))
     slow = Workshop(data, INTERPRETED)
-    control = replace(noise_control(), device=options.device)
+    controls = [replace(control, device=options.device) for control in usual.trainings.controls]
     names = list(dict.fromkeys(subject.name for subject in options.subjects))
+    # Otherwise nobody is compared with the controls' trainings.
+    trained = any(subject.dtype in LIMITS and not interpreted(subject) for subject in options.subjects)
     for gate in options.gates:
         if gate == "formula":
-            yield usual.gate(gate, Subject("reference losses", dense_losses(), device=options.device))
+            yield usual.gate(gate, Subject("reference losses", dense_losses(), device=options.device), yardstick=True)
             for name in names:
                 yield usual.gate(gate, next(subject for subject in options.subjects if subject.name == name))
             continue
-        if gate in ("operator", "replay"):
-            yield usual.gate(gate, control)
+        if gate in ("operator", "replay") or trained:
+            for control in controls:
+                yield usual.gate(gate, control, yardstick=True)
         for subject in options.subjects:
             yield (slow if interpreted(subject) else usual).gate(gate, subject)
 

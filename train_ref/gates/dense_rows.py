@@ -12,20 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train_ref.gates.cases import Ids
 
-def row_losses(loss: str, sides: Sequence[Tensor], labels: Tensor | None, scale: Tensor) -> Tensor:
+
+def row_losses(loss: str, sides: Sequence[Tensor], scale: Tensor, ids: Ids | None = None, exclude: Ids | None = None) -> Tensor:
     """One value per anchor: float64 for float64 features, otherwise float32.
 
-    sides are the loss's feature tensors in the order of its arguments: nt_xent z0, z1; info_nce query, positive_key;
-    clip_loss image, text (mean of both directions of a pair); sup_con features (N, D); moco_loss q, k, queue.
+    sides    the loss's feature tensors in the order of its arguments: nt_xent z0, z1; info_nce query, positive_key;
+             clip_loss image, text (mean of both directions of a pair); sup_con features (N, D); moco_loss q, k, queue
+    ids      of queries and keys: rows with equal ones belong together, beside row i and row i; of sup_con the labels, twice
+    exclude  of queries and keys of info_nce: rows with equal ones are no negatives
     """
     if loss == "nt_xent":
         z = torch.cat(list(sides))
         partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
         return one_positive(logits(z, z, scale).masked_fill(diagonal(z), -math.inf), partner)
     if loss == "sup_con":
-        assert labels is not None
-        return all_positives(logits(sides[0], sides[0], scale), labels, diagonal(sides[0]))
+        assert ids is not None
+        itself = diagonal(sides[0])
+        return all_positives(logits(sides[0], sides[0], scale).masked_fill(itself, -math.inf), equal(ids) & ~itself)
     query, key = sides[:2]
     own = torch.arange(len(query), device=query.device)
     if loss == "moco_loss":
@@ -33,7 +38,19 @@ def row_losses(loss: str, sides: Sequence[Tensor], labels: Tensor | None, scale:
         found = torch.cat([logits(query, key, scale).diagonal()[:, None], logits(query, sides[2], scale)], dim=1)
         return one_positive(found, torch.zeros_like(own))
     found = logits(query, key, scale)
-    return one_positive(found, own) if loss == "info_nce" else (one_positive(found, own) + one_positive(found.T, own)) / 2
+    if exclude is not None:
+        found = found.masked_fill(equal(exclude) & ~diagonal(query), -math.inf)
+    if ids is not None:
+        positive = equal(ids) | diagonal(query)
+        forth, back = all_positives(found, positive), all_positives(found.T, positive.T)
+    else:
+        forth, back = one_positive(found, own), one_positive(found.T, own)
+    return forth if loss == "info_nce" else (forth + back) / 2
+
+
+def equal(ids: Ids) -> Tensor:
+    """(M, N); an id below 0 equals nothing."""
+    return (ids[0][:, None] == ids[1][None]) & (ids[0][:, None] >= 0)
 
 
 def logits(query: Tensor, key: Tensor, scale: Tensor) -> Tensor:
@@ -52,10 +69,9 @@ def one_positive(found: Tensor, positive: Tensor) -> Tensor:
     return F.cross_entropy(found, positive, reduction="none")
 
 
-def all_positives(found: Tensor, labels: Tensor, itself: Tensor) -> Tensor:
-    """SupCon's L_out; 0 without positives, in value and gradient."""
-    positive = (labels[:, None] == labels[None]) & (labels[:, None] >= 0) & ~itself
+def all_positives(found: Tensor, positive: Tensor) -> Tensor:
+    """SupCon's L_out; -inf are no candidates; 0 without positives, in value and gradient."""
     some = positive.any(1)
     mean = found[some].masked_fill(~positive[some], 0.0).sum(1) / positive[some].sum(1)
-    values = found[some].masked_fill(itself[some], -math.inf).logsumexp(1) - mean
+    values = found[some].logsumexp(1) - mean
     return found.new_zeros(len(found)).masked_scatter(some, values)

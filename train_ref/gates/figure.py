@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_ref.gates.replay import LIMITS
-from train_ref.gates.report import GATES, Report, is_yardstick
+from train_ref.gates.report import GATES, Report
 from train_ref.gates.subject import dtype_name
 from train_ref.gates.verdict import Verdict, worst
 
@@ -27,8 +27,7 @@ def save_figure(path: Path, report: Report) -> None:
     figure = Figure(figsize=(13, 8.4), dpi=130, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
     panels = figure.subplots(2, 2)
-    subjects = list(dict.fromkeys(verdict.subject for verdict in report.verdicts))
-    names = list(dict.fromkeys(name_of(subject) for subject in subjects if not is_yardstick(subject)))
+    names = list(dict.fromkeys(name_of(verdict.subject) for verdict in report.verdicts if not verdict.yardstick))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
     draw_shares(panels[0, 0], report, colours)
     draw_replay(panels[0, 1], report.of("replay"), colours)
@@ -84,8 +83,8 @@ def draw_shares(axes: Axes, report: Report, colours: dict[str, str]) -> None:
 
 def draw_replay(axes: Axes, verdicts: list[Verdict], colours: dict[str, str]) -> None:
     """The gradient of the embeddings in the first scene, at every checkpoint."""
-    verdicts = [verdict for verdict in verdicts if verdict.checks]
     scene = next((name for verdict in verdicts for name in verdict.notes), "")
+    verdicts = [verdict for verdict in verdicts if scene in verdict.notes]
     last = 1
     for verdict in verdicts:
         found = verdict.notes[scene]
@@ -112,7 +111,7 @@ def draw_replay(axes: Axes, verdicts: list[Verdict], colours: dict[str, str]) ->
 
 def draw_free_run(axes: Axes, verdicts: list[Verdict], colours: dict[str, str]) -> None:
     """Deviations by step, the control's beside them, and the limits where they are checked."""
-    verdicts = [verdict for verdict in verdicts if verdict.checks]
+    verdicts = [verdict for verdict in verdicts if verdict.notes]
     for verdict in verdicts:
         colour, style, _ = look(verdict.subject, colours)
         series = verdict.notes["deviation"]
@@ -130,7 +129,8 @@ def draw_free_run(axes: Axes, verdicts: list[Verdict], colours: dict[str, str]) 
                 axes.plot(at, check.limit, marker="_", color=INK, markersize=12, markeredgewidth=1.6, linestyle="none", zorder=5)
     say_if_empty(axes, verdicts)
     if verdicts:
-        control = verdicts[0].notes["control"]
+        # A control is judged beside the other one alone.
+        control = next((verdict for verdict in verdicts if not verdict.yardstick), verdicts[0]).notes["control"]
         axes.plot(range(1, len(control) + 1), control, color=MUTED, linewidth=6, alpha=0.35, zorder=1, label="noise controls, free run")
         axes.plot(
             [], [], marker="_", color=INK, markersize=12, markeredgewidth=1.6, linestyle="none", label="limit (float32 5x, bfloat16 20x)"

@@ -1,8 +1,8 @@
 """Gate 1: the same function as other projects compute, in float64.
 
-golden/peers.json holds the losses and gradients that eight projects' own code gave. float64 leaves no room for a missing
-factor, another set of candidates or another mean: correct implementations agree to 1e-14. The dense reference is held to
-the same vectors, because the other gates compare with it.
+golden/peers.json holds the losses and gradients of eight implementations of seven projects: four projects' own code and the
+formulas of three restated. float64 leaves no room for a missing factor, another set of candidates or another mean: correct
+implementations agree to 1e-14. The dense reference is held to the same vectors, because the other gates compare with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from train_ref.gates.subject import Subject, offers
-from train_ref.gates.verdict import Check, Verdict, worst_by_name
+from train_ref.gates.verdict import Check, Verdict, failure, worst_by_name
 from train_ref.golden import make
 
 LOSS_LIMIT = 1e-12  # relative
@@ -35,18 +35,32 @@ def formula(subject: Subject) -> Verdict:
         # Explicit negatives may not need the part that lacks float64. Passing with those alone would say too much.
         verdict.not_run.append(f"everything: {' '.join(str(reason).split())}")
         return verdict
+    except Exception as error:
+        verdict.checks.append(failure("two rows", LOSS_LIMIT, error))
+        return verdict
     found: list[Check] = []
+    functions: dict[str, bool] = {}  # whether any case of it was answered
     for case in json.loads(make.FILE.read_text())["cases"]:
         peer = case["peer"].removeprefix("formula of ").removesuffix(", restated")
         where = f"{case['function']} {case['options'] or case['inputs']['logit_scale']}"
+        functions.setdefault(case["function"], False)
+        arrays = make.build(case["inputs"])
+        if make.digest(arrays) != case["digest"]:
+            raise RuntimeError(f"numpy {np.__version__} gave other random inputs than {make.FILE.name} was made of")
         try:
-            loss_error, gradient_error = errors(subject, case)
-        except NotOffered as missing:
-            verdict.not_run.append(f"{where} of {peer}: {missing}")
+            loss_error, gradient_error = errors(subject, case, arrays)
+        except (NotOffered, NotImplementedError) as missing:
+            verdict.not_run.append(f"{where} of {peer}: {' '.join(str(missing).split())}")
             continue
+        except Exception as error:
+            found.append(failure(f"{peer}: loss", LOSS_LIMIT, error, where))
+            continue
+        functions[case["function"]] = True
         found.append(Check(f"{peer}: loss", loss_error, LOSS_LIMIT, where))
         found.append(Check(f"{peer}: gradient", gradient_error, GRADIENT_LIMIT, where))
     verdict.checks = worst_by_name(found)
+    verdict.missing = [f"{function}: not one case" for function, answered in functions.items() if not answered]
+    verdict.not_run += verdict.missing
     return verdict
 
 
@@ -54,11 +68,8 @@ class NotOffered(Exception):
     """The subject cannot be asked this, and says why."""
 
 
-def errors(subject: Subject, case: dict[str, Any]) -> tuple[float, float]:
+def errors(subject: Subject, case: dict[str, Any], arrays: dict[str, Any]) -> tuple[float, float]:
     """Relative errors of the loss, and of the worst gradient as far as its norm, entries and products show it."""
-    arrays = make.build(case["inputs"])
-    if make.digest(arrays) != case["digest"]:
-        raise RuntimeError(f"numpy {np.__version__} gave other random inputs than {make.FILE.name} was made of")
     loss = subject.loss(case["function"])
     options = dict(case["options"])
     # Some read from the number of dimensions that each query has negatives of its own.

@@ -61,11 +61,16 @@ def outcome(subject: Subject, trainings: Trainings, seeds: int = 5) -> Verdict:
     if seeds < LEAST_SEEDS:
         verdict.not_run.append(f"everything: {seeds} seeds; the interval needs at least {LEAST_SEEDS}")
         return verdict
+    try:
+        failed = next((run.failed for run in (trainings.of(subject, seed) for seed in range(seeds)) if run.failed), "")
+    except NotImplementedError as reason:
+        verdict.not_run.append(f"everything: {' '.join(str(reason).split())}")
+        return verdict
     for metric, title in METRICS.items():
         pairs = [(trainings.of(subject, seed), trainings.of(trainings.reference, seed)) for seed in range(seeds)]
         differences = [getattr(own.accuracies, metric) - getattr(reference.accuracies, metric) for own, reference in pairs]
         if any(math.isnan(difference) for difference in differences):
-            verdict.checks.append(Check(title, math.nan, MARGIN, "a training stopped at a loss that is not finite"))
+            verdict.checks.append(Check(title, math.nan, MARGIN, failed or "accuracies are nan"))
             continue
         found = equivalence(differences)
         where = f"90 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f} points"

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from train_ref.gates.scenes import SCENES, Scene
 from train_ref.gates.subject import Subject
-from train_ref.gates.verdict import Check, Verdict
+from train_ref.gates.verdict import Check, Verdict, raised
 from train_ref.implementations import LossFunctions, dense_losses
+from train_ref.loop import learning_rate
 
 QUANTITIES = ("loss", "dz", "dtheta", "dscale")
 # Between correct float32 implementations 2e-7, 5e-7 and 6e-7 were measured for SimCLR at temperature 0.5; an embedding
@@ -34,7 +35,6 @@ LIMITS = {
     torch.bfloat16: {"loss": 2e-4, "dz": 2e-2, "dtheta": 2e-2, "dscale": 2e-2},
 }
 LEAST_LOSS = 0.5
-LEARNING_RATE = 4e-3
 
 
 @dataclass
@@ -91,7 +91,7 @@ def record(
 ) -> Recording:
     """Train a scene with the reference on (N, 1, 8, 8) images, and keep it at so many evenly spaced steps.
 
-    AdamW, a tenth of the steps to warm up, then half a cosine: steps with large and with small gradients both come by.
+    AdamW with the learning rates of a whole training of so many steps: large and small gradients both come by.
     """
     scene = SCENES[name](seed, images.device)
     order, views = (torch.Generator().manual_seed(2 * seed + stream) for stream in range(2))
@@ -108,9 +108,8 @@ def record(
         inputs = scene.inputs(images[batch], views)
         if step in kept:
             found.checkpoints.append(Checkpoint(step, copy.deepcopy(scene), inputs, labels[batch]))
-        warm = min(1.0, (step + 1) / max(1, steps // 10))
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = learning_rate(step, steps)
         loss = scene.loss(dense_losses(), scene.embed(inputs), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -150,22 +149,43 @@ def relative_errors(found: Gradients, exact: Gradients, least_dscale: float) -> 
 
 
 def replay(subject: Subject, recordings: Sequence[Recording]) -> Verdict:
-    """Per scene and quantity the worst checkpoint. The notes hold the errors of every checkpoint, for the picture."""
+    """Per scene and quantity the worst checkpoint. The notes hold the errors of every checkpoint, for the picture.
+
+    A scene that the subject refuses leaves a verdict of "not run"; a checkpoint at which it raises anything else has failed.
+    """
     verdict = Verdict("replay", subject.label)
     if subject.dtype not in LIMITS:
         verdict.not_run.append("everything: no limits are set for this dtype")
         return verdict
     limits = LIMITS[subject.dtype]
     for recording in recordings:
-        errors: dict[str, list[float]] = {}
-        for checkpoint, exact in zip(recording.checkpoints, recording.exact, strict=True):
-            found = gradients(subject.trained(), checkpoint)
-            for name, error in relative_errors(found, exact, recording.typical_dscale).items():
-                errors.setdefault(name, []).append(error)
         steps = [checkpoint.step + 1 for checkpoint in recording.checkpoints]
+        where = [f"step {step}" for step in steps]
+        try:
+            errors = errors_along(subject, recording, where)
+        except NotImplementedError as reason:
+            verdict.missing.append(f"{recording.scene}: {' '.join(str(reason).split())}")
+            continue
         for name, series in errors.items():
             # nan counts as the largest: max() alone would lose it.
             at = max(range(len(series)), key=lambda index: math.inf if math.isnan(series[index]) else series[index])
-            verdict.checks.append(Check(f"{recording.scene} {name}", series[at], limits[name], f"step {steps[at]}"))
+            verdict.checks.append(Check(f"{recording.scene} {name}", series[at], limits[name], where[at]))
         verdict.notes[recording.scene] = {"steps": steps, "errors": errors, "order_sha256": recording.order_sha256}
+    verdict.not_run += verdict.missing
     return verdict
+
+
+def errors_along(subject: Subject, recording: Recording, where: list[str]) -> dict[str, list[float]]:
+    """By quantity the relative error at every checkpoint; nan where the subject raised an error, which where[checkpoint] then tells."""
+    errors: dict[str, list[float]] = {}
+    for at, (checkpoint, exact) in enumerate(zip(recording.checkpoints, recording.exact, strict=True)):
+        try:
+            found = relative_errors(gradients(subject.trained(), checkpoint), exact, recording.typical_dscale)
+        except NotImplementedError:
+            raise
+        except Exception as error:
+            found = {name: math.nan for name in QUANTITIES if getattr(exact, name) is not None}
+            where[at] += f": {raised(error)}"
+        for name, value in found.items():
+            errors.setdefault(name, []).append(value)
+    return errors

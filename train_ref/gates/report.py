@@ -33,7 +33,7 @@ class Report:
         """fail if a gate failed, not run if nothing was measured of any subject, pass otherwise."""
         if any(verdict.status == "fail" for verdict in self.verdicts):
             return "fail"
-        return "pass" if any(verdict.status == "pass" for verdict in self.verdicts if not is_yardstick(verdict.subject)) else "not run"
+        return "pass" if any(verdict.status == "pass" for verdict in self.verdicts if not verdict.yardstick) else "not run"
 
     def of(self, gate: str) -> list[Verdict]:
         return [verdict for verdict in self.verdicts if verdict.gate == gate]
@@ -54,10 +54,6 @@ class Report:
         }
         finite: dict[str, Any] = only_finite(content)
         return finite
-
-
-def is_yardstick(subject: str) -> bool:
-    return subject.startswith(("reference losses", "noise control"))
 
 
 def only_finite(value: Any) -> Any:
@@ -156,7 +152,7 @@ def replay_table(report: Report) -> list[str]:
     rows = []
     limits: dict[str, list[str]] = {}
     for verdict in report.of("replay"):
-        if not verdict.checks:
+        if not verdict.notes:
             continue
         by_quantity = [Check(check.name.split()[-1], check.measured, check.limit) for check in verdict.checks]
         found = {check.name: check for check in worst_by_name(by_quantity)}
@@ -170,7 +166,7 @@ def replay_table(report: Report) -> list[str]:
 
 def free_run_table(report: Report) -> list[str]:
     """Deviations beside the control's."""
-    verdicts = [verdict for verdict in report.of("free run") if verdict.checks]
+    verdicts = [verdict for verdict in report.of("free run") if verdict.notes]
     if not verdicts:
         return []
     names = [check.name for check in verdicts[0].checks if check.name.startswith("step")]
@@ -179,10 +175,11 @@ def free_run_table(report: Report) -> list[str]:
         found = {check.name: check for check in verdict.checks}
         cells = [f"{found[name].measured:.1e} (≤ {found[name].limit:.1e})" for name in names]
         rows.append([verdict.subject, *cells, f"{distance(verdict.notes['parameters, distance over path'])}"])
-    notes = verdicts[0].notes
+    # A control is judged beside the other one alone.
+    notes = next((verdict for verdict in verdicts if not verdict.yardstick), verdicts[0]).notes
     at = [int(name.replace("-", " ").split()[-1]) for name in names]
     rows.append(
-        ["*noise control*", *(f"*{notes['control'][step - 1]:.1e}*" for step in at), f"*{distance(notes['control, distance over path'])}*"]
+        ["*noise controls*", *(f"*{notes['control'][step - 1]:.1e}*" for step in at), f"*{distance(notes['control, distance over path'])}*"]
     )
     explained = "Largest relative deviation of the loss from the reference's over all seeds; parameters: distance at the end over path."
     return ["## Free run", "", explained, "", *table(["", *names, "parameters"], rows), ""]

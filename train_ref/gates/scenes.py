@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from train_ref.augment import two_views
 from train_ref.implementations import LossFunctions
+from train_ref.methods import MOMENTUM, TEMPERATURES
 from train_ref.model import EMBEDDING, build_network
 
 Embeddings = tuple[Tensor, ...]
@@ -24,7 +25,7 @@ Embeddings = tuple[Tensor, ...]
 class Scene(nn.Module):
     """SimCLR at temperature 0.5, and what the others share."""
 
-    temperature = 0.5
+    temperature = TEMPERATURES["simclr"]
 
     def __init__(self, seed: int, device: torch.device) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class Scene(nn.Module):
 class SupCon(Scene):
     """Its temperature is the one of the paper."""
 
-    temperature = 0.1
+    temperature = TEMPERATURES["supcon"]
 
     def loss(self, functions: LossFunctions, embeddings: Embeddings, labels: Tensor) -> Tensor:
         return functions.sup_con(torch.stack(embeddings, dim=1), labels, temperature=self.temperature)
@@ -58,7 +59,7 @@ class SupCon(Scene):
 class MoCo(Scene):
     """First views against keys of the second from a copy that follows slowly, and a queue of two batches of 256."""
 
-    momentum, queue_size = 0.99, 512
+    queue_size = 512
     queue: Tensor
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -81,7 +82,7 @@ class MoCo(Scene):
     def after_step(self) -> None:
         self.queue = torch.cat([self.queue, self.keys])[-self.queue_size :]
         for key_weight, weight in zip(self.key_network.parameters(), self.network.parameters(), strict=True):
-            key_weight.lerp_(weight, 1 - self.momentum)
+            key_weight.lerp_(weight, 1 - MOMENTUM)
 
 
 class Clip(Scene):

@@ -12,6 +12,7 @@ from torch import Tensor
 from train_ref.data import ImageData
 from train_ref.evaluate import Accuracies, evaluate_encoder
 from train_ref.gates.subject import Subject, noise_control
+from train_ref.gates.verdict import raised
 from train_ref.implementations import dense_losses
 from train_ref.loop import History, train_network
 from train_ref.model import Network, build_network
@@ -25,12 +26,16 @@ class Stopped(Exception):
 
 @dataclass
 class Run:
-    """One SimCLR training: its loss at every step, nan throughout if one was not finite. No network if it was not finished."""
+    """One SimCLR training: its loss at every step, nan throughout if it `failed`, which says how. No network if it was not finished.
+
+    orders are the hashes of the batches' indices up to the end of every epoch.
+    """
 
     losses: Sequence[float]
-    order_sha256: str
+    orders: Sequence[str]
     network: Network | None
     data: ImageData
+    failed: str = ""
 
     @cached_property
     def accuracies(self) -> Accuracies:
@@ -62,7 +67,7 @@ class Trainings:
         return (self.stop_after or self.epochs) * (self.data.n_train // self.batch_size)
 
     def of(self, subject: Subject, seed: int) -> Run:
-        """The run of that subject, trained now if it is the first time."""
+        """The run of that subject, trained now if it is the first time. Raises NotImplementedError if the subject does."""
         key = (subject.label, seed)
         if key not in self._runs:
             self._runs[key] = self._train(subject, seed)
@@ -70,9 +75,11 @@ class Trainings:
 
     def _train(self, subject: Subject, seed: int) -> Run:
         so_far: list[float] = []
+        orders: list[str] = []
 
         def on_epoch(history: History) -> None:
             so_far[:] = history.step_losses
+            orders.append(history.order_sha256)
             if len(history.epochs) == self.stop_after:
                 raise Stopped
 
@@ -88,10 +95,12 @@ class Trainings:
                 on_epoch=on_epoch,
             )
         except Stopped:
-            return Run(so_far, "", None, self.data)
-        except FloatingPointError:
-            return Run([float("nan")] * self.steps, "", None, self.data)
-        return Run(history.step_losses, history.order_sha256, network, self.data)
+            return Run(so_far, orders, None, self.data)
+        except NotImplementedError:
+            raise
+        except Exception as error:  # FloatingPointError: a loss that was not finite
+            return Run([float("nan")] * self.steps, orders, None, self.data, raised(error))
+        return Run(history.step_losses, orders, network, self.data)
 
     def path(self, seed: int) -> float:
         """How far the reference's parameters move in all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +31,16 @@ class Check:
         return 0.0 if self.measured <= self.limit else float("inf")
 
 
+def failure(name: str, limit: float, error: Exception, where: str = "") -> Check:
+    """A check that failed because its subject raised an error."""
+    return Check(name, math.nan, limit, f"{where}: {raised(error)}".removeprefix(": "))
+
+
+def raised(error: Exception) -> str:
+    """The error in one line."""
+    return f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def worst(checks: Iterable[Check]) -> Check:
     """The one that uses most of its limit."""
     return max(checks, key=lambda check: check.used)
@@ -45,21 +56,26 @@ def worst_by_name(checks: Iterable[Check]) -> list[Check]:
 
 @dataclass
 class Verdict:
-    """A gate's answer about one subject. What could not be measured is in not_run and is no part of a pass."""
+    """A gate's answer about one subject. What could not be measured is in not_run and is no part of a pass.
+
+    missing, a part of not_run, is what a pass may not lack; yardsticks are what subjects are compared with.
+    """
 
     gate: str
     subject: str
     checks: list[Check] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)  # numbers to read beside the checks, without a limit
     cpu_seconds: float = 0.0
+    yardstick: bool = False
 
     @property
     def status(self) -> str:
-        """pass, fail, or "not run" where nothing was measured."""
-        if not self.checks:
-            return "not run"
-        return "pass" if all(check.passed for check in self.checks) else "fail"
+        """pass, fail, or "not run" where nothing was measured, or too little."""
+        if self.failed:
+            return "fail"
+        return "pass" if self.checks and not self.missing else "not run"
 
     @property
     def failed(self) -> list[Check]:
@@ -74,6 +90,8 @@ class Verdict:
             "status": self.status,
             "checks": checks,
             "not_run": self.not_run,
+            "missing": self.missing,
             "notes": self.notes,
             "cpu_seconds": self.cpu_seconds,
+            "yardstick": self.yardstick,
         }

@@ -1,4 +1,4 @@
-"""Golden vectors: losses and gradients of other projects' own code, in float64.
+"""Golden vectors: losses and gradients in float64, of four other projects' own code and of the formulas of three restated.
 
     python train_ref/golden/make.py            # writes peers.json beside this file; needs the peers, see PEERS
 
