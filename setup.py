@@ -1,6 +1,7 @@
 """Everything is declared in pyproject.toml; the default wheel is pure Python, built without a compiler and without importing torch.
 
-FASTNCE_BUILD=cpu pip install --no-build-isolation .    also compiles csrc/cpu into the wheel; an editable install, into the user's cache
+FASTNCE_BUILD=cpu,cuda pip install --no-build-isolation .    also compiles csrc/cpu and csrc/cuda into the wheel; an editable install, into
+the user's cache. FASTNCE_BUILD=cpu takes a C++ compiler, cuda nvcc too.
 """
 
 import importlib.util
@@ -20,17 +21,24 @@ class Build(build_py):
         super().run()
         if not KINDS:
             return
+        root = Path(__file__).resolve().parent
+        known = sorted(path.name for path in (root / "csrc").iterdir() if path.is_dir())
+        if unknown := sorted(set(KINDS) - set(known)):
+            raise SystemExit(f"FASTNCE_BUILD names {', '.join(unknown)}; known are {', '.join(known)}")
         if importlib.util.find_spec("torch") is None:
             asked = f"FASTNCE_BUILD={','.join(KINDS)}"
             raise SystemExit(
                 f"{asked} needs the torch that will load the library, and this isolated build environment has none. "
                 f"Run: {asked} pip install --no-build-isolation ."
             )
-        sys.path.insert(0, str(Path(__file__).resolve().parent))
+        sys.path.insert(0, str(root))
         from fastnce import build
 
         for kind in KINDS:
-            build.build(kind, None if self.editable_mode else Path(self.build_lib) / "fastnce" / "_lib")
+            try:
+                build.build(kind, None if self.editable_mode else Path(self.build_lib) / "fastnce" / "_lib")
+            except build.BuildError as error:
+                raise SystemExit(f"FASTNCE_BUILD={kind}: {error}") from None
 
 
 class Wheel(bdist_wheel):

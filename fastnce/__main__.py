@@ -2,6 +2,7 @@
 
 `python -m fastnce bench` measures time and memory against the ways these losses are computed today; see bench --help.
 `python -m fastnce build-cpu` compiles the CPU backend's kernels into the user's cache: seconds, a C++ compiler and ninja.
+`python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fastnce import __version__, backends, build, native, selftest
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
+COMMANDS = {f"build-{kind}": kind for kind in native.KINDS}
+
 
 def report() -> dict[str, Any]:
     """Everything this command knows, ready for JSON."""
@@ -38,7 +41,7 @@ def report() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "cores": os.cpu_count(),
         "backends": found,
-        "compiled": {kind: native.objection(kind) or native.level(kind) for kind in native.KINDS},
+        "compiled": {kind: _compiled(kind) for kind in native.KINDS},
         "auto": {device: _auto(device) for device in devices},
         "self_test": {"limit": selftest.LIMIT, "ok": all(test["ok"] for test in tests), "runs": tests},
     }
@@ -76,6 +79,14 @@ def _self_test(name: str, device: str) -> dict[str, Any]:
     }
 
 
+def _compiled(kind: str) -> str:
+    """What runs of a library, or why it does not; of one that is not built what it would bring, and what is here to build it with."""
+    reason = native.objection(kind)
+    if reason != native.not_built(kind):
+        return reason or native.level(kind)
+    return f"{reason}: {build.BRINGS[kind]}; {build.tool(kind)}"
+
+
 def _installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -111,9 +122,12 @@ def _where(name: str, device: str) -> str:
 def _build(kind: str, arguments: Sequence[str]) -> int:
     """Compile a library and load it; 1 where that fails."""
     parser = argparse.ArgumentParser(prog=f"python -m fastnce build-{kind}", description=f"Compile csrc/{kind}.", allow_abbrev=False)
-    parser.parse_args(arguments)
+    if kind == "cuda":
+        known = ",".join(build.ARCHS)
+        parser.add_argument("--arch", help=f"what to compile for, several after commas; by default all there are: {known}")
+    options = vars(parser.parse_args(arguments))
     try:
-        print(build.build(kind))
+        print(build.build(kind, archs=options["arch"].split(",") if options.get("arch") is not None else ()))
     except (build.BuildError, OSError) as error:
         print(f"fastnce build-{kind}: {error}", file=sys.stderr)
         return 1
@@ -130,11 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastnce.bench import cli
 
         return cli.main(given[1:])
-    if given[:1] == ["build-cpu"]:
-        return _build("cpu", given[1:])
+    if given and given[0] in COMMANDS:
+        return _build(COMMANDS[given[0]], given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m fastnce",
-        usage="%(prog)s [--json]\n       %(prog)s bench [options]\n       %(prog)s build-cpu",
+        usage="\n       ".join(f"%(prog)s {rest}" for rest in ("[--json]", "bench [options]", "build-cpu", "build-cuda [options]")),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,8 +1,9 @@
-"""Compiling csrc/: a compiler, ninja and torch's headers, called directly. Only when asked: `python -m fastnce build-cpu`, or FASTNCE_BUILD
-while installing. Imports no torch.
+"""Compiling csrc/: compilers, ninja and torch's headers, called directly. Only when asked: `python -m fastnce build-cpu` and build-cuda, or
+FASTNCE_BUILD while installing. Imports no torch.
 
 One build at a time per library, by a lock that the system releases when its holder dies; ninja repeats what a killed build left half
-done; the finished library appears under its name in one step, so nobody ever loads part of one.
+done; the finished library appears under its name in one step, so nobody ever loads part of one. Beside it lies a .json: the compilers, and
+what ptxas said of each kernel.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fastnce import native
 
@@ -30,72 +34,119 @@ LEVELS = {
 }
 X86_ONLY = ("level_avx512", "level_avx2")
 
+# Of nvcc and, after -Xcompiler, of the C++ compiler behind it.
+NVCC_FLAGS = (
+    "-O3 -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
+)
+# CUDA's runtime goes inside and stays private. torch loads a libcudart of its own, into the global scope: calls that the linker left open
+# would go to that one, of whatever version. No unit needs a device linker, which would add an empty part for a GPU nobody asked for.
+NVCC_LINK = "--no-device-link -cudart static -Xlinker --exclude-libs,ALL -Xlinker --no-undefined"
+# What --arch takes, and the first nvcc that knows it. compute_100 is PTX, which the driver compiles for every GPU from Blackwell on.
+ARCHS = {"sm_80": (11, 0), "sm_90a": (12, 0), "sm_100": (12, 8), "compute_100": (12, 8)}
+# Units with wgmma and TMA in them: for sm_90a alone. The others ask FASTNCE_SM90 whether they are there.
+SM90_UNIT, SM90 = "_sm90", "sm_90a"
+# An information of ptxas, no warning that -Werror could stop: products that wait for each other cost most of the tensor cores' speed.
+SERIALISED = "Potential Performance Loss"
+
+# For `python -m fastnce`: what a library that is not built would bring.
+BRINGS = {
+    "cpu": "its tiles in C++ for float32",
+    "cuda": "one launch instead of about 40 small ones around the tiles, and kernels that need no Triton",
+}
+
 
 class BuildError(RuntimeError):
     """What is missing, or what the compiler said, and what to do."""
 
 
-def build(kind: str, into: Path | None = None) -> Path:
-    """The library of csrc/<kind>, compiled unless it is there already. `into`: its folder, the user's cache by default.
+class Plan(NamedTuple):
+    """How a library is made: a ninja file that leaves library.so, and what is written down beside the library."""
 
-    Raises BuildError without a compiler, ninja or torch, and where a source does not compile; FileNotFoundError without sources.
+    where: str  # "nvcc failed on <where>"
+    tool: str
+    ninja: str
+    record: dict[str, Any]
+
+
+def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Path:
+    """The library of csrc/<kind>, compiled unless it is there already. `into`: its folder, the user's cache by default. `archs`: of ARCHS,
+    for "cuda"; all of them by default. Other architectures are another library.
+
+    Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, and where
+    ptxas says that it serialised products; FileNotFoundError without sources.
     """
     if not native.sources(kind).is_dir():
         raise FileNotFoundError(f"{native.sources(kind)} is missing: this installation has no sources of the {kind} library")
-    folder = into or native.cache_folder()
-    library = folder / native.name(kind)
+    chosen = _chosen(archs) if kind == "cuda" else ()
+    library = (into or native.cache_folder()) / native.name(kind, chosen)
+    return make(library, native.cache_folder(), lambda: _cuda(chosen) if kind == "cuda" else _cpu())
+
+
+def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
+    """`library`, made as `plan` says in a folder of `cache` unless it is there already. The plan is asked for only when it is needed."""
     if library.is_file():
         return library
-    work = native.cache_folder() / f"build-{kind}-{native.digest(kind)[:16]}"
-    work.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    work = cache / f"build-{library.stem}"
+    cache.mkdir(parents=True, exist_ok=True)
+    # Beside the folder and never removed: whoever waits for it holds the same file as whoever comes later.
+    with work.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.is_file():  # by whoever held the lock
             return library
-        compiler = _compiler()
-        (work / "build.ninja").write_text(_ninja_file(kind, compiler))
+        where, tool, text, record = plan()
+        work.mkdir(exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(text)
         done = subprocess.run([_ninja(), "-C", str(work)], capture_output=True, text=True)
         if done.returncode:
-            raise BuildError(f"{compiler} failed on csrc/{kind}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+            raise BuildError(f"{tool} failed on {where}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+        logs = {path.name.removesuffix(".o.log"): path.read_text() for path in sorted(work.glob("*.o.log"))}
+        if lines := [f"{unit}: {line}" for unit, log in logs.items() for line in log.splitlines() if SERIALISED in line]:
+            raise BuildError(f"{tool} compiled {where}, with matrix products that wait for each other:\n" + "\n".join(lines))
+        # First, so that a library never lies there without it.
+        library.with_suffix(".json").write_text(json.dumps(record | _resources(logs), indent=1) + "\n")
         partial = library.with_suffix(f".{os.getpid()}")
         shutil.copy(work / "library.so", partial)
         os.replace(partial, library)
-        library.with_suffix(".json").write_text(json.dumps({"compiler": _version(compiler), "torch_target": TORCH_TARGET}) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return library
 
 
-def _ninja_file(kind: str, compiler: str) -> str:
-    torch = _torch()
+def ninja_file(tool: str, flags: str, units: dict[Path, str], link: str) -> str:
+    """library.so from units, each with flags of its own. Headers are not followed: other headers are another library, in another folder.
+    What a compiler says stays in <unit>.o.log, also of units that an earlier, killed build has finished."""
     lines = [
-        f"flags = {CXX_FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {torch / 'include'}",
         "rule compile",
-        f"  command = {compiler} $flags $level -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
+        f"  command = {tool} {flags} $own -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
         "rule link",
-        f"  command = {compiler} -shared $in -o $out -L{torch / 'lib'} -ltorch_cpu",
+        f"  command = {tool} -shared $in -o $out {link}",
     ]
-    objects = []
-    for source in sorted(native.sources(kind).glob("*.cpp")):
-        if source.stem in X86_ONLY and platform.machine() not in ("x86_64", "AMD64"):
-            continue
-        objects.append(f"{source.stem}.o")
-        lines += [f"build {objects[-1]}: compile {source}", f"  level = {LEVELS.get(source.stem, '')}"]
-    return "\n".join([*lines, f"build library.so: link {' '.join(objects)}", "default library.so", ""])
+    for source, own in units.items():
+        escaped = re.sub("[$ :]", r"$\g<0>", str(source))
+        lines += [f"build {source.name}.o: compile {escaped}", f"  own = {own}"]
+    return "\n".join([*lines, f"build library.so: link {' '.join(f'{source.name}.o' for source in units)}", "default library.so", ""])
 
 
-def _torch() -> Path:
+def torch_flags() -> tuple[str, str]:
+    """For compiling against torch's stable interface, and for linking."""
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
         raise BuildError(
             "building needs the torch that will load the library, and this environment has none. While installing: "
-            "FASTNCE_BUILD=cpu pip install --no-build-isolation ."
+            "FASTNCE_BUILD=cpu,cuda pip install --no-build-isolation ."
         )
-    return Path(found.submodule_search_locations[0])
+    folder = Path(found.submodule_search_locations[0])
+    include, lib = quoted(folder / "include"), quoted(folder / "lib")
+    return f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {include}", f"-L{lib} -ltorch_cpu"
 
 
-def _compiler() -> str:
+def quoted(path: Path | str) -> str:
+    """For a command of a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def compiler() -> str:
+    """The command of the C++ compiler: $CXX, or the first of the usual names."""
     wanted = os.environ.get("CXX")
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(candidate)[0]):
@@ -103,8 +154,94 @@ def _compiler() -> str:
     raise BuildError(f"no C++ compiler ({wanted or 'c++, g++ or clang++'}); install one, or name it in CXX")
 
 
-def _version(compiler: str) -> str:
-    return subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+def nvcc() -> str:
+    """The path of nvcc: in the toolkit that CUDA_HOME or CUDA_PATH names, else on PATH, else in /usr/local/cuda."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{named}/bin/nvcc"] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    looked = [f"{name}={os.environ.get(name) or '(not set)'}" for name in ("CUDA_HOME", "CUDA_PATH")]
+    raise BuildError(
+        f"no nvcc: looked for {' and '.join(candidates)} ({', '.join(looked)}{'' if named else ', PATH'}). Install the CUDA toolkit, or "
+        "name its folder in CUDA_HOME. The Triton backend needs no nvcc"
+    )
+
+
+def tool(kind: str) -> str:
+    """What there is to build with: "nvcc 13.0 found"; what was looked for is said by building."""
+    try:
+        return f"nvcc {'{}.{}'.format(*_release(nvcc()))} found" if kind == "cuda" else f"{compiler()} found"
+    except BuildError:
+        return "no nvcc found" if kind == "cuda" else "no C++ compiler found"
+
+
+def _cpu() -> Plan:
+    command, (flags, link) = compiler(), torch_flags()
+    units = {
+        source: LEVELS.get(source.stem, "")
+        for source in sorted(native.sources("cpu").glob("*.cpp"))
+        if source.stem not in X86_ONLY or platform.machine() in ("x86_64", "AMD64")
+    }
+    record = {"compiler": _version(command), "torch_target": TORCH_TARGET}
+    return Plan("csrc/cpu", command, ninja_file(command, f"{CXX_FLAGS} {flags}", units, link), record)
+
+
+def _cuda(archs: tuple[str, ...]) -> Plan:
+    path, host, (flags, link) = nvcc(), compiler(), torch_flags()
+    release = _release(path)
+    if late := [arch for arch in archs if release < ARCHS[arch]]:
+        known = ",".join(arch for arch in ARCHS if release >= ARCHS[arch])
+        raise BuildError(f"{path} is of CUDA {release[0]}.{release[1]}, too old for {', '.join(late)}. With this one: --arch {known}")
+    if len(shlex.split(host)) > 1:
+        raise BuildError(f"CXX is {host!r}; nvcc takes a program without arguments as its C++ compiler. Set CXX to that alone")
+    units = {}
+    for source in sorted((*native.sources("cuda").glob("*.cu"), *native.sources("cuda").glob("*.cpp"))):
+        if source.suffix == ".cpp":
+            units[source] = ""
+        elif not source.stem.endswith(SM90_UNIT):
+            units[source] = _code(archs)
+        elif SM90 in archs:
+            units[source] = _code([SM90])
+    command = f"{quoted(path)} -ccbin {quoted(host)}"
+    flags = f"{NVCC_FLAGS} {'-DFASTNCE_SM90 ' if SM90 in archs else ''}{flags}"
+    record = {"compiler": _version(host), "nvcc": f"{path}, {_version(path)}", "archs": archs, "torch_target": TORCH_TARGET}
+    return Plan("csrc/cuda", path, ninja_file(command, flags, units, f"{NVCC_LINK} {link}"), record)
+
+
+def _chosen(archs: Sequence[str]) -> tuple[str, ...]:
+    """In one order, so that the same architectures are the same library however they were written."""
+    if unknown := [arch for arch in archs if arch not in ARCHS]:
+        raise BuildError(f"unknown architecture {', '.join(map(repr, unknown))}; known are {', '.join(ARCHS)}")
+    return tuple(arch for arch in ARCHS if arch in archs or not archs)
+
+
+def _code(archs: Iterable[str]) -> str:
+    return " ".join(f"-gencode arch=compute_{arch.split('_')[1]},code={arch}" for arch in archs)
+
+
+def _resources(logs: dict[str, str]) -> dict[str, dict[str, list[str]]]:
+    """By unit what ptxas says of each kernel, "sm_80 name: 0 bytes stack frame, ...; Used 32 registers, ...", and its numbered remarks."""
+    entry = r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+ bytes stack frame[^\n]*)\n.*?: (Used [^\n]*)"
+    found = {}
+    for unit, log in logs.items():
+        kernels = [f"{arch} {name}: {frame}; {used}" for name, arch, frame, used in re.findall(entry, log, re.DOTALL)]
+        if lines := kernels + re.findall(r"\(C\d+\)[^\n]*", log):
+            found[unit] = lines
+    return {"ptxas": found} if found else {}
+
+
+def _release(path: str) -> tuple[int, int]:
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    if found := re.search(r"release (\d+)\.(\d+)", said):
+        return int(found[1]), int(found[2])
+    raise BuildError(f"{path} --version names no release, but: {said[-200:]!r}. Name a CUDA toolkit's folder in CUDA_HOME")
+
+
+def _version(command: str) -> str:
+    """The line of --version that has a number in it; nvcc says its own after three others."""
+    said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line for line in said if re.search(r"release \d", line)), said[0] if said else "")
 
 
 def _ninja() -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-KINDS = ("cpu",)
-SUFFIXES = {".cpp", ".h", ".inc"}
+KINDS = ("cpu", "cuda")
+SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 
 def sources(kind: str) -> Path:
@@ -23,14 +24,24 @@ def sources(kind: str) -> Path:
 @cache
 def digest(kind: str) -> str:
     """sha256 of the sources, and of build.py, which holds the flags."""
+    return digest_of((*sorted(p for p in sources(kind).glob("*") if p.suffix in SUFFIXES), Path(__file__).with_name("build.py")))
+
+
+def digest_of(files: Iterable[Path]) -> str:
     found = hashlib.sha256()
-    for path in (*sorted(p for p in sources(kind).glob("*") if p.suffix in SUFFIXES), Path(__file__).with_name("build.py")):
+    for path in files:
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
 
 
-def name(kind: str) -> str:
-    return f"fastnce-{kind}-{digest(kind)[:16]}.so"
+def name(kind: str, archs: Sequence[str] = ()) -> str:
+    """fastnce-cuda-<digest>-sm_80-sm_90a.so; the CPU's has no architectures."""
+    return "-".join(["fastnce", kind, digest(kind)[:16], *archs]) + ".so"
+
+
+def archs(library: Path) -> tuple[str, ...]:
+    """Those that a library of this name was compiled for."""
+    return tuple(library.stem.split("-")[3:])
 
 
 def cache_folder() -> Path:
@@ -45,9 +56,16 @@ def packaged_folder() -> Path:
 
 
 def library_path(kind: str) -> Path | None:
-    """The library of these very sources, None where it has not been built."""
-    found = (folder / name(kind) for folder in (packaged_folder(), cache_folder()))
-    return next((path for path in found if path.is_file()), None)
+    """The library of these very sources, None where it has not been built. The package comes before the cache; of several in one folder
+    the one for the most architectures, and of those the last that was built."""
+    for folder in (packaged_folder(), cache_folder()):
+        if found := list(folder.glob(f"fastnce-{kind}-{digest(kind)[:16]}*.so")):
+            return max(found, key=lambda path: (len(archs(path)), path.stat().st_mtime))
+    return None
+
+
+def not_built(kind: str) -> str:
+    return f"not built (python -m fastnce build-{kind})"
 
 
 @cache
@@ -57,7 +75,7 @@ def objection(kind: str) -> str | None:
         return "switched off by FASTNCE_NATIVE=0"
     path = library_path(kind)
     if path is None:
-        return f"not built (python -m fastnce build-{kind})"
+        return not_built(kind)
     import torch
 
     try:
@@ -68,8 +86,11 @@ def objection(kind: str) -> str | None:
 
 
 def level(kind: str) -> str:
-    """Which of its levels a loaded library takes on this processor."""
+    """Which of its levels a loaded library takes on this processor; of the CUDA library all that it holds, as no GPU need be here."""
     import torch
 
+    path = library_path(kind)
+    if path is not None and archs(path):
+        return ", ".join(archs(path))
     found: str = getattr(torch.ops, f"fastnce_{kind}").level()
     return found

@@ -23,17 +23,27 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Triton: D is padded to one of these and held whole; a longer D is padded to a multiple of TRITON_DEPTH and read in steps.
-TRITON_DEPTHS = (64, 128, 256)
-TRITON_WHOLE = TRITON_DEPTHS[-1]
-TRITON_DEPTH = 64
-# Operands are padded to this many rows, a multiple of every tile below.
-TRITON_PADDED = 128
+# GPU kernels: D is padded to one of these and held whole; a longer D is padded to a multiple of GPU_DEPTH and read in steps.
+GPU_DEPTHS = (64, 128, 256)
+GPU_WHOLE = GPU_DEPTHS[-1]
+GPU_DEPTH = 64
+# Operands are padded to this many rows, a multiple of every tile.
+GPU_PADDED = 128
 # Programs that a launch should have at least, per multiprocessor: fewer row blocks are split along the columns, in a fixed order.
-TRITON_PROGRAMS = 2
+GPU_PROGRAMS = 2
 # Long rows: the gradient is made in blocks of this many rows and columns of weights, which fill a fixed workspace that stays in L2.
-TRITON_BLOCK = 4096
-# Rows per program of the passes over single rows, and columns per step.
+GPU_BLOCK = 4096
+
+
+class CudaTile(NamedTuple):
+    """What a CUDA kernel takes: rows x columns of logits; family is opaque and goes back to the library that named it."""
+
+    rows: int
+    columns: int
+    family: int
+
+
+# Triton: rows per program of the passes over single rows, and columns per step.
 TRITON_ROWS = (8, 128)
 
 # (kernel, how pairs are told apart, parts of the operand, padded D or 0 for long rows) -> tile. Parts: 1 float16, 2 float32 as a high and a
@@ -208,9 +218,9 @@ _TRITON_OF: dict[str, dict[tuple[str, str, int, int], Tile]] = {
 }
 
 
-def triton_depth(columns: int) -> int:
+def gpu_depth(columns: int) -> int:
     """D as the operands hold it."""
-    return next((d for d in TRITON_DEPTHS if columns <= d), -(-columns // TRITON_DEPTH) * TRITON_DEPTH)
+    return next((d for d in GPU_DEPTHS if columns <= d), -(-columns // GPU_DEPTH) * GPU_DEPTH)
 
 
 def triton(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> Tile:
@@ -220,7 +230,7 @@ def triton(kernel: str, rules: str, architecture: str, parts: int, depth: int) -
         rules = "ids"
     elif kernel == "output" and rules == "mask":
         raise ValueError("there are no positives where the output is kept")
-    key = (kernel, rules, parts, depth if depth * parts <= TRITON_WHOLE else 0)
+    key = (kernel, rules, parts, depth if depth * parts <= GPU_WHOLE else 0)
     return _TRITON_OF[nearest(architecture)].get(key, _TRITON[key])
 
 

@@ -59,7 +59,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout
 
 from fastnce.backends import triton as backend
-from fastnce.backends.triton import host
+from fastnce.backends.triton import launches
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, SideGrad, Wanted
 
@@ -188,7 +188,7 @@ def problems() -> Iterator[Problem]:
 
 def shipped(arch: str) -> None:
     """Forward and backward of all of them, where the host code believes to be on this architecture."""
-    with mock.patch.object(host, "architecture", return_value=arch):
+    with mock.patch.object(launches, "architecture", return_value=arch):
         for problem in problems():
             stats = backend.forward(problem)
             grads = [SideGrad(side.lse_neg, side.lse_pos, side.pos) for side in stats]
@@ -392,7 +392,8 @@ def sources() -> str:
     """sha256 of what the compiled code depends on."""
     root = Path(__file__).resolve().parents[1] / "fastnce"
     digest = hashlib.sha256()
-    for path in [root / "tiles.py", *sorted((root / "backends" / "triton").glob("*.py"))]:
+    host, device = (sorted((root / "backends" / folder).glob("*.py")) for folder in ("_gpu", "triton"))
+    for path in [root / "tiles.py", *host, *device]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ from fastnce.backends import cpu
 from fastnce.problem import Gradients, Problem, Side
 
 Output = Callable[[], str]
-ON_CPU = [name for name in backends.BACKENDS if name != "triton"]
+ON_CPU = [name for name in backends.BACKENDS if name not in ("triton", "cuda")]
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,7 @@ def test_a_sound_installation_exits_0(output: Output) -> None:
     rows = [line.split() for line in printed.splitlines() if line.endswith(" s")]
     assert [row[0] for row in rows if row[2] == "cpu"] == ON_CPU
     assert re.search(r"triton +on cpu +no .*device cpu \(needs CUDA", printed)
+    assert re.search(r"cuda +on cpu +no .*device cpu \(needs CUDA", printed)
     assert all(len(row) == 3 + len(selftest.CASES) + 3 for row in rows)
 
 

@@ -1,14 +1,10 @@
-"""The compiled kernels of the CPU backend: building them, and the same answers as everybody else's."""
+"""The compiled kernels of the CPU backend: the same answers as everybody else's. test_build.py builds them."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import stat
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,81 +147,6 @@ def test_only_symbols_of_the_stable_interface(library: Path) -> None:
     names = [line.split(maxsplit=1)[1] for line in listed.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if "::" in name and any(space in name for space in ("torch::", "at::", "c10::"))]
-
-
-# ---------------------------------------------------------------- building, with a compiler that only pretends
-
-
-@pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A "compiler" that writes its output in two halves, half a second apart, and a line per call into `calls`."""
-    script = tmp_path / "compiler"
-    script.write_text(
-        f"""#!{sys.executable}
-import sys, time
-from pathlib import Path
-if "--version" in sys.argv:
-    print("pretended 1.0")
-    sys.exit()
-out = Path(sys.argv[sys.argv.index("-o") + 1])
-with open({str(tmp_path / "calls")!r}, "a") as calls:
-    calls.write(out.name + "\\n")
-out.write_text("half")
-time.sleep(0.2 if out.suffix == ".o" else 0.5)
-out.write_text("whole")
-"""
-    )
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path
-
-
-BUILD = [sys.executable, "-c", "from fastnce import build; print(build.build('cpu').read_text())"]
-
-
-def start() -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        BUILD, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True
-    )
-
-
-def test_several_processes_build_it_once(pretended: Path) -> None:
-    running = [start() for _ in range(3)]
-    assert [process.communicate(timeout=60)[0] for process in running] == ["whole\n"] * 3
-    calls = (pretended / "calls").read_text().split()
-    assert calls.count("library.so") == 1
-    assert len(calls) == len(set(calls)) == 1 + len(list(native.sources("cpu").glob("*.cpp")))
-
-
-def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
-    first = start()
-    while not (pretended / "calls").exists() or "library.so" not in (pretended / "calls").read_text():
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not list((pretended / "cache").glob("*.so"))
-    assert start().communicate(timeout=60)[0] == "whole\n"
-
-
-def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build.build("cpu")
-    assert build.build("cpu") == path == native.library_path("cpu")
-    assert (pretended / "calls").read_text().split().count("library.so") == 1
-    monkeypatch.setattr(native, "digest", lambda _: "0" * 64)
-    assert native.library_path("cpu") is None
-
-
-def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
-        build.build("cpu")
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(build.BuildError, match="false failed on csrc/cpu"):
-        build.build("cpu")
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(build.BuildError, match="--no-build-isolation"):
-        build.build("cpu")
 
 
 def test_no_library_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnce
 from fastnce import contrastive_stats, norms, tiles
 from fastnce.backends import triton as backend
-from fastnce.backends.triton import gradients, host, kernels_rows, statistics
+from fastnce.backends._gpu import host
+from fastnce.backends.triton import kernels_rows, launches
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem as Asked
 from fastnce.problem import SideGrad, Wanted
@@ -34,11 +35,11 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     name = getattr(request, "param", "whole")
     depth_of = (lambda depth: 16) if name == "long" else (lambda depth: depth)
     monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, depth_of(depth), 1, 1))
-    monkeypatch.setattr(tiles, "TRITON_DEPTHS", () if name == "long" else (16, 32, 64))
-    monkeypatch.setattr(tiles, "TRITON_WHOLE", 0 if name == "long" else 256)
-    monkeypatch.setattr(tiles, "TRITON_DEPTH", 16)
-    monkeypatch.setattr(tiles, "TRITON_PADDED", 16)
-    monkeypatch.setattr(tiles, "TRITON_BLOCK", 32)
+    monkeypatch.setattr(tiles, "GPU_DEPTHS", () if name == "long" else (16, 32, 64))
+    monkeypatch.setattr(tiles, "GPU_WHOLE", 0 if name == "long" else 256)
+    monkeypatch.setattr(tiles, "GPU_DEPTH", 16)
+    monkeypatch.setattr(tiles, "GPU_PADDED", 16)
+    monkeypatch.setattr(tiles, "GPU_BLOCK", 32)
     monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
     monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
     return str(name)
@@ -67,16 +68,18 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def launches_of(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that a module launches from now on."""
-    launched: list[str] = []
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched."""
+    names: list[str] = []
+    launch = launches.launch
 
     def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-        launched.append(kernel.fn.__name__)
-        host.launch(kernel, programs, *args, **kwargs)
+        names.append(kernel.fn.__name__)
+        launch(kernel, programs, *args, **kwargs)
 
-    monkeypatch.setattr(module, "launch", spy)
-    return launched
+    monkeypatch.setattr(launches, "launch", spy)
+    return names
 
 
 def check(p: Problem, dtype: torch.dtype) -> None:
@@ -104,9 +107,8 @@ SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
 
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, launched: list[str]) -> None:
     """No kernel adds to a number of another program; the second run has the same bits."""
-    launched = launches_of(statistics, monkeypatch)
     check(p, torch.float32)
     assert "forward_rows" in launched and "forward_both" not in launched
     first, second = whole_suite.run(p, torch.float32, "triton"), whole_suite.run(p, torch.float32, "triton")
@@ -178,10 +180,9 @@ def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
 
 
 @pytest.mark.parametrize("exclude", [False, True], ids=["plain", "exclude ids"])
-def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, launched: list[str]) -> None:
     """MoCo: backward has nothing to do over the tiles, and gives the gradients that keys with a gradient give."""
     p = next(p for p in PROBLEMS if p.why.startswith("queue"))._replace(excludes=5 if exclude else 0, scale=20.0)
-    launched = launches_of(gradients, monkeypatch)
     upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     for dtype in DTYPES:
         exact = [t if t is None else t.double().requires_grad_() for t in p.tensors(dtype)]
@@ -193,11 +194,11 @@ def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, m
         q, k, scale, _ = p.tensors(dtype)
         q.requires_grad_()
         scale.requires_grad_()
-        launched.clear()
         with Checked(arguments=True) as checked:
             found = contrastive_stats(q, k, scale=scale, backend="triton", **p.call())
+            launched.clear()
             grads = torch.autograd.grad(found.lse_neg, (q, scale), upstream)
-        assert not checked.races and launched == ["finish"]
+        assert not checked.races and launched == ["prepare", "finish"]
         assert budget.relative(grads[0], dq) <= budget.gradient_budget(dtype, budget.relative(dense_dq, dq))
         assert budget.relative(grads[1], dscale) <= budget.scalar_budget(dtype, budget.relative(dense_dscale, dscale))
 
@@ -380,9 +381,8 @@ WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "maske
 @pytest.mark.parametrize("name", ASKED)
 def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most three times the inputs while a row fits into a tile, and the fixed workspace above that; vectors are counted in."""
-    for module in (host, statistics, gradients):
-        monkeypatch.setattr(module, "launch", lambda *args, **kwargs: None)
-    monkeypatch.setattr(tiles, "TRITON_BLOCK", 256)
+    monkeypatch.setattr(launches, "launch", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tiles, "GPU_BLOCK", 256)
     problem = asked(2048, d, **ASKED[name])
     wanted = Wanted(True, problem.k is not None and not problem.frozen, True, True)
     stats = backend.forward(problem)
@@ -394,7 +394,7 @@ def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monk
     assert forward.names and backward.names and not WAITS & (forward.names | backward.names)
     inputs = problem.q.nbytes * (1 if problem.k is None else 2)
     vectors = 2048 * 8 * 80
-    workspace = 2 * 256 * 256 * 2 + 256 * d * 4 if d > tiles.TRITON_WHOLE else 0
+    workspace = 2 * 256 * 256 * 2 + 256 * d * 4 if d > tiles.GPU_WHOLE else 0
     gradients_themselves = sum(g.nbytes for g in (found.dq, found.dk) if g is not None)
     assert max(forward.peak, backward.peak - gradients_themselves) <= 3 * inputs + vectors + workspace
 
@@ -408,14 +408,14 @@ def test_every_tile_of_the_table_fits_the_padding(architecture: str) -> None:
     """Rows are padded to a multiple of every tile, a block is one too, and where k is q a tile is its own mirror image."""
     for rules in ("index", "ids", "mask"):
         for parts, depth in ((1, 64), (1, 128), (1, 256), (1, 512), (2, 64), (2, 128), (2, 256), (2, 8192)):
-            short = depth * parts <= tiles.TRITON_WHOLE
+            short = depth * parts <= tiles.GPU_WHOLE
             with_output = ("output",) if short and rules != "mask" else ()
             for kernel in ("rows", "both", "gradient" if short else "block", "retrieval", *with_output):
                 tile = tiles.triton(kernel, rules, architecture, parts, depth)
-                assert tiles.TRITON_PADDED % tile.rows == tiles.TRITON_PADDED % tile.columns == 0
-                assert tiles.TRITON_BLOCK % tile.rows == tiles.TRITON_BLOCK % tile.columns == 0
+                assert tiles.GPU_PADDED % tile.rows == tiles.GPU_PADDED % tile.columns == 0
+                assert tiles.GPU_BLOCK % tile.rows == tiles.GPU_BLOCK % tile.columns == 0
                 assert kernel != "both" or tile.rows == tile.columns
-                assert tile.depth == (depth if short else tiles.TRITON_DEPTH)
+                assert tile.depth == (depth if short else tiles.GPU_DEPTH)
 
 
 def test_gradients_of_keys_are_as_exact_as_those_of_queries_at_a_low_temperature(family: str) -> None:

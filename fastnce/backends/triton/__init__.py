@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastnce.backends._gpu import gradients, statistics
 from fastnce.backends.triton.limits import keeps_output, unsupported
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
@@ -12,13 +13,13 @@ NAME = "triton"
 
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
-    from fastnce.backends.triton import statistics
+    from fastnce.backends.triton import launches
 
-    return statistics.forward(problem)
+    return statistics.forward(problem, launches)
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
-    from fastnce.backends.triton import gradients
+    from fastnce.backends.triton import launches
 
-    return gradients.backward(problem, grads, stats, wanted)
+    return gradients.backward(problem, launches, grads, stats, wanted)

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.backends.triton import kernels_rows, limits
+from fastnce.backends._gpu import limits
+from fastnce.backends._gpu.rows import row_kernels
 from fastnce.problem import Problem
-
-
-def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any) -> None:
-    """Run a kernel on a grid of one axis. Fusion is asked for, because Triton's default changes between versions."""
-    if programs > 0:
-        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
 @cache
@@ -31,7 +22,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it that of x."""
+    """Kernels are launched on the current device: make it that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -44,7 +35,7 @@ class Operand(NamedTuple):
 
     raw      (rows, D), any row stride
     tiles    (padded, parts, depth) float16: a power of two times the row; float32 in two parts, or in one where TF32 would do
-    factor   (padded,): normalised row = factor * tile row, see kernels_rows.prepare
+    factor   (padded,): normalised row = factor * tile row, see prepare in triton/kernels_rows.py
     r        (rows,): inverse norm, 1 where normalize is off
     """
 
@@ -62,17 +53,14 @@ class Operand(NamedTuple):
         return self.tiles.shape[0]
 
     @staticmethod
-    def of(x: Tensor, normalize: bool) -> Operand:
+    def of(kernels: ModuleType, x: Tensor, normalize: bool) -> Operand:
         raw = x if x.stride(1) == 1 else x.contiguous()
-        rows, columns = raw.shape
+        count, columns = raw.shape
         parts = limits.parts(x.dtype)
-        depth, padded = tiles.triton_depth(columns), up(rows, tiles.TRITON_PADDED)
+        depth, padded = tiles.gpu_depth(columns), up(count, tiles.GPU_PADDED)
         operand = raw.new_empty((padded, parts, depth), dtype=torch.float16)
-        factor, r = (raw.new_empty(count, dtype=torch.float32) for count in (padded, rows))
-        height, width = tiles.TRITON_ROWS
-        # The longest step that divides the padded row: its power of two.
-        sizes = {"NORMALIZE": normalize, "PARTS": parts, "DP": depth, "BR": height, "BD": min(width, depth & -depth)}
-        launch(kernels_rows.prepare, padded // height, raw, operand, factor, r, rows, raw.stride(0), columns, **sizes)
+        factor, r = (raw.new_empty(length, dtype=torch.float32) for length in (padded, count))
+        row_kernels(kernels, raw).prepare(raw, operand, factor, r, normalize)
         return Operand(raw, operand, factor, r)
 
 
@@ -80,6 +68,7 @@ class Work(NamedTuple):
     """Operands of one call; where k is q, y is x."""
 
     problem: Problem
+    kernels: ModuleType  # launch functions of the backend
     x: Operand
     y: Operand
     labels: tuple[Tensor | None, Tensor | None]
@@ -88,22 +77,23 @@ class Work(NamedTuple):
     in_tile: bool  # positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
 
     @staticmethod
-    def of(problem: Problem) -> Work:
-        x = Operand.of(problem.q, problem.normalize)
-        y = x if problem.k is None else Operand.of(problem.k, problem.normalize)
+    def of(problem: Problem, kernels: ModuleType) -> Work:
+        x = Operand.of(kernels, problem.q, problem.normalize)
+        y = x if problem.k is None else Operand.of(kernels, problem.k, problem.normalize)
         bound = problem.scale
         if not problem.normalize:
             longest = [torch.linalg.vector_norm(o.raw, dim=1, dtype=torch.float32).amax() if o.rows else bound for o in (x, y)]
             bound = problem.scale * longest[0] * longest[1]
         pairs = problem.pairs
         labels, excludes = ranked(pairs.q_label, pairs.k_label, x, y), ranked(pairs.q_exclude, pairs.k_exclude, x, y)
-        return Work(problem, x, y, labels, excludes, bound, not problem.pairs.one_positive_at_most(x.rows, problem.symmetric))
+        in_tile = not pairs.one_positive_at_most(x.rows, problem.symmetric)
+        return Work(problem, kernels, x, y, labels, excludes, bound, in_tile)
 
     @staticmethod
-    def of_queries(problem: Problem) -> Work:
+    def of_queries(problem: Problem, kernels: ModuleType) -> Work:
         """Without the keys, for what has no tiles to visit."""
-        x = Operand.of(problem.q, problem.normalize)
-        return Work(problem, x, x, (None, None), (None, None), problem.scale, False)
+        x = Operand.of(kernels, problem.q, problem.normalize)
+        return Work(problem, kernels, x, x, (None, None), (None, None), problem.scale, False)
 
     @property
     def whole(self) -> bool:
@@ -119,6 +109,26 @@ class Work(NamedTuple):
         return (slice(0, 0), slice(0, 0)) if self.in_tile else self.problem.pairs.aligned(self.x.rows, self.y.rows)
 
 
+class Sums(NamedTuple):
+    """Unshifted sums of the tiles per row."""
+
+    real: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
+    n_pos: Tensor | None
+
+
+class Walk(NamedTuple):
+    """The tiles of one launch. A pure function of the shape, so that sums have one order."""
+
+    tile: Any  # the backend's own kind, with rows and columns
+    blocks: int  # of rows
+    splits: int  # of the tiles of each block
+    per_split: int  # tiles
+
+    @property
+    def programs(self) -> int:
+        return self.blocks * self.splits
+
+
 class View(NamedTuple):
     """A problem seen from its rows, or (flip) from its columns."""
 
@@ -132,20 +142,40 @@ class View(NamedTuple):
         i, j = self.work.aligned()
         return [j] if self.flip else [i, j] if self.work.problem.symmetric else [i]
 
-    def tile(self, kernel: str) -> tiles.Tile:
-        _, parts, depth = self.x.tiles.shape
+    @property
+    def parts(self) -> int:
+        return self.x.tiles.shape[1]
+
+    @property
+    def depth(self) -> int:
+        return self.x.tiles.shape[2]
+
+    def tile(self, kernel: str) -> Any:
         pairs = self.work.problem.pairs
         rules = "mask" if pairs.mask is not None else "ids" if self.work.in_tile or pairs.q_exclude is not None else "index"
-        return tiles.triton(kernel, rules, architecture(self.x.raw.device), parts, depth)
+        return self.work.kernels.tile(kernel, rules, self.x.raw.device, self.parts, self.depth)
 
-    def rules(self) -> tuple[Any, ...]:
-        """Ids, mask and its shape and strides, rows, columns, diagonals: in this order in every kernel."""
-        work, pairs = self.work, self.work.problem.pairs
-        label, exclude, mask = list(work.labels), list(work.excludes), pairs.mask
-        shape = (1, 1, 0, 0) if mask is None else (*mask.shape, *mask.stride())
-        if self.flip:
-            label, exclude, shape = label[::-1], exclude[::-1], (shape[1], shape[0], shape[3], shape[2])
-        return *label, *exclude, mask, *shape, self.x.rows, self.y.rows, *self.diagonals()
+    def walk(self, kernel: str, half: bool = False) -> Walk:
+        """half: of a symmetric matrix, each tile also stands for its mirror image."""
+        tile = self.tile(kernel)
+        steps = -(-self.y.rows // tile.columns)
+        if half:
+            steps = steps // 2 + 1
+        blocks = -(-self.x.rows // tile.rows)
+        wanted = -(-tiles.GPU_PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
+        per_split = -(-steps // max(1, min(wanted, steps)))
+        return Walk(tile, blocks, max(1, -(-steps // max(per_split, 1))), per_split)
+
+    def content(self) -> tuple[Tensor | None, ...]:
+        """Labels and exclude ids of rows and of columns, mask: in this order in every kernel, before sizes()."""
+        label, exclude, step = self.work.labels, self.work.excludes, -1 if self.flip else 1
+        return *label[::step], *exclude[::step], self.work.problem.pairs.mask
+
+    def sizes(self) -> tuple[int, ...]:
+        """Shape and strides of the mask, rows, columns, diagonals."""
+        mask, step = self.work.problem.pairs.mask, -1 if self.flip else 1
+        shape, stride = ((1, 1), (0, 0)) if mask is None else (tuple(mask.shape), mask.stride())
+        return *shape[::step], *stride[::step], self.x.rows, self.y.rows, *self.diagonals()
 
     def diagonals(self) -> tuple[int, int, int]:
         """j - i of self, of the aligned pairs, and of these mirrored; NONE where there is none."""
@@ -153,21 +183,6 @@ class View(NamedTuple):
         if self.flip:
             aligned = [-diagonal for diagonal in aligned]
         return own[0] if own else NONE, *aligned[::-1], *[NONE] * (2 - len(aligned))  # type: ignore[return-value]
-
-    def form(self) -> dict[str, Any]:
-        """The form of the operands, and whether positives are found in the tiles."""
-        _, parts, depth = self.x.tiles.shape
-        return {"IN_TILE": self.work.in_tile, "PARTS": parts, "DP": depth if self.work.whole else 0}
-
-    def operands(self) -> tuple[Tensor, ...]:
-        return self.x.tiles, self.y.tiles, self.x.factor, self.y.factor, self.work.problem.scale
-
-    def splits(self, tile: tiles.Tile, steps: int) -> tuple[int, int, int]:
-        """(row blocks, splits of each, tiles per split): a pure function of the shape, so that sums have one order."""
-        blocks = -(-self.x.rows // tile.rows)
-        wanted = -(-tiles.TRITON_PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
-        per_split = -(-steps // max(1, min(wanted, steps)))
-        return blocks, max(1, -(-steps // max(per_split, 1))), per_split
 
 
 def ranked(q: Tensor | None, k: Tensor | None, x: Operand, y: Operand) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,39 @@
+#include "backward_wgmma.cuh"
+
+namespace fastnce::cuda {
+namespace {
+
+template <class W, class TERMS>
+void run(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
+  const TensorMap x = tensor_map(p.x, p.row_padded, p.depth, W::BM), y = tensor_map(p.y, p.column_padded, p.depth, W::BN);
+  const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
+  launch(wgmma_backward_rows<W, TERMS>, blocks, WGMMA_THREADS, W::BYTES, stream, x, y, p, grid, weights, out);
+}
+
+template <int DEPTH>
+void of_depth(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
+  // Where ids are looked at nothing overlaps, and one kernel has all the terms.
+  if (p.rules.by_content()) return run<Walk<Kernel::BACKWARD_ROWS, DEPTH, true>, AnyTerms>(p, grid, weights, out, stream);
+  using W = Walk<Kernel::BACKWARD_ROWS, DEPTH, false>;
+  if (weights.of_rows && weights.of_columns) {
+    run<W, Terms<true, true, true>>(p, grid, weights, out, stream);
+    run<W, Terms<true, true, false>>(p, grid, weights, out, stream);
+  } else if (weights.of_rows) {
+    run<W, Terms<true, false, false>>(p, grid, weights, out, stream);
+  } else {
+    run<W, Terms<false, true, false>>(p, grid, weights, out, stream);
+  }
+}
+
+}  // namespace
+
+void wgmma_backward_rows(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
+  if (p.depth == 64)
+    of_depth<64>(p, grid, weights, out, stream);
+  else if (p.depth == 128)
+    of_depth<128>(p, grid, weights, out, stream);
+  else
+    of_depth<256>(p, grid, weights, out, stream);
+}
+
+}  // namespace fastnce::cuda

@@ -1,0 +1,617 @@
+// The only file that includes torch: schemas, checks of every argument, and torch's stream. Stable ABI, so one library serves torch 2.11
+// and later. Schemas take what fastnce/backends/_gpu has prepared; results are written into tensors that it made.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "finalise.h"
+#include "index.h"
+#include "launch.h"
+#include "rows.h"
+
+#ifndef FASTNCE_EMULATED
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+// Named apart from the operators, which have the same names.
+namespace kernels = fastnce::cuda;
+using kernels::Grid;
+using kernels::Kernel;
+using kernels::Problem;
+using kernels::RawRows;
+using kernels::Real;
+using kernels::Stream;
+using kernels::TileSize;
+using kernels::Weights;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Optional = std::optional<Tensor>;
+
+// ---------------------------------------------------------------- tensors
+
+template <class T>
+constexpr ScalarType TYPE = ScalarType::Undefined;
+template <>
+constexpr ScalarType TYPE<float> = ScalarType::Float;
+template <>
+constexpr ScalarType TYPE<double> = ScalarType::Double;
+template <>
+constexpr ScalarType TYPE<int> = ScalarType::Int;
+template <>
+constexpr ScalarType TYPE<int64_t> = ScalarType::Long;
+template <>
+constexpr ScalarType TYPE<uint16_t> = ScalarType::Half;
+
+const char* name_of(ScalarType type) {
+  constexpr std::pair<ScalarType, const char*> names[] = {
+      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"}, {ScalarType::BFloat16, "bfloat16"},
+      {ScalarType::Int, "int32"},     {ScalarType::Long, "int64"},     {ScalarType::Bool, "bool"},    {ScalarType::Byte, "uint8"},
+  };
+  for (const auto& [known, name] : names)
+    if (type == known) return name;
+  return "another dtype";
+}
+
+// What kernels copy in units of 16 bytes, or write in pairs.
+constexpr size_t WIDE = 16;
+// Indices and their sums are int32.
+constexpr int64_t MOST_ROWS = int64_t{1} << 30;
+
+int count_of(int64_t value, int64_t least, int64_t limit, const char* name) {
+  STD_TORCH_CHECK(value >= least && value < limit, "fastnce: ", name, " must be from ", least, " to ", limit - 1, ", got ", value);
+  return static_cast<int>(value);
+}
+
+// j - i; of one that is not there 2^31 - 1.
+int diagonal(int64_t value, const char* name) { return count_of(value, -(int64_t{1} << 31) + 1, int64_t{1} << 31, name); }
+
+// One call of an operator: all its tensors are where the first one is.
+class Call {
+ public:
+  explicit Call(const Tensor& first) : device_(first.get_device_index()) {}
+
+  void check(const Tensor& tensor, const char* name) const {
+#ifdef FASTNCE_EMULATED
+    STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU: this is the tests' build of the CUDA kernels for it");
+#else
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, "fastnce: ", name,
+                    " must be on the CUDA device of the other tensors");
+#endif
+  }
+
+  // The data of a contiguous tensor of `count` elements.
+  template <class T>
+  T* data(const Tensor& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) const {
+    const ScalarType type = tensor.scalar_type();
+    STD_TORCH_CHECK(type == TYPE<T>, "fastnce: ", name, " must be ", name_of(TYPE<T>), ", got ", name_of(type));
+    STD_TORCH_CHECK(tensor.numel() == count, "fastnce: ", name, " must have ", count, " elements, got ", tensor.numel());
+    STD_TORCH_CHECK(tensor.is_contiguous(), "fastnce: ", name, " must be contiguous");
+    check(tensor, name);
+    void* at = tensor.data_ptr();
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % aligned == 0, "fastnce: ", name, " must be aligned to ", aligned, " bytes");
+    return static_cast<T*>(at);
+  }
+
+  template <class T>
+  T* data(const Optional& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) const {
+    return tensor ? data<T>(*tensor, count, name, aligned) : nullptr;
+  }
+
+  // launch(stream): torch's current stream of the device of the tensors.
+  template <class Launch>
+  void run(const Launch& launch) const {
+#ifdef FASTNCE_EMULATED
+    launch(nullptr);
+#else
+    const Current current(device_);
+    launch(current.stream());
+#endif
+  }
+
+ private:
+#ifndef FASTNCE_EMULATED
+  static void cuda(cudaError_t status) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string("fastnce: ") + cudaGetErrorString(status));
+  }
+
+  struct Current {
+    int device, before = 0;
+
+    explicit Current(int device) : device(device) {
+      cuda(cudaGetDevice(&before));
+      if (before != device) cuda(cudaSetDevice(device));
+    }
+    Current(const Current&) = delete;
+    ~Current() {
+      if (before != device) cudaSetDevice(before);
+    }
+
+    Stream stream() const {
+      // Not linked, so that the library also loads where torch is a build for the CPU. A tensor on a GPU means that it is loaded.
+      static const auto ask = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+        return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
+      }();
+      STD_TORCH_CHECK(ask, "fastnce: libtorch_cuda.so does not say which stream is the current one");
+      Stream stream = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+      return stream;
+    }
+  };
+#endif
+  int device_;
+};
+
+// ---------------------------------------------------------------- problems
+
+// What every kernel over tiles takes.
+#define PROBLEM_SCHEMA                                                                                                                \
+  "Tensor x, Tensor y, Tensor a, Tensor b, Tensor scale, Tensor bound, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? " \
+  "k_exclude, Tensor? mask, int[] sizes"
+#define PROBLEM_PARAMETERS                                                                                                               \
+  const Tensor &x, const Tensor &y, const Tensor &a, const Tensor &b, const Tensor &scale, const Tensor &bound, const Optional &q_label, \
+      const Optional &k_label, const Optional &q_exclude, const Optional &k_exclude, const Optional &mask, const Integers &sizes
+#define PROBLEM x, y, a, b, scale, bound, q_label, k_label, q_exclude, k_exclude, mask, sizes
+
+// Rows of tiles that every kernel may read, and columns of float16 that it copies together.
+constexpr int64_t PADDED = 128;
+
+int padded(const Tensor& operand, const char* name) {
+  STD_TORCH_CHECK(operand.dim() == 3, "fastnce: ", name, " must be (padded rows, parts, depth)");
+  const int rows = count_of(operand.size(0), 0, MOST_ROWS, name);
+  STD_TORCH_CHECK(rows % PADDED == 0, "fastnce: ", name, " must have a multiple of ", PADDED, " rows, got ", rows);
+  STD_TORCH_CHECK(operand.size(1) == 1 || operand.size(1) == 2, "fastnce: ", name, " must have 1 or 2 parts, got ", operand.size(1));
+  const int64_t depth = operand.size(2);
+  STD_TORCH_CHECK(depth > 0 && depth % kernels::GROUP == 0 && depth < MOST_ROWS, "fastnce: ", name, " must have a multiple of ",
+                  kernels::GROUP, " columns, got ", depth);
+  return rows;
+}
+
+struct Asked {
+  Problem problem;
+  int family;
+};
+
+Asked asked(const Call& call, PROBLEM_PARAMETERS) {
+  STD_TORCH_CHECK(sizes.size() == 11, "fastnce: sizes must have 11 entries, got ", sizes.size());
+  Problem p{};
+  p.row_padded = padded(x, "operand x");
+  p.column_padded = padded(y, "operand y");
+  STD_TORCH_CHECK(x.size(1) == y.size(1) && x.size(2) == y.size(2), "fastnce: operands must have the same form, got ", x.size(1), " x ",
+                  x.size(2), " and ", y.size(1), " x ", y.size(2));
+  p.parts = static_cast<int>(x.size(1));
+  p.depth = static_cast<int>(x.size(2));
+  p.x = call.data<uint16_t>(x, x.numel(), "operand x", WIDE);
+  p.y = call.data<uint16_t>(y, y.numel(), "operand y", WIDE);
+  p.a = call.data<float>(a, p.row_padded, "factor a", WIDE);
+  p.b = call.data<float>(b, p.column_padded, "factor b", WIDE);
+  p.scale = call.data<float>(scale, 1, "scale");
+  p.bound = call.data<float>(bound, 1, "bound");
+  kernels::Rules& r = p.rules;
+  r.q_label = call.data<int>(q_label, p.row_padded, "q_label", WIDE);
+  r.k_label = call.data<int>(k_label, p.column_padded, "k_label", WIDE);
+  r.q_exclude = call.data<int>(q_exclude, p.row_padded, "q_exclude", WIDE);
+  r.k_exclude = call.data<int>(k_exclude, p.column_padded, "k_exclude", WIDE);
+  STD_TORCH_CHECK(!r.q_label == !r.k_label && !r.q_exclude == !r.k_exclude, "fastnce: ids must be given for both sides or for none");
+  r.mask_rows = count_of(sizes[0], 1, MOST_ROWS, "mask_rows");
+  r.mask_columns = count_of(sizes[1], 1, MOST_ROWS, "mask_columns");
+  r.mask_row = sizes[2];
+  r.mask_column = sizes[3];
+  if (mask) {
+    const ScalarType type = mask->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, "fastnce: mask must be bool or uint8, got ", name_of(type));
+    call.check(*mask, "mask");
+    STD_TORCH_CHECK(mask->dim() == 2, "fastnce: mask must be a matrix");
+    // As it is, or seen from its columns.
+    const auto is = [&](int rows, int columns) {
+      return sizes[0] == mask->size(rows) && sizes[1] == mask->size(columns) && sizes[2] == mask->stride(rows) &&
+             sizes[3] == mask->stride(columns);
+    };
+    STD_TORCH_CHECK(is(0, 1) || is(1, 0), "fastnce: sizes must hold the shape and the strides of mask");
+    r.mask = static_cast<const uint8_t*>(mask->data_ptr());
+  }
+  r.rows = count_of(sizes[4], 0, int64_t{p.row_padded} + 1, "rows");
+  r.columns = count_of(sizes[5], 0, int64_t{p.column_padded} + 1, "columns");
+  r.own = diagonal(sizes[6], "own");
+  r.up = diagonal(sizes[7], "up");
+  r.down = diagonal(sizes[8], "down");
+  r.in_tile = count_of(sizes[9], 0, 2, "in_tile");
+  return {p, count_of(sizes[10], 0, 2, "family")};
+}
+
+Grid grid_of(const Problem& p, int64_t splits, int64_t per_split) {
+  return {count_of(splits, 1, MOST_ROWS, "splits"), count_of(per_split, p.rules.columns > 0, MOST_ROWS, "per_split")};
+}
+
+Kernel kernel_named(const std::string& name) {
+  if (name == "forward_rows") return Kernel::FORWARD_ROWS;
+  if (name == "forward_both") return Kernel::FORWARD_BOTH;
+  if (name == "retrieval") return Kernel::RETRIEVAL;
+  if (name == "backward_rows") return Kernel::BACKWARD_ROWS;
+  STD_TORCH_CHECK(name == "weights_block", "fastnce: there is no kernel ", name);
+  return Kernel::WEIGHTS_BLOCK;
+}
+
+Integers tile(const std::string& kernel, const std::string& rules, int64_t parts, int64_t depth, int64_t architecture) {
+  const bool content = rules == "ids" || rules == "mask";
+  STD_TORCH_CHECK(content || rules == "index", "fastnce: rules must be index, ids or mask, got ", rules);
+  const TileSize size = kernels::tile_of(kernel_named(kernel), content, count_of(parts, 1, 3, "parts"),
+                                         count_of(depth, 0, MOST_ROWS, "depth"), count_of(architecture, 80, 1000, "architecture"));
+  return {size.rows, size.columns, size.family};
+}
+
+bool emulated() {
+#ifdef FASTNCE_EMULATED
+  return true;
+#else
+  return false;
+#endif
+}
+
+// ---------------------------------------------------------------- tiles
+
+void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& real, const Optional& count) {
+  const Call call(x);
+  const Asked of = asked(call, PROBLEM);
+  const Problem& p = of.problem;
+  const Grid grid = grid_of(p, splits, per_split);
+  const int64_t each = splits * p.rules.rows;
+  const kernels::RowSums out{call.data<float>(real, (p.rules.in_tile ? 5 : 2) * each, "real"), call.data<int>(count, each, "count"),
+                             always};
+  STD_TORCH_CHECK(!p.rules.in_tile || count, "fastnce: positives in the tiles must have a count");
+  if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::forward_rows(p, grid, out, of.family, stream); });
+}
+
+void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t per_split, const Tensor& row_sum, const Optional& row_count,
+                  const Tensor& column_sum, const Optional& column_count) {
+  const Call call(x);
+  const Asked of = asked(call, PROBLEM);
+  const Problem& p = of.problem;
+  const Grid grid = grid_of(p, splits, per_split);
+  const int64_t rows = p.rules.rows, columns = p.rules.columns, fields = p.rules.in_tile ? 3 : 1;
+  STD_TORCH_CHECK(!symmetric || rows == columns, "fastnce: a symmetric problem must have as many columns as rows");
+  const kernels::BothSums out{call.data<float>(row_sum, fields * rows, "row_sum"), call.data<int>(row_count, rows, "row_count"),
+                              call.data<float>(column_sum, fields * columns, "column_sum"),
+                              call.data<int>(column_count, columns, "column_count"), symmetric};
+  STD_TORCH_CHECK(!p.rules.in_tile || (row_count && column_count), "fastnce: positives in the tiles must have their counts");
+  if (rows > 0 && columns > 0) call.run([&](Stream stream) { kernels::forward_both(p, grid, out, of.family, stream); });
+}
+
+void retrieval(PROBLEM_PARAMETERS, const Tensor& threshold, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
+  const Call call(x);
+  const Problem p = asked(call, PROBLEM).problem;
+  const Grid grid = grid_of(p, splits, per_split);
+  const int64_t each = splits * p.rules.rows;
+  const kernels::Retrieval out{call.data<float>(threshold, p.rules.rows, "threshold"), call.data<float>(real, 2 * each, "real"),
+                               call.data<int>(whole, 2 * each, "whole")};
+  if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::retrieval(p, grid, out, stream); });
+}
+
+// Those of a side that is not looked at may be of any size.
+Weights weights_of(const Call& call, const Problem& p, const Tensor& row, const Tensor& column, const Tensor& center, bool of_rows,
+                   bool of_columns) {
+  const int64_t fields = p.rules.in_tile ? 5 : 2;
+  Weights w{};
+  w.row = of_rows ? call.data<float>(row, fields * p.row_padded, "row", WIDE) : nullptr;
+  w.column = of_columns ? call.data<float>(column, fields * p.column_padded, "column", WIDE) : nullptr;
+  w.center = call.data<float>(center, 1, "center");
+  w.of_rows = of_rows;
+  w.of_columns = of_columns;
+  return w;
+}
+
+void backward_rows(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, const Tensor& center, bool of_rows, bool of_columns,
+                   int64_t splits, int64_t per_split, const Tensor& dx, const Optional& moment) {
+  const Call call(x);
+  const Asked of = asked(call, PROBLEM);
+  const Problem& p = of.problem;
+  const Grid grid = grid_of(p, splits, per_split);
+  STD_TORCH_CHECK(of_rows || of_columns, "fastnce: the weights must be of rows, of columns, or of both");
+  const Weights weights = weights_of(call, p, row, column, center, of_rows, of_columns);
+  const kernels::RowGradient out{call.data<float>(dx, splits * p.row_padded * p.depth, "dx", WIDE),
+                                 call.data<float>(moment, splits * p.rules.rows, "moment")};
+  if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::backward_rows(p, grid, weights, out, of.family, stream); });
+}
+
+void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, const Tensor& center, bool of_columns, int64_t row0,
+                   int64_t column0, int64_t down, int64_t across, int64_t pitch, const Optional& for_rows, const Optional& for_columns,
+                   const Optional& moment) {
+  const Call call(x);
+  const Problem p = asked(call, PROBLEM).problem;
+  const Weights weights = weights_of(call, p, row, column, center, true, of_columns);
+  kernels::Block out{};
+  out.row0 = count_of(row0, 0, MOST_ROWS, "row0");
+  out.column0 = count_of(column0, 0, MOST_ROWS, "column0");
+  out.down = count_of(down, 0, MOST_ROWS, "down");
+  out.across = count_of(across, 0, MOST_ROWS, "across");
+  out.pitch = count_of(pitch, 0, MOST_ROWS, "pitch");
+  const TileSize tile = kernels::tile_of(Kernel::WEIGHTS_BLOCK, p.rules.by_content(), p.parts, p.depth, 80);
+  const int64_t height = down * tile.rows, width = across * tile.columns;
+  STD_TORCH_CHECK(row0 + height <= p.row_padded && column0 + width <= p.column_padded && height <= pitch && width <= pitch,
+                  "fastnce: ", down, " x ", across, " tiles of ", tile.rows, " x ", tile.columns, " from (", row0, ", ", column0,
+                  ") on leave a block of ", pitch, " or operands of ", p.row_padded, " and ", p.column_padded, " rows");
+  out.for_rows = call.data<uint16_t>(for_rows, p.parts * pitch * pitch, "for_rows", WIDE);
+  out.for_columns = call.data<uint16_t>(for_columns, p.parts * pitch * pitch, "for_columns", WIDE);
+  out.moment = call.data<float>(moment, across * pitch, "moment");
+  if (down > 0 && across > 0) call.run([&](Stream stream) { kernels::weights_block(p, weights, out, stream); });
+}
+
+// ---------------------------------------------------------------- single rows
+
+Real real_of(const Tensor& x, const char* name) {
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Half) return Real::HALF;
+  if (type == ScalarType::BFloat16) return Real::BFLOAT16;
+  STD_TORCH_CHECK(type == ScalarType::Float, "fastnce: ", name, " must be float32, float16 or bfloat16, got ", name_of(type));
+  return Real::FLOAT;
+}
+
+RawRows raw_rows(const Call& call, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, "fastnce: ", name, " must be a matrix");
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "fastnce: ", name, " must have neighbours of a row next to each other");
+  call.check(x, name);
+  return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name), real_of(x, name)};
+}
+
+// Both sides of a product.
+void check_pair(const RawRows& x, const RawRows& y) {
+  STD_TORCH_CHECK(x.columns == y.columns && x.type == y.type, "fastnce: x and y must have the same width and dtype");
+}
+
+void prepare(const Tensor& x, const Tensor& operand, const Tensor& factor, const Tensor& inverse_norm, bool normalize) {
+  const Call call(x);
+  const RawRows raw = raw_rows(call, x, "x");
+  kernels::Operand out{};
+  out.padded = padded(operand, "operand");
+  out.parts = static_cast<int>(operand.size(1));
+  out.depth = static_cast<int>(operand.size(2));
+  STD_TORCH_CHECK(raw.rows <= out.padded && raw.columns <= out.depth, "fastnce: an operand of ", out.padded, " x ", out.depth,
+                  " cannot hold ", raw.rows, " x ", raw.columns);
+  out.tiles = call.data<uint16_t>(operand, operand.numel(), "operand", WIDE);
+  out.factor = call.data<float>(factor, out.padded, "factor");
+  out.inverse_norm = call.data<float>(inverse_norm, raw.rows, "inverse_norm");
+  if (out.padded > 0) call.run([&](Stream stream) { kernels::prepare(raw, out, normalize, stream); });
+}
+
+void aligned(const Tensor& x, const Tensor& y, const Tensor& r_x, const Tensor& r_y, const Tensor& scale, int64_t first_row,
+             int64_t first_column, const Tensor& t) {
+  const Call call(x);
+  const RawRows left = raw_rows(call, x, "x"), right = raw_rows(call, y, "y");
+  check_pair(left, right);
+  kernels::Aligned of{};
+  of.r_x = call.data<float>(r_x, left.rows, "r_x");
+  of.r_y = call.data<float>(r_y, right.rows, "r_y");
+  of.scale = call.data<float>(scale, 1, "scale");
+  of.pairs = count_of(t.numel(), 0, MOST_ROWS, "t");
+  of.first_row = count_of(first_row, 0, int64_t{left.rows} - of.pairs + 1, "first_row");
+  of.first_column = count_of(first_column, 0, int64_t{right.rows} - of.pairs + 1, "first_column");
+  of.t = call.data<float>(t, of.pairs, "t");
+  if (of.pairs > 0) call.run([&](Stream stream) { kernels::aligned(left, right, of, stream); });
+}
+
+void finish(const Tensor& dx, const Tensor& x, const Tensor& y, const Tensor& r_x, const Tensor& r_y, const Tensor& pair,
+            const Tensor& scale, const Tensor& lift, int64_t up, int64_t down, bool normalize, const Tensor& out) {
+  const Call call(x);
+  const RawRows left = raw_rows(call, x, "x"), right = raw_rows(call, y, "y"), result = raw_rows(call, out, "out");
+  check_pair(left, right);
+  STD_TORCH_CHECK(result.rows == left.rows && result.columns == left.columns && result.type == left.type && out.is_contiguous(),
+                  "fastnce: out must be contiguous and like x");
+  STD_TORCH_CHECK(dx.dim() == 3 && dx.size(1) >= left.rows && dx.size(2) >= left.columns,
+                  "fastnce: dx must be (splits, rows.., columns..)");
+  STD_TORCH_CHECK(dx.scalar_type() == ScalarType::Float && (dx.stride(2) == 1 || dx.size(2) == 1),
+                  "fastnce: dx must be float32 with neighbours of a row next to each other");
+  call.check(dx, "dx");
+  kernels::Finish of{};
+  of.dx = static_cast<const float*>(dx.data_ptr());
+  of.dx_split = dx.stride(0);
+  of.dx_row = dx.stride(1);
+  of.splits = count_of(dx.size(0), 1, MOST_ROWS, "splits");
+  of.r_x = call.data<float>(r_x, left.rows, "r_x");
+  of.r_y = call.data<float>(r_y, right.rows, "r_y");
+  of.pair = call.data<float>(pair, left.rows, "pair");
+  of.scale = call.data<float>(scale, 1, "scale");
+  of.lift = call.data<float>(lift, 1, "lift");
+  of.up = diagonal(up, "up");
+  of.down = diagonal(down, "down");
+  of.normalize = normalize;
+  of.out = out.data_ptr();
+  if (left.rows > 0) call.run([&](Stream stream) { kernels::finish(left, right, of, stream); });
+}
+
+// ---------------------------------------------------------------- vectors
+
+void statistics(const Tensor& real, const Optional& count, const Optional& unshifted, const Optional& unshifted_count,
+                const Optional& pairs, const Integers& ends, const Optional& bias, const Tensor& lse_neg, const Tensor& lse_pos,
+                const Tensor& pos, const Tensor& n_pos, const Tensor& own_neg, const Tensor& own_pos) {
+  const Call call(real);
+  STD_TORCH_CHECK(real.dim() == 3 && (real.size(0) == 2 || real.size(0) == 5), "fastnce: real must be (2 or 5, splits, rows)");
+  kernels::Statistics s{};
+  s.in_tile = real.size(0) == 5;
+  s.splits = count_of(real.size(1), 1, MOST_ROWS, "splits");
+  s.rows = count_of(real.size(2), 0, MOST_ROWS, "rows");
+  s.real = call.data<float>(real, real.numel(), "real");
+  s.count = call.data<int>(count, int64_t{s.splits} * s.rows, "count");
+  s.unshifted = call.data<float>(unshifted, (s.in_tile ? 3 : 1) * int64_t{s.rows}, "unshifted");
+  s.unshifted_count = call.data<int>(unshifted_count, s.rows, "unshifted_count");
+  STD_TORCH_CHECK(
+      s.in_tile == count.has_value() && s.in_tile != pairs.has_value() && (s.in_tile && unshifted) == unshifted_count.has_value(),
+      "fastnce: positives must be counted in the tiles, or given as pairs");
+  STD_TORCH_CHECK(ends.size() == 1 || ends.size() == 2, "fastnce: ends must have 1 or 2 entries, got ", ends.size());
+  s.pair_count = pairs ? count_of(pairs->numel(), 0, int64_t{s.rows} + 1, "pairs") : 0;
+  s.pairs = call.data<float>(pairs, s.pair_count, "pairs");
+  s.ends = s.pair_count ? static_cast<int>(ends.size()) : 0;
+  for (int n = 0; n < s.ends; ++n) s.end[n] = count_of(ends[n], 0, int64_t{s.rows} - s.pair_count + 1, "ends");
+  s.bias = call.data<float>(bias, 1, "bias");
+  s.lse_neg = call.data<double>(lse_neg, s.rows, "lse_neg");
+  s.lse_pos = call.data<double>(lse_pos, s.rows, "lse_pos");
+  s.pos = call.data<double>(pos, s.rows, "pos");
+  s.n_pos = call.data<int64_t>(n_pos, s.rows, "n_pos");
+  s.own_neg = call.data<double>(own_neg, s.rows, "own_neg");
+  s.own_pos = call.data<double>(own_pos, s.rows, "own_pos");
+  if (s.rows > 0) call.run([&](Stream stream) { kernels::statistics(s, stream); });
+}
+
+void coefficients(const Tensors& grads, const Tensors& stats, const Tensors& factors, const Optional& bias, const Optional& pair_t,
+                  const Integers& pair_ends, bool in_tile, bool symmetric, const Tensors& vectors, const Optional& pair_weights,
+                  const Tensor& scalars) {
+  const Call call(scalars);
+  kernels::Contributions c{};
+  c.sides = count_of(static_cast<int64_t>(vectors.size()), 1, symmetric ? 2 : 3, "sides");
+  const size_t sides = vectors.size();
+  STD_TORCH_CHECK(grads.size() == 3 * sides && stats.size() == 6 * sides && factors.size() == 2, "fastnce: ", sides, " sides must have ",
+                  3 * sides, " grads, ", 6 * sides, " stats and 2 factors, got ", grads.size(), ", ", stats.size(), " and ",
+                  factors.size());
+  for (int n = 0; n < 2; ++n) {
+    c.factors[n] = count_of(factors[n].numel(), 0, MOST_ROWS, "factors");
+    c.factor[n] = call.data<float>(factors[n], c.factors[n], "factors");
+  }
+  for (int n = 0; n < c.sides; ++n) {
+    kernels::SideOf& s = c.side[n];
+    const Tensor *grad = &grads[3 * n], *stat = &stats[6 * n];
+    s.padded = c.factors[n];
+    s.rows = count_of(grad->numel(), 0, int64_t{s.padded} + 1, "grads");
+    s.dlse_neg = call.data<double>(grad[0], s.rows, "dlse_neg");
+    s.dlse_pos = call.data<double>(grad[1], s.rows, "dlse_pos");
+    s.dpos = call.data<double>(grad[2], s.rows, "dpos");
+    s.lse_neg = call.data<double>(stat[0], s.rows, "lse_neg");
+    s.lse_pos = call.data<double>(stat[1], s.rows, "lse_pos");
+    s.pos = call.data<double>(stat[2], s.rows, "pos");
+    s.n_pos = call.data<int64_t>(stat[3], s.rows, "n_pos");
+    s.own_neg = call.data<double>(stat[4], s.rows, "own_neg");
+    s.own_pos = call.data<double>(stat[5], s.rows, "own_pos");
+    s.vectors = call.data<float>(vectors[n], (in_tile ? 5 : 2) * int64_t{s.padded}, "vectors", WIDE);
+  }
+  c.bias = call.data<float>(bias, 1, "bias");
+  STD_TORCH_CHECK(pair_t.has_value() == pair_weights.has_value(), "fastnce: pairs must have both t and weights");
+  STD_TORCH_CHECK(pair_ends.size() == 2, "fastnce: pair_ends must have 2 entries, got ", pair_ends.size());
+  c.pairs = pair_t ? count_of(pair_t->numel(), 0, MOST_ROWS, "pair_t") : 0;
+  c.pair_t = call.data<double>(pair_t, c.pairs, "pair_t");
+  c.pair_weights = call.data<float>(pair_weights, c.pairs, "pair_weights");
+  if (c.pairs > 0) {
+    c.first[0] = count_of(pair_ends[0], 0, int64_t{c.side[0].rows} - c.pairs + 1, "pair_ends[0]");
+    const bool both = symmetric || c.sides == 2;
+    c.first[1] = count_of(pair_ends[1], 0, both ? int64_t{c.side[c.sides - 1].rows} - c.pairs + 1 : MOST_ROWS, "pair_ends[1]");
+  }
+  c.in_tile = in_tile;
+  c.symmetric = symmetric;
+  c.scalars = call.data<double>(scalars, 5, "scalars");
+  Optional scratch;
+  if (const int64_t doubles = kernels::scratch_of(c)) scratch = torch::stable::new_empty(scalars, {doubles});
+  call.run([&](Stream stream) { kernels::coefficients(c, scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr, stream); });
+}
+
+void scale_gradient(const Tensor& scalars, const Tensors& about, double divide, const Tensor& scale, const Tensor& dscale,
+                    const Tensor& dbias) {
+  const Call call(scalars);
+  kernels::ScaleGradient g{};
+  g.scalars = call.data<double>(scalars, 5, "scalars");
+  g.parts = count_of(static_cast<int64_t>(about.size()), 0, kernels::MOST_PARTS + 1, "parts of about");
+  for (int n = 0; n < g.parts; ++n) {
+    g.count[n] = about[n].numel();
+    g.about[n] = call.data<float>(about[n], g.count[n], "about");
+  }
+  g.divide = divide;
+  g.scale = call.data<float>(scale, 1, "scale");
+  g.dscale = call.data<float>(dscale, 1, "dscale");
+  g.dbias = call.data<float>(dbias, 1, "dbias");
+  call.run([&](Stream stream) { kernels::scale_gradient(g, stream); });
+}
+
+void log1p_loss(const Tensor& lse_neg, const Tensor& pos, const Tensor& value) {
+  const Call call(lse_neg);
+  const int64_t rows = lse_neg.numel();
+  const kernels::Log1p of{call.data<double>(lse_neg, rows, "lse_neg"),
+                          call.data<double>(pos, rows, "pos"),
+                          nullptr,
+                          0,
+                          call.data<double>(value, rows, "value"),
+                          rows};
+  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss(of, stream); });
+}
+
+void log1p_loss_backward(const Tensor& lse_neg, const Tensor& pos, const Tensor& upstream, const Tensor& d) {
+  const Call call(lse_neg);
+  const int64_t rows = lse_neg.numel();
+  STD_TORCH_CHECK(
+      upstream.scalar_type() == ScalarType::Double && (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.numel() == rows)),
+      "fastnce: upstream must be float64 and one number, or one for each row");
+  call.check(upstream, "upstream");
+  const kernels::Log1p of{
+      call.data<double>(lse_neg, rows, "lse_neg"),  call.data<double>(pos, rows, "pos"), static_cast<const double*>(upstream.data_ptr()),
+      upstream.dim() == 0 ? 0 : upstream.stride(0), call.data<double>(d, rows, "d"),     rows};
+  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss_backward(of, stream); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
+  m.def("tile(str kernel, str rules, int parts, int depth, int architecture) -> int[]");
+  m.def("emulated() -> bool");
+  m.def("prepare(Tensor x, Tensor(a!) operand, Tensor(b!) factor, Tensor(c!) inverse_norm, bool normalize) -> ()");
+  m.def("aligned(Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor scale, int first_row, int first_column, Tensor(a!) t) -> ()");
+  m.def(
+      "finish(Tensor dx, Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor pair, Tensor scale, Tensor lift, int up, int down, "
+      "bool normalize, Tensor(a!) out) -> ()");
+  m.def("forward_rows(" PROBLEM_SCHEMA ", bool always, int splits, int per_split, Tensor(a!) real, Tensor(b!)? count) -> ()");
+  m.def("forward_both(" PROBLEM_SCHEMA
+        ", bool symmetric, int splits, int per_split, Tensor(a!) row_sum, Tensor(b!)? row_count, "
+        "Tensor(c!) column_sum, Tensor(d!)? column_count) -> ()");
+  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor threshold, int splits, int per_split, Tensor(a!) real, Tensor(b!) whole) -> ()");
+  m.def("backward_rows(" PROBLEM_SCHEMA
+        ", Tensor row, Tensor column, Tensor center, bool of_rows, bool of_columns, int splits, "
+        "int per_split, Tensor(a!) dx, Tensor(b!)? moment) -> ()");
+  m.def("weights_block(" PROBLEM_SCHEMA
+        ", Tensor row, Tensor column, Tensor center, bool of_columns, int row0, int column0, int down, "
+        "int across, int pitch, Tensor(a!)? for_rows, Tensor(b!)? for_columns, Tensor(c!)? moment) -> ()");
+  m.def(
+      "statistics(Tensor real, Tensor? count, Tensor? unshifted, Tensor? unshifted_count, Tensor? pairs, int[] ends, Tensor? bias, "
+      "Tensor(a!) lse_neg, Tensor(b!) lse_pos, Tensor(c!) pos, Tensor(d!) n_pos, Tensor(e!) own_neg, Tensor(f!) own_pos) -> ()");
+  m.def(
+      "coefficients(Tensor[] grads, Tensor[] stats, Tensor[] factors, Tensor? bias, Tensor? pair_t, int[] pair_ends, bool in_tile, "
+      "bool symmetric, Tensor(a!)[] vectors, Tensor(b!)? pair_weights, Tensor(c!) scalars) -> ()");
+  m.def("scale_gradient(Tensor scalars, Tensor[] about, float divide, Tensor scale, Tensor(a!) dscale, Tensor(b!) dbias) -> ()");
+  m.def("log1p_loss(Tensor lse_neg, Tensor pos, Tensor(a!) value) -> ()");
+  m.def("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor upstream, Tensor(a!) d) -> ()");
+}
+
+#ifdef FASTNCE_EMULATED
+#define SERVED CPU
+#else
+#define SERVED CUDA
+#endif
+// The indirection is for the name behind SERVED.
+#define IMPLEMENT(device) STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, device, m)
+
+IMPLEMENT(SERVED) {
+  m.impl("prepare", TORCH_BOX(&prepare));
+  m.impl("aligned", TORCH_BOX(&aligned));
+  m.impl("finish", TORCH_BOX(&finish));
+  m.impl("forward_rows", TORCH_BOX(&forward_rows));
+  m.impl("forward_both", TORCH_BOX(&forward_both));
+  m.impl("retrieval", TORCH_BOX(&retrieval));
+  m.impl("backward_rows", TORCH_BOX(&backward_rows));
+  m.impl("weights_block", TORCH_BOX(&weights_block));
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("coefficients", TORCH_BOX(&coefficients));
+  m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
+  m.impl("log1p_loss", TORCH_BOX(&log1p_loss));
+  m.impl("log1p_loss_backward", TORCH_BOX(&log1p_loss_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CompositeExplicitAutograd, m) {
+  m.impl("tile", TORCH_BOX(&tile));
+  m.impl("emulated", TORCH_BOX(&emulated));
+}

@@ -1,0 +1,59 @@
+// The forms in which the mma.sync kernels are compiled, and the choice among them.
+#pragma once
+
+#include "launch.cuh"
+#include "mma.cuh"
+
+namespace fastnce::cuda {
+
+// Whether rows of the operand fit into shared memory whole; weights_block reads all of them in chunks.
+constexpr bool whole(Kernel kernel, int parts, int depth) {
+  return kernel != Kernel::WEIGHTS_BLOCK && depth * parts <= 256 && (depth == 64 || depth == 128 || depth == 256);
+}
+
+// Strips of 16 rows per warp: two share what is read of y~, where registers and shared memory hold them.
+constexpr int strips(Kernel kernel, bool content, int parts, int depth) {
+  const bool one = content || !(kernel == Kernel::FORWARD_ROWS || kernel == Kernel::FORWARD_BOTH);
+  return one || (depth ? depth * parts > 128 : parts > 1) ? 1 : 2;
+}
+
+// Columns of a tile: less of them where two stages of the longest rows would leave room for one block on a multiprocessor; 99 KiB are all
+// that some GPUs have. Gradients of such rows, with labels to look at, keep the fewest: their sums alone take half of the registers.
+constexpr int columns(Kernel kernel, bool content, int parts, int depth) {
+  if (depth * parts <= 128) return 64;
+  return kernel == Kernel::BACKWARD_ROWS && content && depth == 256 ? 16 : 32;
+}
+
+template <Kernel KERNEL, bool CONTENT, int DEPTH, int PARTS>
+using Form = Shape<DEPTH, PARTS, strips(KERNEL, CONTENT, PARTS, DEPTH), columns(KERNEL, CONTENT, PARTS, DEPTH)>;
+
+// run(Form{}, content) for the form of this problem.
+template <Kernel KERNEL, bool CONTENT, class Run>
+void with_form(const Problem& p, const Run& run) {
+  if (!whole(KERNEL, p.parts, p.depth)) {
+    if constexpr (KERNEL != Kernel::BACKWARD_ROWS) {
+      p.parts == 1 ? run(Form<KERNEL, CONTENT, 0, 1>{}) : run(Form<KERNEL, CONTENT, 0, 2>{});
+      return;
+    }
+    throw std::runtime_error("fastnce: rows of " + std::to_string(p.depth) + " columns are too long for this kernel");
+  }
+  if constexpr (KERNEL != Kernel::WEIGHTS_BLOCK) {
+    if (p.parts == 2)
+      p.depth == 64 ? run(Form<KERNEL, CONTENT, 64, 2>{}) : run(Form<KERNEL, CONTENT, 128, 2>{});
+    else
+      p.depth == 64    ? run(Form<KERNEL, CONTENT, 64, 1>{})
+      : p.depth == 128 ? run(Form<KERNEL, CONTENT, 128, 1>{})
+                       : run(Form<KERNEL, CONTENT, 256, 1>{});
+  }
+}
+
+// run(Form{}, std::bool_constant<content>) likewise.
+template <Kernel KERNEL, class Run>
+void with_form_and_rules(const Problem& p, const Run& run) {
+  if (p.rules.by_content())
+    with_form<KERNEL, true>(p, [&](auto form) { run(form, std::true_type{}); });
+  else
+    with_form<KERNEL, false>(p, [&](auto form) { run(form, std::false_type{}); });
+}
+
+}  // namespace fastnce::cuda

@@ -1,0 +1,47 @@
+"""What the kernels can run, from metadata alone: what is the same for every backend with the operands of host.py."""
+
+from __future__ import annotations
+
+import torch
+
+from fastnce import tiles
+from fastnce.problem import Problem
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LONGEST = 8192  # columns
+LARGEST = 2**30 - 2**16  # rows: differences of indices are int32, and the last tile ends above
+
+
+def of_operands(problem: Problem) -> list[str]:
+    """What is wrong with dtype and sizes."""
+    q, reasons = problem.q, []
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {str(q.dtype)[6:]} (supports float32, float16, bfloat16)")
+    if q.shape[1] > LONGEST:
+        reasons.append(f"{q.shape[1]} columns (supports up to {LONGEST})")
+    rows = max(q.shape[0], problem.keys.shape[0])
+    if rows > LARGEST:
+        reasons.append(f"{rows} rows (supports up to {LARGEST})")
+    return reasons
+
+
+def of_gpu(device: torch.device, amd: str) -> list[str]:
+    """What is wrong with a "cuda" device; amd says it of AMD's."""
+    if not torch.cuda.is_available():
+        return ["no CUDA device is available"]
+    if torch.version.hip is not None:
+        return [f"AMD GPUs: {amd}"]
+    return ["compute capability below 8.0"] if torch.cuda.get_device_capability(device) < (8, 0) else []
+
+
+def parts(dtype: torch.dtype) -> int:
+    """In how many float16 numbers an element is held: float32 takes two, unless torch may use TF32 for its products.
+
+    All three of torch's switches show here; torch.get_float32_matmul_precision raises after the newest of them was used.
+    """
+    return 2 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
+
+
+def whole(problem: Problem) -> bool:
+    """Whether a row fits into a tile."""
+    return tiles.gpu_depth(problem.q.shape[1]) * parts(problem.q.dtype) <= tiles.GPU_WHOLE

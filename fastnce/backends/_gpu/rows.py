@@ -1,0 +1,216 @@
+"""Arithmetic over single rows. The torch lines are the definition; where the CUDA library is loaded one launch of it does the same.
+
+At small N some 40 launches of small torch operations take longer than the tiles, so the library serves every backend here.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnce import native
+from fastnce.norms import vector_dtype
+from fastnce.problem import Side, SideGrad
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+
+def compiled(x: Tensor) -> bool:
+    """Whether the library is loaded and made for tensors like x: those of CUDA, or of the CPU where it is emulated."""
+    return native.objection("cuda") is None and x.is_cuda != emulated()
+
+
+@cache
+def emulated() -> bool:
+    """Whether the library, which is loaded, is the tests' build for the CPU."""
+    found: bool = torch.ops.fastnce_cuda.emulated()
+    return found
+
+
+def row_kernels(kernels: Any, x: Tensor) -> Any:
+    """Where prepare, aligned and finish are, with the same arguments: in the library, or in the backend's launch functions."""
+    return torch.ops.fastnce_cuda if compiled(x) else kernels
+
+
+# Forward --------------------------------------------------------------------------------------------------------------------------------
+
+
+def close(
+    real: Tensor,
+    count: Tensor | None,
+    unshifted: Tensor | None,
+    unshifted_count: Tensor | None,
+    pairs: Tensor | None,
+    ends: list[slice],
+    bias: Tensor | None,
+) -> Side:
+    """Statistics of the rows from what the tiles left.
+
+    real, unshifted   (2 or 5, splits, rows), (1 or 3, rows) or None: see forward_rows and forward_both in triton/kernels.py
+    count             (splits, rows), unshifted_count (rows,): number of positives; where they are kept out of the tiles None, and
+    pairs             (pairs,) t of the aligned pairs, of which each of `ends` says in which rows they are
+    """
+    rows = real.shape[2]
+    if compiled(real):
+        lse_neg, lse_pos, pos, own_neg, own_pos = (real.new_empty(rows, dtype=torch.float64) for _ in range(5))
+        n_pos = real.new_empty(rows, dtype=torch.int64)
+        given = (real, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
+        torch.ops.fastnce_cuda.statistics(*given, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+        return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+    own_neg = _log_sum(real[0], real[1], None if unshifted is None else unshifted[0])
+    lse_neg = nats(own_neg, bias)
+    if pairs is not None:
+        pos, n_pos = _at_ends(rows, ends, pairs)
+        own_pos = pos
+    else:
+        assert count is not None
+        own_pos = _log_sum(real[2], real[3], None if unshifted is None else unshifted[1])
+        pos, n_pos = real[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
+        if unshifted is not None:
+            assert unshifted_count is not None
+            pos, n_pos = pos + unshifted[2], n_pos + unshifted_count
+    none = n_pos == 0
+    pos = nats(pos / n_pos.clamp(min=1), bias).masked_fill(none, 0.0)
+    lse_pos = torch.where(n_pos == 1, pos, nats(own_pos, bias)).masked_fill(none, -torch.inf)
+    return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+
+
+def _log_sum(tops: Tensor, totals: Tensor, unshifted: Tensor | None) -> Tensor:
+    """log2 of a sum of 2^t per row."""
+    precise = vector_dtype(tops)
+    tops, totals = tops.to(precise), totals.to(precise)
+    if unshifted is not None:
+        tops = torch.cat([tops, torch.zeros_like(tops[:1]).masked_fill(~(unshifted > 0), -torch.inf)])
+        totals = torch.cat([totals, unshifted[None].to(precise)])
+    top = tops.amax(0)
+    base = top.masked_fill(top == -torch.inf, 0.0)
+    return (totals * torch.exp2(tops - base)).sum(0).log2() + base
+
+
+def _at_ends(rows: int, ends: list[slice], pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """(t of the row's aligned pair, 0 without one; 1 or 0): per row."""
+    pos = pairs.new_zeros(rows, dtype=vector_dtype(pairs))
+    n_pos = torch.zeros(rows, dtype=torch.int64, device=pairs.device)
+    for own in ends:
+        pos[own] = pairs.to(pos.dtype)
+        n_pos[own] = 1
+    return pos, n_pos
+
+
+def nats(t: Tensor, bias: Tensor | None) -> Tensor:
+    s = t * LN2
+    return s if bias is None else s + bias
+
+
+# Backward -------------------------------------------------------------------------------------------------------------------------------
+
+
+class Coefficients(NamedTuple):
+    """What the tiles are weighted with.
+
+    vectors   per side (2 or 5, padded) float32, 0 in the padding: base, factor of the negatives, whose weight is factor * 2^(t - base);
+              where positives are found in the tiles also base_pos, factor_pos, share of these: factor_pos * 2^(t - base_pos) + share.
+              Factors and shares are multiplied by lift
+    pair      (pairs,) float32: w of the aligned pairs that are kept out of the tiles; None without any
+    scalars   float64: lift, a power of two that brings the largest weight near the top of float16;
+              center, a float32 t around which sums of w t lose less; due = sum_ij w_ij; moment = sum w (t - center) of the aligned pairs
+    """
+
+    vectors: list[Tensor]
+    pair: Tensor | None
+    scalars: Tensor
+
+
+def coefficients(
+    grads: list[SideGrad],
+    stats: list[Side],
+    factors: list[Tensor],
+    bias: Tensor | None,
+    pairs: tuple[slice, slice],
+    in_tile: bool,
+    symmetric: bool,
+) -> Coefficients:
+    """factors: of the operands of rows and columns, padded. pairs: rows and columns of the aligned pairs, as Work.aligned() says."""
+    i, j = pairs
+    some = i.stop > i.start
+    if compiled(factors[0]):
+        fields, new = 5 if in_tile else 2, factors[0].new_empty
+        vectors = [new((fields, len(factor))) for factor, _ in zip(factors, stats, strict=False)]
+        pair, scalars = new(i.stop - i.start) if some else None, new(5, dtype=torch.float64)
+        # Without positives in the tiles nothing reads own_pos, which may be the mean key.
+        kept = [t for side in stats for t in (*side[:5], side.own_pos if in_tile else side.own_neg)]
+        torch.ops.fastnce_cuda.coefficients(
+            [g.contiguous() for grad in grads for g in grad], kept, factors, bias, stats[0].own_pos[i] if some else None,
+            [i.start, j.start], in_tile, symmetric, vectors, pair, scalars,
+        )  # fmt: skip
+        return Coefficients(vectors, pair, scalars)
+    sides = [_Contribution.of(*side, in_tile) for side in zip(grads, stats, strict=True)]
+    # The exponentials of a set, over their own sum, add up to one.
+    due = torch.stack([side.total for side in sides]).sum()
+    peak = torch.stack([side.peak for side in sides]).sum() * (2 if symmetric else 1)
+    largest = torch.stack([factor.nan_to_num(0.0).amax() if len(factor) else factor.sum() for factor in factors]).amax()
+    lift = torch.exp2((15 - (peak * largest).log2().ceil()).nan_to_num(0.0, 0.0, 0.0).clamp(-100, 100))
+    vectors = []
+    for side, factor in zip(sides, factors, strict=False):
+        count, rows = side.vectors.shape
+        one, padded = torch.ones_like(lift), side.vectors.new_zeros((count, len(factor)), dtype=torch.float32)
+        padded[:, :rows] = side.vectors * torch.stack([one, lift, one, lift, lift][:count])[:, None]
+        vectors.append(padded)
+    pos = stats[0].pos if bias is None else stats[0].pos - bias
+    center = (pos.sum() / max(len(pos), 1) * LOG2E).to(torch.float32)
+    pair, moment = None, torch.zeros_like(due)
+    if some:
+        # With one positive lse_pos and pos are the same number, and the two ends of a pair add up.
+        w = sides[0].aligned[i]
+        if symmetric or len(sides) == 2:
+            w = w + sides[-1].aligned[j]
+        pair, moment = w.to(torch.float32), ((stats[0].own_pos[i] - center) * w).sum()
+    return Coefficients(vectors, pair, torch.stack([lift, center.to(lift.dtype), due, moment]))
+
+
+class _Contribution(NamedTuple):
+    """What a side contributes to its pairs."""
+
+    vectors: Tensor  # (2 or 5, rows) float64, as in Coefficients, not multiplied by lift
+    aligned: Tensor  # (rows,): weight of the one aligned pair of the row
+    peak: Tensor  # no |w| of this side is larger
+    total: Tensor  # sum of its w
+
+    @staticmethod
+    def of(grad: SideGrad, side: Side, in_tile: bool) -> _Contribution:
+        # Of an empty set, base 0 keeps -inf - -inf out.
+        no_negative, no_positive = side.empty()
+        negative, positive, mean = grad.of_some(side)
+        total = (negative + positive + mean).sum()
+        own_neg = side.own_neg.masked_fill(no_negative, 0.0)
+        share = mean / side.n_pos.clamp(min=1)
+        peak = torch.maximum(negative.abs(), positive.abs() + share.abs() if in_tile else torch.zeros_like(share))
+        vectors = [*_rounded(own_neg, negative)]
+        if in_tile:
+            own_pos = side.own_pos.masked_fill(no_positive, 0.0)
+            vectors += [*_rounded(own_pos, positive), share]
+        peak = peak.nan_to_num(0.0).amax() if len(peak) else peak.new_zeros(())
+        return _Contribution(torch.stack(vectors), positive + mean, peak, total)
+
+
+def _rounded(base: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The base as the kernel's float32 holds it; what it lost, up to 1e-5 of a bit, goes into the factor."""
+    kept = base.to(torch.float32).to(base.dtype)
+    return kept, factor * torch.exp2(kept - base)
+
+
+def scalar_gradients(scalars: Tensor, about: list[Tensor], divide: float, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(dscale, dbias). about: lift * divide * sum w (t - center) over the pairs of the tiles, in parts."""
+    if compiled(scalars):
+        dscale, dbias = torch.empty_like(scale), torch.empty_like(scale)
+        torch.ops.fastnce_cuda.scale_gradient(scalars, about, divide, scale, dscale, dbias)
+        return dscale, dbias
+    lift, center, due, moment = scalars
+    for part in about:
+        moment = moment + part.sum(dtype=torch.float64) / (divide * lift)
+    return ((center * due + moment) / (LOG2E * scale)).to(scale.dtype), due.to(scale.dtype)

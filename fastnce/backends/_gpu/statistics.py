@@ -1,0 +1,110 @@
+"""Forward: launches over the tiles, then O(N) arithmetic in float64."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastnce.backends._gpu.host import Sums, View, Work, on_device
+from fastnce.backends._gpu.rows import LOG2E, close, nats, row_kernels
+from fastnce.norms import vector_dtype
+from fastnce.problem import Problem, Side
+
+
+def forward(problem: Problem, kernels: ModuleType) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    with on_device(problem.q):
+        work = Work.of(problem, kernels)
+        views = work.views()
+        # Sums from both sides of a tile meet in memory in any order: not where the same bits are asked for every time.
+        both = (problem.symmetric or problem.two_sided) and not torch.are_deterministic_algorithms_enabled()
+        unshifted = _both(work, views) if both else [None] * len(views)
+        pairs = _aligned(work)
+        return [_side(view, sums, pairs) for view, sums in zip(views, unshifted, strict=True)]
+
+
+def _both(work: Work, views: list[View]) -> list[Sums | None]:
+    fields, new = 3 if work.in_tile else 1, work.x.raw.new_zeros
+    sums = []
+    for view in views:
+        count = new(view.x.rows, dtype=torch.int32) if work.in_tile else None
+        sums.append(Sums(new((fields, view.x.rows), dtype=torch.float32), count))
+    work.kernels.forward_both(views[0], views[0].walk("both", half=work.problem.symmetric), sums[0], sums[-1])
+    return list(sums)
+
+
+def _aligned(work: Work) -> Tensor | None:
+    """t of the aligned pairs that are kept out of the tiles."""
+    if work.in_tile:
+        return None
+    i, j = work.aligned()
+    x, y = work.x, work.y
+    t = x.raw.new_empty(i.stop - i.start, dtype=torch.float32)
+    row_kernels(work.kernels, x.raw).aligned(x.raw, y.raw, x.r, y.r, work.problem.scale, i.start, j.start, t)
+    return t
+
+
+def _side(view: View, unshifted: Sums | None, pairs: Tensor | None) -> Side:
+    work, problem, kernels, rows = view.work, view.work.problem, view.work.kernels, view.x.rows
+    output = not view.flip and kernels.keeps_output(problem)
+    walk, new = view.walk("output" if output else "rows"), view.x.raw.new_empty
+    real = new((5 if work.in_tile else 2, walk.splits, rows), dtype=torch.float32)
+    count = new((walk.splits, rows), dtype=torch.int32) if work.in_tile else None
+    if output:
+        out = new((walk.splits, view.x.padded, view.depth), dtype=torch.float32)
+        moment = new((walk.splits, rows), dtype=torch.float32)
+        # Weights are at most 1, and float16 has 24 bits below 2^14 for the smaller ones.
+        largest = view.y.factor.nan_to_num(0.0).amax() if view.y.rows else view.x.factor.new_ones(())
+        lift = torch.exp2((14 - largest.log2().ceil()).clamp(-100, 100))
+        kernels.forward_output(view, walk, real, out, moment, lift)
+    else:
+        kernels.forward_rows(view, walk, unshifted is None, real, count)
+    sums, n_pos = unshifted or (None, None)
+    side = close(real, count, sums, n_pos, pairs, view.ends(), problem.bias)
+    t_pos = side.own_pos
+    if output:
+        side = side._replace(own_pos=_mean_key(view, real[0], side.own_neg, out, moment, lift))
+    return _with_metrics(view, side, None if work.in_tile else t_pos) if problem.metrics else side
+
+
+def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> Tensor:
+    """(rows, D + 1): sum_j p_ij k^_j and sum_j p_ij t_ij with p = 2^(t - log2), for a backward without tiles."""
+    rows, columns = view.x.raw.shape
+    found = out.new_empty((rows, columns + 1))
+    # Of each split, whose sums are over 2^(t - top).
+    shares = torch.exp2(tops.to(log2.dtype) - log2.masked_fill(log2 == -torch.inf, 0.0))
+    factors = (shares / lift).to(out.dtype)
+    torch.mul(out[0, :rows, :columns], factors[0, :, None], out=found[:, :columns])
+    for split in range(1, len(out)):
+        found[:, :columns].addcmul_(out[split, :rows, :columns], factors[split, :, None])
+    found[:, columns] = (moment * shares).sum(0)
+    return found
+
+
+def _with_metrics(view: View, side: Side, t_pos: Tensor | None) -> Side:
+    """Ranks and hardest negatives take passes of their own: training does not ask for them."""
+    problem = view.work.problem
+    given, bias = problem.threshold, problem.bias
+    best = None if t_pos is None else t_pos.masked_fill(side.n_pos == 0, -torch.inf)
+    if given is not None:
+        least = (given if bias is None else given - bias) * LOG2E
+    else:
+        # The best positive must be known before the negatives above it are counted.
+        least = best = _retrieve(view, torch.zeros_like(side.pos))[0][1] if best is None else best
+    (hardest_logit, best_in_tile), rank, hardest = _retrieve(view, least + problem.tie * LOG2E)
+    best = best_in_tile if best is None else best
+    return side._replace(rank=rank, hardest=hardest, hardest_logit=nats(hardest_logit, bias), pos_max=nats(best, bias))
+
+
+def _retrieve(view: View, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(2, rows) largest t of negatives and of positives; number of negatives above the threshold; column of the largest."""
+    walk, rows = view.walk("retrieval"), view.x.rows
+    real = view.x.raw.new_empty((2, walk.splits, rows), dtype=torch.float32)
+    whole = torch.empty((2, walk.splits, rows), dtype=torch.int32, device=real.device)
+    view.work.kernels.retrieval(view, walk, threshold.to(torch.float32), real, whole)
+    best, split = real.max(1)
+    # max() takes the first of equal splits, as the kernel takes the first of equal columns.
+    hardest = whole[1].gather(0, split[:1])[0]
+    return best.to(vector_dtype(best)), whole[0].sum(0), hardest.to(torch.int64)

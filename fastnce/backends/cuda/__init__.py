@@ -1,0 +1,50 @@
+"""CUDA C++ kernels: the library of csrc/cuda, where it is built. This file is importable everywhere and loads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastnce import native
+from fastnce.backends._gpu import gradients, limits, rows, statistics
+from fastnce.backends.cuda import launches
+from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+
+NAME = "cuda"
+
+
+def library_path() -> Path | None:
+    """The library of these very sources, None where it has not been built."""
+    return native.library_path(NAME)
+
+
+def _loaded() -> tuple[str, str]:
+    """(Why the library is not loaded, type of the device that it is for)."""
+    objection = native.objection(NAME)
+    return objection or "", "cpu" if objection is None and rows.emulated() else "cuda"
+
+
+# Dynamo traces unsupported() and calls this: what torch.compiler.assume_constant_result does, without the second that importing it takes.
+_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why not, with what to do about it; empty: these kernels run it. Reads no values."""
+    (objection, served), device = _loaded(), problem.q.device
+    reasons = [f"library {objection}"] if objection else []
+    reasons += limits.of_operands(problem)
+    if device.type != served:
+        needed = "CUDA" if served == "cuda" else "the CPU: the library is the tests' build of its kernels for it"
+        reasons.append(f"device {device.type} (needs {needed})")
+    elif device.type == "cuda":
+        reasons += limits.of_gpu(device, "the kernels are NVIDIA's CUDA")
+    return reasons
+
+
+def forward(problem: Problem) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    return statistics.forward(problem, launches)
+
+
+def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
+    """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    return gradients.backward(problem, launches, grads, stats, wanted)

@@ -1,0 +1,35 @@
+"""The CUDA kernels on a CPU: csrc/cuda compiled by the C++ compiler, with tests/native/emulator.h in the place of a GPU's instructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastnce import build, native
+
+EMULATOR = Path(__file__).resolve().parent / "native"
+# Kernels say #pragma unroll.
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -DFASTNCE_EMULATED -DFASTNCE_SM90"
+OPTIMISED = "-O2"
+SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+def emulate(into: Path, sanitize: bool = False) -> Path:
+    """The library of csrc/cuda for this CPU, in `into`: registers the same operators, and runs the same source. Compiled once for exactly
+    these sources and this emulator, by whichever process comes first.
+
+    `sanitize`: every access in bounds or the process ends; one that loads it needs the sanitizer's library before all others (LD_PRELOAD).
+
+    Raises BuildError as build.build does.
+    """
+    folder = native.sources("cuda")
+    sources = sorted(path for path in (*folder.iterdir(), *EMULATOR.glob("emulator.*")) if path.suffix in native.SUFFIXES)
+    digest = native.digest_of([*sources, Path(__file__), Path(build.__file__)])
+    library = into / f"fastnce-emulated-{digest[:16]}{'-sanitized' if sanitize else ''}.so"
+    return build.make(library, into, lambda: _plan(sources, SANITIZED if sanitize else OPTIMISED))
+
+
+def _plan(sources: list[Path], how: str) -> build.Plan:
+    compiler, (flags, link) = build.compiler(), build.torch_flags()
+    units = {path: "-x c++" for path in sources if path.suffix in (".cu", ".cpp")}
+    ninja = build.ninja_file(compiler, f"{how} {FLAGS} -I{build.quoted(EMULATOR)} {flags}", units, f"{how} {link}")
+    return build.Plan("csrc/cuda and tests/native", compiler, ninja, {})

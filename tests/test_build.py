@@ -1,0 +1,392 @@
+"""Building the compiled libraries: once, whole, for what was asked; and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulated
+import pytest
+
+from fastnce import build, native
+from fastnce.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A "compiler" that writes its output in two halves, and a line per call into `calls`: the output, then the arguments.
+PRETENDED = f"""#!{sys.executable}
+import sys, time
+from pathlib import Path
+here = Path(__file__).parent
+if "--version" in sys.argv:
+    print("pretended 1.0, release", (here / "release").read_text())
+    sys.exit()
+out = Path(sys.argv[sys.argv.index("-o") + 1])
+with open(here / "calls", "a") as calls:
+    print(out.name, *sys.argv[1:], file=calls)
+out.write_text("half")
+time.sleep(float((here / "pause").read_text()))
+out.write_text("whole")
+if out.suffix == ".o" and ".cu" in out.name:
+    print((here / "says").read_text())
+"""
+# What ptxas 13.0 says with -v, of a kernel that it serialised and of one that it did not.
+SERIALISED = """\
+ptxas info    : (C7519) warpgroup.arrive is injected in around line 45 by compiler to allow use of registers in GMMA in function 'k'
+ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources
+"""
+SOUND = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'k' for 'sm_80'
+ptxas info    : Function properties for k
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 30 registers, used 1 barriers, 364 bytes cmem[0]
+ptxas info    : Compile time = 3.373 ms
+ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 28 registers, used 1 barriers
+"""
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Pretended compilers, CUDA sources that nobody reads, and a cache, for this process and those that it starts."""
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(PRETENDED)
+    script.chmod(0o755)
+    (script.parent / "pause").write_text("0.1")
+    (script.parent / "release").write_text("13.0")
+    (script.parent / "says").write_text(SOUND)
+    (script.parent / "calls").touch()
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for unit in ("rows.cu", "rows_sm90.cu", "bind.cpp", "problem.h", "device.cuh"):
+        (tmp_path / "csrc" / "cuda" / unit).touch()
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
+    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path / "packaged")
+    sources = native.sources
+    monkeypatch.setattr(native, "sources", lambda kind: tmp_path / "csrc" / kind if kind == "cuda" else sources(kind))
+    native.digest.cache_clear()
+    native.objection.cache_clear()
+    yield tmp_path
+    native.digest.cache_clear()
+    native.objection.cache_clear()
+
+
+def calls(pretended: Path) -> dict[str, list[str]]:
+    """Output -> arguments of the compiler; every output was written once."""
+    lines = [line.split() for line in (pretended / "bin" / "calls").read_text().splitlines()]
+    assert len({line[0] for line in lines}) == len(lines)
+    return {line[0]: line[1:] for line in lines}
+
+
+def start(kind: str, pretended: Path) -> subprocess.Popen[str]:
+    """A process that builds a library and prints what is in it. Without torch, which building does not import and which takes seconds."""
+    code = f"""
+import sys, types
+from pathlib import Path
+sys.modules["fastnce"] = package = types.ModuleType("fastnce")
+package.__path__ = [{str(ROOT / "fastnce")!r}]
+from fastnce import build, native
+sources = native.sources
+native.sources = lambda kind: Path({str(pretended / "csrc")!r}) / kind if kind == "cuda" else sources(kind)
+print(build.build({kind!r}).read_text(), "torch" in sys.modules)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+# ---------------------------------------------------------------- once and whole
+
+
+@pytest.mark.parametrize("kind", native.KINDS)
+def test_several_processes_build_it_once(kind: str, pretended: Path) -> None:
+    running = [start(kind, pretended) for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in running] == ["whole False\n"] * 3
+    units = {f"{path.name}.o" for path in native.sources(kind).iterdir() if path.suffix in (".cpp", ".cu")}
+    assert calls(pretended).keys() == {*units, "library.so"}
+    assert not [path for path in (pretended / "cache").iterdir() if path.is_dir()]
+
+
+def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
+    (pretended / "bin" / "pause").write_text("1")
+    first = start("cuda", pretended)
+    while "library.so" not in (pretended / "bin" / "calls").read_text():
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert native.library_path("cuda") is None
+    (pretended / "bin" / "calls").write_text("")
+    assert start("cuda", pretended).communicate(timeout=60)[0] == "whole False\n"
+    assert calls(pretended).keys() == {"library.so"}
+    # What ptxas said to the killed build is not lost.
+    library = native.library_path("cuda")
+    assert library is not None and "rows.cu" in json.loads(library.with_suffix(".json").read_text())["ptxas"]
+
+
+def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended: Path) -> None:
+    path = build.build("cuda")
+    assert build.build("cuda") == path == native.library_path("cuda")
+    assert "library.so" in calls(pretended)
+    for unit in ("rows.cu", "problem.h", "device.cuh"):
+        (native.sources("cuda") / unit).write_text(f"// {unit}")
+        native.digest.cache_clear()
+        assert native.library_path("cuda") is None
+        path.rename(path := path.with_name(native.name("cuda", list(build.ARCHS))))
+        assert native.library_path("cuda") == path
+
+
+# ---------------------------------------------------------------- architectures
+
+
+def test_every_architecture_by_default_and_sm_90_units_for_that_alone(pretended: Path) -> None:
+    library = build.build("cuda")
+    assert native.archs(library) == ("sm_80", "sm_90a", "sm_100", "compute_100")
+    made = calls(pretended)
+    codes = {unit: [word for word in words if "code=" in word] for unit, words in made.items()}
+    assert codes == {
+        "rows.cu.o": [
+            "arch=compute_80,code=sm_80",
+            "arch=compute_90a,code=sm_90a",
+            "arch=compute_100,code=sm_100",
+            "arch=compute_100,code=compute_100",
+        ],
+        "rows_sm90.cu.o": ["arch=compute_90a,code=sm_90a"],
+        "bind.cpp.o": [],
+        "library.so": [],
+    }
+    assert all("-DFASTNCE_SM90" in words for unit, words in made.items() if unit != "library.so")
+    record = json.loads(library.with_suffix(".json").read_text())
+    assert record["archs"] == list(build.ARCHS) and record["nvcc"].endswith("release 13.0") and "pretended" in record["compiler"]
+    assert record["ptxas"]["rows.cu"] == [
+        "sm_80 k: 16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads; Used 30 registers, used 1 barriers, 364 bytes cmem[0]",
+        "sm_90a k: 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads; Used 28 registers, used 1 barriers",
+    ]
+
+
+def test_other_architectures_are_another_library(pretended: Path) -> None:
+    few = build.build("cuda", archs=["sm_80"])
+    made = calls(pretended)
+    assert made.keys() == {"rows.cu.o", "bind.cpp.o", "library.so"} and "-DFASTNCE_SM90" not in made["bind.cpp.o"]
+    assert native.archs(few) == ("sm_80",) and native.library_path("cuda") == few
+    (pretended / "bin" / "calls").write_text("")
+    two = build.build("cuda", archs=["sm_90a", "sm_80", "sm_80"])
+    assert build.build("cuda", archs=["sm_80", "sm_90a"]) == two != few
+    os.utime(two, (1, 1))
+    assert native.library_path("cuda") == two, "the most architectures"
+    last = shutil.copy(two, two.with_name(native.name("cuda", ["sm_80", "sm_100"])))
+    os.utime(last, (2, 2))
+    assert native.library_path("cuda") == last, "of equally many the last"
+    (pretended / "packaged").mkdir()
+    assert native.library_path("cuda") == last
+    packaged = shutil.copy(few, pretended / "packaged")
+    assert native.library_path("cuda") == Path(packaged), "the package first"
+
+
+@pytest.mark.parametrize("arch", ["sm_70", "", "sm_80,sm_90", "90a"])
+def test_an_unknown_architecture_is_refused(arch: str, pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build-cuda", f"--arch={arch}"]) == 1
+    said = capsys.readouterr().err
+    assert f"unknown architecture {arch.split(',')[-1]!r}; known are sm_80, sm_90a, sm_100, compute_100" in said
+    assert not calls(pretended)
+
+
+def test_an_old_nvcc_says_what_it_can(pretended: Path) -> None:
+    (pretended / "bin" / "release").write_text("12.6")
+    with pytest.raises(build.BuildError, match=r"CUDA 12\.6, too old for sm_100, compute_100\. With this one: --arch sm_80,sm_90a$"):
+        build.build("cuda")
+    assert build.build("cuda", archs=["sm_80", "sm_90a"]).is_file()
+
+
+def test_serialised_products_fail_the_build(pretended: Path) -> None:
+    """Again and again: an unchanged unit is not compiled anew, and what was said of it is remembered."""
+    (pretended / "bin" / "says").write_text(SERIALISED + SOUND)
+    for _ in range(2):
+        with pytest.raises(build.BuildError, match=r"wait for each other:\nrows\.cu: .*C7511.*\nrows_sm90\.cu: .*C7511"):
+            build.build("cuda")
+    assert calls(pretended) and native.library_path("cuda") is None
+
+
+# ---------------------------------------------------------------- what is missing
+
+
+def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for kind in native.KINDS:
+        with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
+            build.build(kind)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="false failed on csrc/cpu"):
+        build.build("cpu")
+    monkeypatch.setenv("CXX", "false with arguments")
+    with pytest.raises(build.BuildError, match="CXX is 'false with arguments'"):
+        build.build("cuda")
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
+    for kind in native.KINDS:
+        with pytest.raises(build.BuildError, match="--no-build-isolation"):
+            build.build(kind)
+    shutil.rmtree(native.sources("cuda"))
+    with pytest.raises(FileNotFoundError, match="no sources of the cuda library"):
+        build.build("cuda")
+
+
+def test_where_nvcc_was_looked_for(pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.nvcc() == str(pretended / "bin" / "nvcc")
+    # A toolkit that is named is that one or none.
+    monkeypatch.setenv("PATH", str(pretended / "bin"), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_HOME", "nowhere")
+    assert main(["build-cuda"]) == 1
+    said = capsys.readouterr().err
+    assert "no nvcc: looked for nowhere/bin/nvcc (CUDA_HOME=nowhere, CUDA_PATH=(not set))" in said
+    assert "Triton backend needs no nvcc" in said
+    monkeypatch.delenv("CUDA_HOME")
+    assert build.nvcc() == str(pretended / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_PATH", str(pretended))
+    monkeypatch.setenv("PATH", "nowhere")
+    assert build.nvcc() == str(pretended / "bin" / "nvcc")
+    monkeypatch.delenv("CUDA_PATH")
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    with pytest.raises(build.BuildError, match="nvcc and /usr/local/cuda/bin/nvcc .*PATH"):
+        build.nvcc()
+
+
+def test_an_nvcc_of_no_release(pretended: Path) -> None:
+    (pretended / "bin" / "release").write_text("none")
+    with pytest.raises(build.BuildError, match="names no release, but: 'pretended 1.0, release none"):
+        build.build("cuda")
+    assert build.tool("cuda") == "no nvcc found"
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("kind", native.KINDS)
+def test_the_report_says_what_building_would_bring(kind: str, pretended: Path) -> None:
+    from fastnce.__main__ import _compiled
+
+    found = {"cpu": f"{pretended}/bin/nvcc", "cuda": "nvcc 13.0"}[kind]
+    assert _compiled(kind) == f"not built (python -m fastnce build-{kind}): {build.BRINGS[kind]}; {found} found"
+    build.build(kind)
+    native.objection.cache_clear()
+    assert "does not load" in _compiled(kind)
+
+
+# ---------------------------------------------------------------- wheels
+
+
+def wheel(pretended: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Built from a copy, by the Python that runs this; prints the wheel's name, and whether torch was imported."""
+    copy = pretended / "copy"
+    for folder in ("fastnce", "csrc"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_wheel('..'), 'torch' in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code], cwd=copy, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_the_default_wheel_is_pure_and_complete(pretended: Path) -> None:
+    """Every module, every source, and nothing else."""
+    done = wheel(pretended, FASTNCE_BUILD="")
+    name, torch = done.stdout.splitlines()[-1].split()
+    assert name.endswith("-py3-none-any.whl") and torch == "False"
+    found = {Path(path) for path in zipfile.ZipFile(pretended / name).namelist() if ".dist-info/" not in path}
+    modules = {path.relative_to(ROOT) for path in (ROOT / "fastnce").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*") if path.suffix in native.SUFFIXES}
+    assert found == modules | {"fastnce" / Path("_csrc") / path for path in sources}
+    assert not calls(pretended)
+
+
+def test_a_wheel_with_libraries_is_of_this_system(pretended: Path) -> None:
+    done = wheel(pretended, FASTNCE_BUILD="cpu,cuda")
+    name = done.stdout.splitlines()[-1].split()[0]
+    assert "-py3-none-linux_" in name
+    found = [path for path in zipfile.ZipFile(pretended / name).namelist() if "/_lib/" in path]
+    assert [Path(path).suffix for path in sorted(found)] == [".json", ".so"] * len(native.KINDS)
+    assert [path.split("/")[-1].split("-")[1] for path in sorted(found)[::2]] == list(native.KINDS)
+
+
+def test_a_wheel_with_what_nobody_knows(pretended: Path) -> None:
+    done = wheel(pretended, FASTNCE_BUILD="cpu,rocm")
+    assert done.returncode and "FASTNCE_BUILD names rocm; known are cpu, cuda" in done.stderr
+    assert not calls(pretended)
+
+
+# ---------------------------------------------------------------- compilers that do not pretend
+
+
+def test_the_emulated_kernels_are_the_same_sources_for_the_cpu(pretended: Path) -> None:
+    library = emulated.emulate(pretended / "emulated")
+    made = calls(pretended)
+    assert emulated.emulate(pretended / "emulated") == library and calls(pretended) == made
+    assert made.keys() == {"rows.cu.o", "rows_sm90.cu.o", "bind.cpp.o", "emulator.cpp.o", "library.so"}
+    assert "-x c++" in " ".join(made["rows.cu.o"]) and "-DFASTNCE_EMULATED" in made["rows.cu.o"]
+    assert emulated.emulate(pretended / "sanitized", sanitize=True).name.endswith("-sanitized.so")
+
+
+def nvcc_is_here() -> bool:
+    try:
+        return bool(build.nvcc())
+    except build.BuildError:
+        return False
+
+
+# A product whose accumulators are changed before it has been waited for.
+SERIAL = """
+__global__ void serial(float* x, unsigned long long a) {
+  float d[4] = {x[0], x[1], x[2], x[3]};
+  asm volatile("wgmma.fence.sync.aligned;");
+  for (int step = 0; step < 2; ++step) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0;"
+                 "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %4, p, 1, 1, 0, 0;}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a));
+    d[0] += 1.0f;
+  }
+  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;");
+  for (int i = 0; i < 4; ++i) x[i] = d[i];
+}
+void launch(float* x) { serial<<<1, 128>>>(x, 1); }
+"""
+
+
+@pytest.mark.skipif(not nvcc_is_here(), reason="no nvcc")
+def test_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for each GPU, PTX for later ones, CUDA's runtime inside and private; and ptxas still says what is looked for."""
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "sources", lambda _: tmp_path / "csrc")
+    monkeypatch.setattr(native, "digest", lambda _: "0" * 64)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "sound.cu").write_text(
+        "__global__ void sound(float* x) { x[threadIdx.x] += 1; }\nvoid launch_sound(float* x) { sound<<<1, 32>>>(x); }\n"
+    )
+    serial = tmp_path / "csrc" / "serial_sm90.cu"
+    serial.write_text(SERIAL)
+    with pytest.raises(build.BuildError, match=r"wait for each other:\nserial_sm90\.cu: .*wgmma"):
+        build.build("cuda")
+    serial.unlink()
+    (tmp_path / "cache").rename(tmp_path / "old")
+    library = build.build("cuda")
+    kernels = json.loads(library.with_suffix(".json").read_text())["ptxas"]["sound.cu"]
+    assert [line.split()[0] for line in kernels] == ["sm_80", "sm_90a", "sm_100"] and all("Used" in line for line in kernels)
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run([cuobjdump, "--list-elf", "--list-ptx", library], capture_output=True, text=True, check=True).stdout
+    assert sorted(line.rsplit(".", 2)[1:] for line in listed.splitlines()) == [
+        ["sm_100", "cubin"],
+        ["sm_100", "ptx"],
+        ["sm_80", "cubin"],
+        ["sm_90a", "cubin"],
+    ]
+    names = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
+    assert "cuda" not in names
