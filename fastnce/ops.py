@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastnce import backends
+from fastnce.backends._gpu import rows
 from fastnce.norms import no_autocast, vector_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
@@ -33,6 +34,8 @@ _library.define(
     f"backward(Tensor[] grads, Tensor[] stats, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class Arguments(NamedTuple):
@@ -146,6 +149,31 @@ class _FirstOrderOnly(torch.autograd.Function):
         )
 
 
+class _Log1pLoss(torch.autograd.Function):
+    """log(1 + exp(lse_neg - pos)) of every row, by one launch each way instead of three."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(lse_neg: Tensor, pos: Tensor) -> Tensor:
+        return torch.ops.fastnce.log1p_loss(lse_neg, pos)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        found = first_order_only(torch.ops.fastnce.log1p_loss_backward(*ctx.saved_tensors, grad))
+        return found, -found
+
+
+def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
+    """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
+    served = not torch.compiler.is_compiling() and rows.compiled(lse_neg)
+    return _Log1pLoss.apply(lse_neg, pos) if served else None
+
+
 def first_order_only(grad: Tensor) -> Tensor:
     """A gradient as it is; differentiating it once more raises."""
     if not torch.is_grad_enabled():
@@ -172,6 +200,18 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
+
+
+def _log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
+    value = torch.empty_like(lse_neg)
+    torch.ops.fastnce_cuda.log1p_loss(lse_neg.contiguous(), pos.contiguous(), value)
+    return value
+
+
+def _log1p_loss_backward(lse_neg: Tensor, pos: Tensor, grad: Tensor) -> Tensor:
+    d = torch.empty_like(lse_neg)
+    torch.ops.fastnce_cuda.log1p_loss_backward(lse_neg.contiguous(), pos.contiguous(), grad, d)
+    return d
 
 
 def _fake_forward(*flat: Any) -> list[Tensor]:
@@ -210,7 +250,12 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _run, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
+for _name, _run, _fake in (
+    ("forward", _forward, _fake_forward),
+    ("backward", _backward, _fake_backward),
+    ("log1p_loss", _log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
+    ("log1p_loss_backward", _log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
+):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(getattr(torch.ops.fastnce, _name)), lib=_library)

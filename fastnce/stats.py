@@ -187,6 +187,12 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=80.0)
 
 
+def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
+    """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
+    found = ops.log1p_loss(lse_neg, pos)
+    return softplus(lse_neg - pos) if found is None else found
+
+
 def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, normalize: bool, rows: Tensor | None = None) -> Tensor:
     """Logits of pairs that are listed one by one, so that there are no more of them than key rows: O(keys) memory, plain autograd.
 

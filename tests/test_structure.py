@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"norms"},
     "queue": {"checks"},
     "backends": {"checks", "problem", *(m for m in MODULES if re.fullmatch(r"backends\.[a-z]\w*", m))},
-    "ops": {"backends", "norms", "pairs", "problem"},
+    "ops": {"backends", "backends._gpu.rows", "norms", "pairs", "problem"},
     "stats": {"backends", "checks", "norms", "ops", "pairs", "problem"},
     "formulas": {"checks", "norms", "stats"},
     "negatives": {"checks", "problem", "stats"},

@@ -5,9 +5,9 @@ namespace {
 
 template <class W, class TERMS>
 void run(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
-  const TensorMap x = tensor_map(p.x, p.row_padded, p.depth, W::BM), y = tensor_map(p.y, p.column_padded, p.depth, W::BN);
+  const OperandMaps maps(p, W::BM, W::BN);
   const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-  launch(wgmma_backward_rows<W, TERMS>, blocks, WGMMA_THREADS, W::BYTES, stream, x, y, p, grid, weights, out);
+  launch(wgmma_backward_rows<W, TERMS>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, weights, out);
 }
 
 template <int DEPTH>

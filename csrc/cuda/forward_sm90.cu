@@ -43,18 +43,18 @@ void with_walk(const Problem& p, const Run& run) {
 void wgmma_forward_rows(const Problem& p, const Grid& grid, const RowSums& out, Stream stream) {
   with_walk<Kernel::FORWARD_ROWS>(p, [&](auto walk) {
     using W = decltype(walk);
-    const TensorMap x = tensor_map(p.x, p.row_padded, p.depth, W::BM), y = tensor_map(p.y, p.column_padded, p.depth, W::BN);
+    const OperandMaps maps(p, W::BM, W::BN);
     const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-    launch(wgmma_forward_rows<W>, blocks, WGMMA_THREADS, W::BYTES, stream, x, y, p, grid, out);
+    launch(wgmma_forward_rows<W>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
   });
 }
 
 void wgmma_forward_both(const Problem& p, const Grid& grid, const BothSums& out, Stream stream) {
   with_walk<Kernel::FORWARD_BOTH>(p, [&](auto walk) {
     using W = decltype(walk);
-    const TensorMap x = tensor_map(p.x, p.row_padded, p.depth, W::BM), y = tensor_map(p.y, p.column_padded, p.depth, W::BN);
+    const OperandMaps maps(p, W::BM, W::BN);
     const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-    launch(wgmma_forward_both<W>, blocks, WGMMA_THREADS, W::BYTES, stream, x, y, p, grid, out);
+    launch(wgmma_forward_both<W>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
   });
 }
 

@@ -111,6 +111,14 @@ inline TensorMap tensor_map(const uint16_t* base, int64_t rows, int columns, int
 
 namespace fastnce::cuda {
 
+// Of both operands, in boxes of a tile. Without keys no tile is visited, and no map of nothing can be made.
+struct OperandMaps {
+  TensorMap x, y;
+
+  OperandMaps(const Problem& p, int x_rows, int y_rows)
+      : x(tensor_map(p.x, p.row_padded, p.depth, x_rows)), y(p.column_padded ? tensor_map(p.y, p.column_padded, p.depth, y_rows) : x) {}
+};
+
 // Matrix descriptors, PTX ISA, "Shared memory matrix layout": the address, the two strides in units of 16 bytes, and the 128-byte swizzle.
 FASTNCE_DEVICE uint64_t descriptor(const void* at, int leading_bytes, int stride_bytes) {
   const uint64_t address = (shared_address(at) & 0x3ffff) >> 4;

@@ -77,9 +77,9 @@ FASTNCE_HD bool meets(int i0, int j0, int rows, int columns, int diagonal) {
 
 // ---------------------------------------------------------------- in which order, where most tiles are alike
 
-// A diagonal crosses at most three tiles of a block of 128 rows, of 64 columns each; there are three of them, and a last tile that is
+// A diagonal crosses at most five tiles of a block of 128 rows, of 32 columns each; there are three of them, and a last tile that is
 // ragged.
-constexpr int MOST_MASKED = 10;
+constexpr int MOST_MASKED = 16;
 constexpr int NOWHERE = 2147483647;  // a diagonal that no pair of indices lies on
 
 // Steps begin..begin + count of a walk: first, in ascending order, those whose pairs are all negative, then the others. Kernels that

@@ -23,12 +23,13 @@ struct Walk {
   static constexpr bool CONTENT = CONTENT_;
   static constexpr int STAGES = wgmma_stages(KERNEL, DEPTH), VECTOR_STAGES = 4;
   static constexpr int FIELDS = KERNEL == Kernel::BACKWARD_ROWS ? BACKWARD_FIELDS<CONTENT> : FORWARD_FIELDS<CONTENT>;
-  static constexpr int SUM_STAGES = KERNEL == Kernel::FORWARD_BOTH ? CONTENT ? 1 : 2 : 0;
-  static constexpr int SUMS = (CONTENT ? 4 : 1) * CONSUMER_WARPS * BN;  // floats of a stage
+  // Sums of columns: of labels there are more, and nothing overlaps that would want a second stage.
+  static constexpr int SUM_STAGES = KERNEL == Kernel::FORWARD_BOTH && !CONTENT ? 2 : 1;
+  static constexpr int SUMS = KERNEL == Kernel::FORWARD_BOTH ? (CONTENT ? 4 : 1) * CONSUMER_WARPS * BN : 0;  // floats of a stage
   static constexpr int X_BYTES = BM * DEPTH * 2, Y_BYTES = BN * DEPTH * 2;
   static constexpr int VECTORS_AT = X_BYTES + STAGES * Y_BYTES, SUMS_AT = VECTORS_AT + VECTOR_STAGES * FIELDS * BN * 4;
   static constexpr int BARRIERS_AT = SUMS_AT + SUM_STAGES * SUMS * 4;
-  static constexpr int BARRIERS = 1 + 2 * (STAGES + VECTOR_STAGES + 2);
+  static constexpr int BARRIERS = 1 + 2 * (STAGES + VECTOR_STAGES + SUM_STAGES);
   static constexpr int ORDER_AT = BARRIERS_AT + BARRIERS * 8;
   static constexpr int BYTES = ORDER_AT + static_cast<int>(sizeof(Order));
   static_assert(BYTES + ATOM_BYTES <= 227 << 10);
@@ -41,8 +42,7 @@ struct Walk {
     return {reinterpret_cast<float*>(base + VECTORS_AT) + n % VECTOR_STAGES * FIELDS * BN};
   }
   FASTNCE_DEVICE float& sum(int n, int which, int warp, int column) const {
-    constexpr int STAGE = SUM_STAGES ? SUM_STAGES : 1;
-    return reinterpret_cast<float*>(base + SUMS_AT)[n % STAGE * SUMS + (which * CONSUMER_WARPS + warp) * BN + column];
+    return reinterpret_cast<float*>(base + SUMS_AT)[n % SUM_STAGES * SUMS + (which * CONSUMER_WARPS + warp) * BN + column];
   }
   FASTNCE_DEVICE Order& order() const { return *reinterpret_cast<Order*>(base + ORDER_AT); }
 
@@ -75,7 +75,7 @@ struct Walk {
   FASTNCE_DEVICE uint64_t* x_full() const { return barriers(); }
   FASTNCE_DEVICE Ring<STAGES> tiles() const { return {barriers() + 1}; }
   FASTNCE_DEVICE Ring<VECTOR_STAGES> vectors() const { return {barriers() + 1 + 2 * STAGES}; }
-  FASTNCE_DEVICE Ring<2> sums() const { return {barriers() + 1 + 2 * (STAGES + VECTOR_STAGES)}; }
+  FASTNCE_DEVICE Ring<SUM_STAGES> sums() const { return {barriers() + 1 + 2 * (STAGES + VECTOR_STAGES)}; }
 
   // All threads, before anything else: which steps a block of rows visits, and in which order.
   FASTNCE_DEVICE void start(const Rules& r, Range steps, bool all_masked, int i0, bool circle, int first) const {
