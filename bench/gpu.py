@@ -4,7 +4,8 @@ A part is a module with main(); it fills a Report and calls finish(), which prin
 the exit status: 1 where something raised that should not have, whatever the figures say. `python -m bench.gpu summary` shows
 what all parts left.
 
-The dry run is the same code at tiny sizes on the CPU, with backend="cpu": its figures mean nothing, its exit status does.
+The dry run is the same code at tiny sizes on the CPU, with backend="cpu": its figures mean nothing, its exit status does. --emulate is a
+dry run whose parts for the CUDA library run its sources, compiled for the CPU by the part `build`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 
 import torch
 
+from bench import gpu_kernels
+from bench.gpu_kernels import Kernels
 from fastnce.bench import places, record
 
-PARTS = ("tests", "sanitize", "accuracy", "bench", "tiles")
+PARTS = ("build", "tests", "sanitize", "accuracy", "bench", "race", "tiles")
 BUDGET = 540.0  # seconds of a part: a command of ten minutes then ends by itself, with its results written
 
 
@@ -32,7 +35,9 @@ class Options(argparse.Namespace):
     out: Path
     budget: float
     dry_run: bool
+    emulate: bool
     backend: str
+    kernels: str
 
 
 class Report:
@@ -42,13 +47,19 @@ class Report:
         parser = argparse.ArgumentParser(prog=f"python -m bench.gpu_{part}", allow_abbrev=False)
         parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or places.ROOT / "build" / "gpu"))
         parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-        parser.add_argument("--backend", default="triton")
+        parser.add_argument("--backend", default="triton", help="of the parts bench and tiles")
+        parser.add_argument("--kernels", default="", help="of the other parts, comma-separated; all of " + ",".join(gpu_kernels.RACERS))
         parser.add_argument("--dry-run", action="store_true")
+        parser.add_argument("--emulate", action="store_true")
         options = parser.parse_args(arguments, namespace=Options())
-        if not options.dry_run and not torch.cuda.is_available():
+        self.where = "emulated" if options.emulate else "cpu" if options.dry_run else "gpu"
+        self.part, self.dry, self.out = part, self.where != "gpu", options.out
+        if not self.dry and not torch.cuda.is_available():
             parser.error("torch finds no CUDA device here; --dry-run shows on the CPU that everything runs")
-        self.part, self.dry, self.out = part, options.dry_run, options.out
-        self.device, self.backend = ("cpu", "cpu") if options.dry_run else ("cuda", options.backend)
+        self.device, self.backend = ("cpu", "cpu") if self.dry else ("cuda", options.backend)
+        self.asked = tuple(filter(None, options.kernels.split(",")))
+        if unknown := [name for name in self.asked if name not in gpu_kernels.RACERS]:
+            parser.error(f"unknown kernels {', '.join(unknown)}")
         self.rows: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.more: dict[str, Any] = {}
@@ -57,6 +68,30 @@ class Report:
     def left(self) -> float:
         """Seconds of the budget."""
         return self._budget - (time.monotonic() - self._begun)
+
+    def names(self) -> tuple[str, ...]:
+        """Of the kernels that were asked for."""
+        return self.asked or gpu_kernels.names(self.where)
+
+    def kernels(self, names: tuple[str, ...] | None = None, needed: bool = True) -> list[Kernels]:
+        """Those that run here, of `names` or of all that were asked for; a row for each that does not. None at all where some are needed is
+        an error."""
+        found = []
+        for name in self.names() if names is None else names:
+            kernels = Kernels.of(name, self.where)
+            if objection := kernels.objection():
+                self.add({"kernels": name, "status": objection})
+            else:
+                found.append(kernels)
+        if needed and not found:
+            self.fail("none of these kernels run here")
+        return found
+
+    @property
+    def log(self) -> Path:
+        """Of all parts together, since what comes back from a rented machine is often few files."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        return self.out / "parts.log"
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -79,7 +114,9 @@ class Report:
 
     def finish(self, columns: tuple[str, ...]) -> int:
         """Print the table, write the results, return the exit status."""
-        arguments = [f"--backend={self.backend}", f"--budget={self._budget:g}", *(["--dry-run"] if self.dry else [])]
+        arguments = [f"--backend={self.backend}", f"--budget={self._budget:g}"]
+        arguments += [f"--kernels={','.join(self.asked)}"] if self.asked else []
+        arguments += {"gpu": [], "cpu": ["--dry-run"], "emulated": ["--emulate"]}[self.where]
         env = record.environment(["bash", "bench/gpu_run.sh", self.part, *arguments], torch.get_num_threads(), self.device)
         seconds = time.monotonic() - self._begun
         result = {"schema": record.SCHEMA, "part": self.part, "dry_run": self.dry, "seconds": seconds, "env": env}
@@ -111,7 +148,7 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 def run(main: Callable[[], int]) -> None:
     """Entry point of a part."""
-    torch.set_num_threads(1 if "--dry-run" in sys.argv else torch.get_num_threads())
+    torch.set_num_threads(1 if {"--dry-run", "--emulate"} & set(sys.argv) else torch.get_num_threads())
     raise SystemExit(main())
 
 

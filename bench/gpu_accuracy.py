@@ -1,8 +1,8 @@
 """Part `accuracy`: the contract of docs/numerics.md at N = 32,768, where tensor cores accumulate and no CPU can tell how.
 
 Four losses, three dtypes, two widths, temperatures from 0.01 (a running maximum) to 0.5, unrelated and aligned positives: mean loss, each
-row's loss, the gradients of the features and dL/dscale against float64 in blocks (gpu_exact.py), next to the error of dense torch in the
-same dtype on the same inputs. Limits and verdicts are those of accuracy.py.
+row's loss, the gradients of the features and dL/dscale of every kind of kernels against float64 in blocks (gpu_exact.py), next to the error
+of dense torch in the same dtype on the same inputs. Limits and verdicts are those of accuracy.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import accuracy, gpu, gpu_exact
+from bench import accuracy, gpu, gpu_exact, gpu_kernels
 from bench.accuracy import Errors
 from bench.exact import Answer, Sizes
+from bench.gpu_kernels import Kernels
 from fastnce.bench import forms
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SHOWN = {"loss": "mean", "row": "row", "gradient": "gradient", "scale": "scale"}  # "loss" is which
-COLUMNS = ("loss", "dtype", "d", "noise", "temperature", "exact", *SHOWN.values(), "inside", "status")
+COLUMNS = ("kernels", "loss", "dtype", "d", "noise", "temperature", "exact", *SHOWN.values(), "inside", "status")
 
 
 class Cell(NamedTuple):
@@ -89,8 +90,8 @@ def answer(rows_of: Any, leaves: tuple[Tensor, ...], scale: Tensor, scaling: flo
     return Answer(rows.detach().double().mean().item(), rows.detach().double().cpu().numpy(), found, by_scale.item() / scaling)
 
 
-def judge(cell: Cell, n: int, device: str, backend: str) -> dict[str, Any]:
-    """The largest part of its limit that each quantity uses, and what that is."""
+def judge(cell: Cell, n: int, device: str, every: list[Kernels]) -> Iterator[dict[str, Any]]:
+    """By kernels the largest part of its limit that each quantity uses, and what that is."""
     leaves = forms.leaves(cell.loss, n, cell.d, cell.dtype, device=device, noise=cell.noise)
     leaves = leaves[:2] if cell.loss == "clip" else leaves
     stored = tuple(leaf.detach() for leaf in leaves)
@@ -104,19 +105,22 @@ def judge(cell: Cell, n: int, device: str, backend: str) -> dict[str, Any]:
             torch.cuda.empty_cache()
         return found
 
-    def ours(given: tuple[Tensor, ...], by: Tensor) -> Tensor:
-        return fused_rows(cell.loss, given, by, backend)
-
     def dense(given: tuple[Tensor, ...], by: Tensor) -> Tensor:
         return dense_rows(cell.loss, given, by)
 
-    found, same = error_of(ours, leaves, scaling), error_of(dense, leaves, scaling)
-    single = same
+    same = single = error_of(dense, leaves, scaling)
     if cell.dtype != torch.float32:
         wide = [leaf.detach().float() if leaf.is_floating_point() else leaf for leaf in leaves]
         wide = [x.requires_grad_() if leaf.requires_grad else x for x, leaf in zip(wide, leaves, strict=True)]
         single = error_of(dense, tuple(wide), 1.0)
-    return verdict(cell, true, sizes, rounded, found, same, single)
+    for kernels in every:
+
+        def ours(given: tuple[Tensor, ...], by: Tensor, backend: str = kernels.backend) -> Tensor:
+            return fused_rows(cell.loss, given, by, backend)
+
+        with gpu_kernels.chosen(kernels):
+            found = error_of(ours, leaves, scaling)
+        yield {"kernels": kernels.name, **verdict(cell, true, sizes, rounded, found, same, single)}
 
 
 def verdict(cell: Cell, true: Answer, sizes: Sizes, rounded: Answer, found: Errors, same: Errors, single: Errors) -> dict[str, Any]:
@@ -135,12 +139,14 @@ def verdict(cell: Cell, true: Answer, sizes: Sizes, rounded: Answer, found: Erro
 def main() -> int:
     report = gpu.Report("accuracy")
     n = 256 if report.dry else 32_768
-    for cell in cells(report.dry):
+    every = report.kernels()
+    for cell in cells(report.dry) if every else ():
         if report.left() < 10:
             report.add({**cell._asdict(), "dtype": str(cell.dtype)[6:], "status": "no time left"})
             continue
         with report.step(str(cell)):
-            report.add(judge(cell, n, report.device, report.backend))
+            for row in judge(cell, n, report.device, every):
+                report.add(row)
         if report.device == "cuda":
             torch.cuda.empty_cache()
     report.more = {"n": n, "meaning": "each quantity: the largest part of its limit that is used; above 1 is outside the contract"}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -61,20 +62,41 @@ def release(leaves: tuple[Tensor, ...]) -> None:
         torch.cuda.empty_cache()
 
 
-def _start(cell: Cell, name: str, leaves: tuple[Tensor, ...], running: dict[str, Contestant]) -> Row:
-    function = peers.contestant(cell.loss, name, cell.backend)
+def lost() -> bool:
+    """Whether a fault has taken the device from this process: every later call would fail too."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _start(cell: Cell, name: str, function: Contestant, leaves: tuple[Tensor, ...]) -> Row:
     for _ in range(WARM_UP):
         value = measure.step(function, leaves, cell.mode)
-    running[name] = function
     return row_of(cell, name, "ok", **computed(value, leaves))
 
 
-def measure_time(cell: Cell) -> list[Row]:
+def interleaved(
+    cell: Cell,
+    contestant: Callable[[str, str, str], Contestant] = peers.contestant,
+    within: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+) -> tuple[dict[str, Row], dict[str, list[float]]]:
+    """By name the row of each contestant, and its milliseconds round by round. contestant(loss, name, backend), run within(name)."""
     leaves = measure.leaves_of(cell)
     running: dict[str, Contestant] = {}
     rows: dict[str, Row] = {}
+
+    def start(name: str) -> Row:
+        function = contestant(cell.loss, name, cell.backend)
+        with within(name):
+            row = _start(cell, name, function, leaves)
+        running[name] = function
+        return row
+
     for name in cell.names:
-        rows[name] = guarded(cell, name, partial(_start, cell, name, leaves, running))
+        rows[name] = guarded(cell, name, partial(start, name))
         release(leaves)
 
     samples: dict[str, list[float]] = {name: [] for name in running}
@@ -85,15 +107,21 @@ def measure_time(cell: Cell) -> list[Row]:
         if cell.seconds and rounds >= FEWEST and time.perf_counter() - begun > cell.seconds:
             break
         for name in order:
-            call = prepared(cell.mode, running[name], leaves)
-            flush.zero_()
-            samples[name].append(milliseconds(cell.device, call))
+            with within(name):
+                call = prepared(cell.mode, running[name], leaves)
+                flush.zero_()
+                samples[name].append(milliseconds(cell.device, call))
             del call  # and with it what the forward saved
         order.append(order.pop(0))
         rounds += 1
     gc.enable()
+    return rows, samples
+
+
+def measure_time(cell: Cell) -> list[Row]:
+    rows, samples = interleaved(cell)
     for name, times in samples.items():
-        rows[name] |= {"gpu_ms": {"median": median(times), "min": min(times)}, "iterations": rounds}
+        rows[name] |= {"gpu_ms": {"median": median(times), "min": min(times)}, "iterations": len(times)}
         rows[name]["tflops"] = forms.products(cell.loss, cell.n, cell.d, cell.mode) / median(times) / 1e9
         if peers.OURS in samples:
             rows[name]["gpu_ratio"] = median(a / b for a, b in zip(times, samples[peers.OURS], strict=True))

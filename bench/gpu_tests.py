@@ -1,4 +1,4 @@
-"""Part `tests`: pytest -m gpu, counted from its log, so that a run that is cut off has shown what it came to.
+"""Part `tests`: pytest -m gpu tests/test_gpu.py, counted from its log, so that a run that is cut off has shown what it came to.
 
 The dry run executes the bodies of tests/test_gpu.py at tiny sizes on the CPU.
 """
@@ -8,21 +8,38 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import gpu
+from bench import gpu, gpu_kernels
 from fastnce.bench import places
 
-# First what takes a second, last what takes minutes: words for pytest -k, and the part of what is left that they may take.
+TESTS = "tests/test_gpu.py"  # the only file that has the marker: collecting all of them takes seconds
+WORKERS = 6  # processes, where pytest-xdist is installed: most of the time of Triton's goes into compiling
+
+
+class Group(NamedTuple):
+    """words: for pytest -k. share: the part of what is left that they may take. of: the backend whose kernels are in there."""
+
+    words: str
+    share: float
+    of: str = ""
+    workers: int = WORKERS
+
+
+# What needs the device for itself: most of its memory, or to be quicker than it is busy.
+ALONE = "elements or nobody"
+# First what is compiled already and takes a second a test, last what takes minutes.
 GROUPS = (
-    ("not problems and not thousand and not elements and not graph", 0.5),
-    ("graph or thousand or elements", 0.5),
-    ("problems", 1.0),
+    Group(f"cuda and not problems and not ({ALONE})", 0.5, "cuda"),
+    Group(f"cuda and problems and not ({ALONE})", 0.5, "cuda"),
+    Group(ALONE, 0.5, workers=1),
+    Group(f"not cuda and not problems and not ({ALONE})", 0.5, "triton"),
+    Group(f"not cuda and problems and not ({ALONE})", 1.0, "triton"),
 )
-WORKERS = 6  # processes, where pytest-xdist is installed: most of the time goes into compiling kernels
+TEST_SECONDS = 120  # of one test, where pytest-timeout is installed: a kernel that does not end takes its process along, and no other
 COLUMNS = ("group", "passed", "outcomes", "seconds", "failed", "status")
 
 
@@ -39,46 +56,51 @@ def failures(log: str) -> list[str]:
     return [line[:200] for line in dict.fromkeys(lines)]
 
 
-def command(words: str, report: gpu.Report) -> list[str]:
-    parallel = [] if report.dry or importlib.util.find_spec("xdist") is None else ["-n", str(WORKERS)]
+def command(group: Group, report: gpu.Report) -> list[str]:
+    installed = importlib.util.find_spec
+    more = [] if report.dry or group.workers == 1 or installed("xdist") is None else ["-n", str(group.workers)]
+    more += [] if installed("pytest_timeout") is None else ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
     # The dry run's tests carry no marker; -v and -rfE are what the log is counted from.
-    where = ["tests/test_gpu.py"] if report.dry else ["-m", "gpu", "tests"]
-    return [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", *parallel, *where, "-k", words]
+    more += [] if report.dry else ["-m", "gpu"]
+    return [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", *more, TESTS, "-k", group.words]
 
 
-def run(words: str, seconds: float, report: gpu.Report, log: Path) -> dict[str, Any]:
+def run(group: Group, seconds: float, report: gpu.Report) -> dict[str, Any]:
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-    if report.dry:
-        environment |= {"FASTNCE_GPU_DRY_RUN": "1"}
+    environment |= gpu_kernels.environment(report.where, report.names())
     begun = report.left()
-    with log.open("a") as out:
-        out.write(f"=== -k '{words}'\n")
+    with report.log.open("a") as out:
+        out.write(f"=== -k '{group.words}'\n")
         out.flush()
         start = out.tell()
+        # Of its own session: its processes must not outlive it, above all not one whose kernel does not end.
+        process = subprocess.Popen(
+            command(group, report), cwd=places.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command(words, report), cwd=places.ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, timeout=seconds
-            )
-            status = {0: "ok", 1: "failures", 5: "no tests"}.get(done.returncode, f"exit status {done.returncode}")
+            status = {0: "ok", 1: "failures", 5: "no tests"}.get(process.wait(seconds), f"exit status {process.returncode}")
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             status = f"cut off after {seconds:.0f} s"
-    text = log.read_bytes()[start:].decode(errors="replace")
+    text = report.log.read_bytes()[start:].decode(errors="replace")
     found = outcomes(text)
     shown = ", ".join(f"{count} {name}" for name, count in found.items()) or "none"
-    row = {"group": words, "outcomes": shown, "seconds": begun - report.left(), "failed": failures(text), "status": status}
+    if status == "ok" and not found.get("passed"):
+        status = "skipped"
+    row = {"group": group.words, "outcomes": shown, "seconds": begun - report.left(), "failed": failures(text), "status": status}
     return row | {"passed": status == "ok" and found.get("passed", 0) > 0}
 
 
 def main() -> int:
     report = gpu.Report("tests")
-    report.out.mkdir(parents=True, exist_ok=True)
-    log = report.out / "tests.log"
-    log.unlink(missing_ok=True)
-    for words, share in (("test_gpu", 1.0),) if report.dry else GROUPS:
-        row = run(words, max(report.left() * share, 1.0), report, log)
+    backends = {"", *(name.partition("-")[0] for name in report.names())}
+    for group in [Group("test_gpu", 1.0)] if report.dry else [group for group in GROUPS if group.of in backends]:
+        row = run(group, max(report.left() * group.share, 1.0), report)
         report.add(row)
-        if not row["passed"]:
-            report.fail(f"pytest -k '{words}': {row['status']}, {row['outcomes']}; see tests.log")
+        # Of a library that is not built all tests are skipped, and say why.
+        if not row["passed"] and row["status"] != "skipped":
+            report.fail(f"pytest -k '{group.words}': {row['status']}, {row['outcomes']}; see {report.log.name}")
     report.rows = [row | {"failed": "; ".join(row["failed"][:5])} for row in report.rows]
     return report.finish(COLUMNS)
 

@@ -1,7 +1,8 @@
-"""Part `sanitize`: memcheck, initcheck, racecheck and synccheck of compute-sanitizer over twelve ragged shapes.
+"""Part `sanitize`: memcheck, initcheck, racecheck and synccheck of compute-sanitizer over ragged shapes, of every kind of kernels.
 
 `python -m bench.sanitize --inside ...` runs the shapes, forward and backward, and is what the tools run under: first without any, so that
-the kernels are compiled. The tools are looked for on PATH, below the CUDA toolkit, and in an installed wheel (nvidia-cuda-sanitizer-api).
+Triton's kernels are compiled; both kinds of the CUDA library in one process, since starting one takes longer than its shapes. The four
+tools run at the same time. They are looked for on PATH, below the CUDA toolkit, and in an installed wheel (nvidia-cuda-sanitizer-api).
 Without caching every tensor is an allocation of its own, so that a read beyond it is one beyond what is allocated. racecheck knows shared
 memory only, and reports copies by the bulk engine as hazards that are none: its rows are to be read, not only counted.
 """
@@ -14,13 +15,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench import gpu
+import fastnce
+from bench import gpu, gpu_kernels
+from bench.gpu_kernels import Kernels
 from fastnce.bench import places
 
 TOOLS: dict[str, list[str]] = {
@@ -29,7 +35,7 @@ TOOLS: dict[str, list[str]] = {
     "racecheck": ["--racecheck-report", "analysis"],
     "synccheck": [],
 }
-COLUMNS = ("tool", "shapes", "reports", "clean", "seconds", "status", "first")
+COLUMNS = ("tool", "kernels", "shapes", "reports", "clean", "seconds", "status", "first")
 
 
 class Shape(NamedTuple):
@@ -54,13 +60,16 @@ SHAPES = (
     Shape("sup_con", 161, 260, torch.float16),
     Shape("moco", 1041, 72),
     Shape("moco", 1041, 384, torch.float32, 90.0),
+    # Labels at the widths that wgmma serves, where it takes other tiles.
+    Shape("sup_con", 197, 100),
+    Shape("sup_con", 133, 200, torch.bfloat16, 90.0),
+    Shape("mask", 150, 72),
+    Shape("mask", 139, 270, torch.float16, 90.0),
 )
 
 
 def solve(shape: Shape, device: str, backend: str) -> None:
     """Forward and backward of one shape."""
-    import fastnce
-
     g = torch.Generator().manual_seed(shape.n)
     rows = max(shape.n // 16, 1) if shape.loss == "moco" else shape.n
     q, k, queue = (torch.randn(n, shape.d, generator=g).to(device, shape.dtype) for n in (rows, rows, shape.n))
@@ -73,6 +82,7 @@ def solve(shape: Shape, device: str, backend: str) -> None:
         "clip": lambda: fastnce.clip_loss(q, k, scale, backend=backend),
         "sup_con": lambda: fastnce.sup_con(q, labels, scale=scale, backend=backend),
         "moco": lambda: fastnce.moco_loss(q, k, queue, scale=scale, backend=backend),
+        "mask": lambda: masked(q, k, scale, backend),
     }
     losses[shape.loss]().backward()
     assert q.grad is not None
@@ -80,10 +90,28 @@ def solve(shape: Shape, device: str, backend: str) -> None:
         torch.cuda.synchronize()
 
 
-def inside(device: str, backend: str) -> None:
-    for shape in SHAPES:
-        solve(shape, device, backend)
-        print("solved", shape, flush=True)
+def masked(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
+    """What no loss asks for: a mask, exclude ids, both sides at once, ranks."""
+    index = torch.arange(len(q), device=q.device)
+    found = fastnce.contrastive_stats(
+        q, k, scale=scale, two_sided=True, metrics=True, positive_mask=(index[:, None] + index) % 7 == 0,
+        q_exclude_ids=index % 30, k_exclude_ids=index.flip(0) % 30, backend=backend,
+    )  # fmt: skip
+    assert found.columns is not None
+    return (found.lse_neg + found.columns.lse_neg + found.pos).mean()
+
+
+def inside(where: str, names: Sequence[str]) -> None:
+    for name in names:
+        kernels = Kernels.of(name, where)
+        with gpu_kernels.chosen(kernels):
+            for shape in SHAPES:
+                solve(shape, kernels.device, kernels.backend)
+                print("solved", name, shape, flush=True)
+
+
+def solved_in(log: str) -> int:
+    return len(re.findall(r"^solved ", log, re.MULTILINE))
 
 
 def sanitizer() -> str | None:
@@ -105,23 +133,26 @@ def reports_of(log: str) -> int | None:
     return sum(map(int, counts)) if counts else None
 
 
-def under(tool: str, program: str, report: gpu.Report, seconds: float) -> dict[str, Any]:
-    command = [program, "--tool", tool, *TOOLS[tool], "--print-limit", "20", *this_program(report)]
+def under(tool: str, program: str, report: gpu.Report, kernels: list[Kernels], seconds: float) -> dict[str, Any]:
+    command = [program, "--tool", tool, *TOOLS[tool], "--print-limit", "20", *this_program(report, kernels)]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-    begun = report.left()
+    begun = time.monotonic()
     status, log = execute(command, environment, seconds)
-    with (report.out / "sanitize.log").open("a") as file:
-        file.write(f"=== {tool}: {status}\n{log[-200_000:]}\n")
-    count = reports_of(log)
-    shapes = len(re.findall(r"^solved ", log, re.MULTILINE))
+    row = {"tool": tool, "kernels": named(kernels), "seconds": time.monotonic() - begun, "status": status}
+    with report.log.open("a") as file:
+        file.write(f"=== {tool}, {row['kernels']}: {status}\n{log[-200_000:]}\n")
+    count, shapes = reports_of(log), solved_in(log)
     first = next((line.strip("= ")[:120] for line in log.splitlines() if line.startswith("========= ") and "SANITIZER" not in line), "")
-    clean = None if count is None else count == 0 and shapes == len(SHAPES)
-    row = {"tool": tool, "shapes": shapes, "reports": count, "clean": clean, "seconds": begun - report.left(), "status": status}
-    return row | {"first": first if count else ""}
+    clean = None if count is None else count == 0 and shapes == len(SHAPES) * len(kernels)
+    return row | {"shapes": shapes, "reports": count, "clean": clean, "first": first if count else ""}
 
 
-def this_program(report: gpu.Report) -> list[str]:
-    return [sys.executable, "-m", "bench.sanitize", "--inside", report.device, report.backend]
+def this_program(report: gpu.Report, kernels: list[Kernels]) -> list[str]:
+    return [sys.executable, "-m", "bench.sanitize", "--inside", report.where, *(one.name for one in kernels)]
+
+
+def named(kernels: list[Kernels]) -> str:
+    return ", ".join(one.name for one in kernels)
 
 
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
@@ -140,35 +171,35 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
     return "ok" if process.returncode == 0 else f"exit status {process.returncode}", log
 
 
-def rows(report: gpu.Report) -> Iterator[dict[str, Any]]:
-    begun = report.left()
-    status, log = execute(this_program(report), dict(os.environ), max(report.left() / 3, 1.0))
-    shapes = len(re.findall(r"^solved ", log, re.MULTILINE))
-    yield {"tool": "none", "shapes": shapes, "seconds": begun - report.left(), "status": status}
+def rows(report: gpu.Report, kernels: list[Kernels], seconds: float) -> Iterator[dict[str, Any]]:
+    """Of kernels that share a process: without a tool, then with each."""
+    begun = time.monotonic()
+    status, log = execute(this_program(report, kernels), dict(os.environ), max(seconds / 3, 1.0))
+    yield {"tool": "none", "kernels": named(kernels), "shapes": solved_in(log), "seconds": time.monotonic() - begun, "status": status}
     if status != "ok":
-        report.fail(f"the shapes alone: {status}: {(log.strip().splitlines() or [''])[-1]}")
+        report.fail(f"the shapes alone, {named(kernels)}: {status}: {(log.strip().splitlines() or [''])[-1]}")
         return
     program = sanitizer()
-    for index, tool in enumerate(TOOLS):
-        if program is None:
-            yield {"tool": tool, "clean": None, "status": "compute-sanitizer not found"}
-        elif report.dry:
-            yield {"tool": tool, "clean": None, "status": "dry run: there is nothing to look at on a CPU"}
-        else:
-            yield under(tool, program, report, max(report.left() / (len(TOOLS) - index), 1.0))
+    if program is None or report.dry:
+        why = "compute-sanitizer not found" if program is None else "dry run: there is nothing to look at on a CPU"
+        yield from ({"tool": tool, "kernels": named(kernels), "clean": None, "status": why} for tool in TOOLS)
+        return
+    left = max(seconds - (time.monotonic() - begun), 1.0)
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        yield from pool.map(lambda tool: under(tool, program, report, kernels, left), TOOLS)
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--inside"]:
         torch.set_num_threads(1)
-        inside(*sys.argv[2:4])
+        inside(sys.argv[2], sys.argv[3:])
         return 0
     report = gpu.Report("sanitize")
-    report.out.mkdir(parents=True, exist_ok=True)
-    (report.out / "sanitize.log").unlink(missing_ok=True)
-    with report.step("sanitize"):
-        for row in rows(report):
-            report.add(row)
+    groups = [list(group) for _, group in groupby(report.kernels(), lambda kernels: kernels.backend)]
+    for index, kernels in enumerate(groups):
+        with report.step(f"sanitize {named(kernels)}"):
+            for row in rows(report, kernels, max(report.left() / (len(groups) - index), 1.0)):
+                report.add(row)
     return report.finish(COLUMNS)
 
 

@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,12 +23,19 @@ from bench import (
     gpu,
     gpu_accuracy,
     gpu_bars,
+    gpu_build,
     gpu_exact,
+    gpu_kernels,
     gpu_measure,
     gpu_peers,
+    gpu_race,
     gpu_tests,
     sanitize,
 )
+from bench.gpu_kernels import Kernels
+from fastnce import build
+from fastnce.backends._gpu import rows
+from fastnce.backends.cuda import launches
 from fastnce.bench import forms, measure, peers, places, table
 from fastnce.bench.cell import Cell, row_of
 from fastnce.bench.table import Row
@@ -90,7 +99,7 @@ def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatc
         return wider + 1e-4 if wrong == "mean" else wider
 
     monkeypatch.setattr(gpu_accuracy, "fused_rows", planted)
-    row = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", "cpu")
+    (row,) = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
     outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
     assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
     assert row["inside"] == (wrong is None)
@@ -193,6 +202,120 @@ def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pyte
     assert any(line.startswith("bench") and "left no result" in line for line in lines)
 
 
+# ---------------------------------------------------------------- kernels, and a race between them
+
+
+def test_which_kernels_are_chosen_and_for_how_long() -> None:
+    """The library itself decides by the architecture; here only what it is asked with shows."""
+    cpu = torch.device("cpu")
+    for name, where, architecture in (("cuda-mma", "gpu", 80), ("cuda-mma", "emulated", 80), ("cuda", "emulated", 90)):
+        with gpu_kernels.chosen(Kernels.of(name, where)):
+            assert launches.architecture(torch.device("cuda")) == architecture
+    assert launches.architecture(cpu) == 80
+    with mock.patch.object(rows, "compiled", return_value=True):
+        with gpu_kernels.chosen(Kernels.of("triton-alone", "gpu")):
+            assert not rows.compiled(torch.ones(1))
+        for name in gpu_kernels.NAMES:
+            with gpu_kernels.chosen(Kernels.of(name, "gpu")):
+                assert rows.compiled(torch.ones(1))
+    assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.RACERS] == [("cuda", "cuda")] * 2 + [("cuda", "triton")] * 2
+    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.RACERS} == {("cpu", "cpu", 0, False)}
+    assert not Kernels.of("cuda", "cpu").objection()
+
+
+def test_the_environment_says_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in gpu_kernels.WORDS.values():
+        for name, value in gpu_kernels.environment(where, ()).items():
+            monkeypatch.setenv(name, value)
+        assert (gpu_kernels.where(), gpu_kernels.asked()) == (where, gpu_kernels.names(where))
+    monkeypatch.setenv(gpu_kernels.ASKED, "cuda,triton")
+    assert gpu_kernels.asked() == ("cuda", "triton")
+
+
+def test_kernels_that_do_not_run_are_rows(tmp_path: Path) -> None:
+    found = gpu.Report("accuracy", ["--dry-run", f"--out={tmp_path}", "--kernels=cuda"])
+    assert [kernels.name for kernels in found.kernels()] == ["cuda"] and not found.rows
+    found.where = "gpu"
+    with mock.patch.object(Kernels, "objection", return_value="library not built"):
+        assert found.kernels() == []
+    assert found.rows == [{"kernels": "cuda", "status": "library not built"}]
+    assert found.errors == ["none of these kernels run here"]
+
+
+def test_without_a_compiler_the_library_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise build.BuildError("no nvcc: looked for nvcc")
+
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "nvcc", none)
+    found = gpu.Report("build", ["--dry-run", f"--out={tmp_path}"])
+    assert gpu_build.compiled(found, "sm_90a") == {"what": "library", "arch": "sm_90a", "status": "no nvcc: looked for nvcc"}
+    assert not found.errors
+    assert found.kernels((), needed=False) == [] and not found.errors
+    assert {gpu_build.arch_of(of) for of in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))} <= build.ARCHS.keys()
+
+
+def test_what_ptxas_said_by_unit() -> None:
+    lines = [
+        "sm_90a k: 16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads; Used 168 registers, used 1 barriers",
+        "sm_90a l: 32 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads; Used 40 registers, used 1 barriers",
+        "(C7519) warpgroup.arrive is injected",
+    ]
+    expected = {"what": "a.cu", "entries": 2, "registers": 168, "stack": 32, "spilled": 8, "status": "remarks (C7519)"}
+    assert list(gpu_build.resources({"a.cu": lines})) == [expected]
+
+
+def lap(**samples: list[float]) -> Row:
+    names = tuple(name.replace("_", "-") for name in samples)
+    results = {name: {"status": "ok", "loss_value": 2.0, "gradient_norm": 1.0} for name in names}
+    return gpu_race.judged(cell("time", names), results, dict(zip(names, samples.values(), strict=True)))
+
+
+def test_who_is_first() -> None:
+    row = lap(cuda=[2.0, 9.0, 2.0], cuda_mma=[2.02, 9.1, 2.02], triton=[3.0, 13.5, 3.0], eager=[1.0, 4.0, 1.0])
+    assert (row["first"], row["ahead"], row["triton"], row["status"]) == ("cuda = cuda-mma", 1.5, 3.0, "ok")
+    assert (row["eager_over"], row["met"]) == (0.5, False)
+    assert lap(cuda=[1.0], triton=[1.0])["ahead"] == 1
+    found = [row, lap(cuda=[1.0], triton=[2.0])]
+    assert gpu_race.standings(found) == {"float32 N up to 1024": {"shapes": 2, "cuda": 2, "cuda-mma": 1}}
+
+
+def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> None:
+    results = {name: {"status": "ok", "loss_value": value, "gradient_norm": 1.0} for name, value in (("cuda", 2.0), ("triton", 2.1))}
+    results["eager"] = {"status": "oom", "detail": "tried to allocate 64 GiB"}
+    row = gpu_race.judged(cell("time", tuple(results)), results, {"cuda": [1.0], "triton": [2.0]})
+    assert row["status"] == "eager: oom tried to allocate 64 GiB; triton computed something else"
+    found = gpu.Report("race", ["--dry-run", f"--out={tmp_path}"])
+    gpu_race.failed(found, row)
+    assert len(found.errors) == 1
+
+
+def test_who_ends_his_process_is_out_of_the_race(tmp_path: Path) -> None:
+    """A fault on a GPU takes the process, a barrier that nobody arrives at its time: the others go on."""
+    found = gpu.Report("race", ["--dry-run", f"--out={tmp_path}"])
+    runs: list[tuple[str, ...]] = []
+
+    def run(command: list[str], given: Sequence[Cell], patience: float) -> Generator[Row]:
+        for one in given:
+            runs.append(one.names)
+            if "cuda" in one.names and one.n == 64:
+                return
+            yield gpu_race.problem(one) | {"first": one.names[0], "failed": [], "status": "ok"}
+
+    names = ("cuda", "triton")
+    gpu_race.race(found, [replace(cell("time", names), n=n) for n in (32, 64, 96)], run)
+    assert runs == [names, names, ("cuda",), ("triton",), ("triton",), ("triton",)]
+    assert [(row["n"], row.get("first")) for row in found.rows] == [(32, "cuda"), (64, None), (64, "triton"), (96, "triton")]
+    assert "cuda: its process died" in found.rows[1]["status"] and len(found.errors) == 1
+
+
+@pytest.mark.parametrize(("end", "seconds"), [("", 60), ("import os; os.abort()", 60), ("import time; time.sleep(60)", 1)])
+def test_rows_of_a_process_whatever_becomes_of_it(end: str, seconds: float) -> None:
+    code = f"import sys, json; print('noise'); [print(json.dumps(x), flush=True) for x in json.load(sys.stdin)]; {end}"
+    given = [cell("time", ("cuda",)), cell("time", ("triton",), "clip")]
+    assert [row["loss"] for row in gpu_race.answers([sys.executable, "-c", code], given, seconds)] == ["nt_xent", "clip"]
+
+
 # ---------------------------------------------------------------- what is read from logs
 
 
@@ -207,14 +330,16 @@ def test_outcomes_of_a_log() -> None:
 
 def test_the_groups_are_all_tests() -> None:
     """Every test on a GPU is in exactly one group: pytest -k looks for words in names."""
-    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", gpu_tests.TESTS]
     done = subprocess.run(listed, cwd=places.ROOT, capture_output=True, text=True, check=True)
     names = [line for line in done.stdout.splitlines() if "::" in line]
     assert len(names) > 400
-    expressions = [re.sub(r"\b(?!not\b|and\b|or\b)(\w+)", r"('\1' in name)", words) for words, _ in gpu_tests.GROUPS]
+    expressions = [re.sub(r"\b(?!not\b|and\b|or\b)(\w+)", r"('\1' in name)", words) for words, *_ in gpu_tests.GROUPS]
     groups = [[eval(expression, {"name": name}) for name in names] for expression in expressions]
     assert all(any(group) for group in groups)
     assert {sum(of_name) for of_name in zip(*groups, strict=True)} == {1}
+    marked = [path for path in (places.ROOT / "tests").glob("*.py") if "mark.gpu" in path.read_text()]
+    assert marked == [places.ROOT / gpu_tests.TESTS]
 
 
 def test_reports_of_a_sanitizer() -> None:

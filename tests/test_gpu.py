@@ -1,8 +1,10 @@
-"""The Triton backend on a GPU: the problems of problems.py and larger ones against float64, and what only a device has: streams, graphs,
-synchronisation, its memory, indices beyond 2^31.
+"""The GPU backends on a GPU: the problems of problems.py and larger ones against float64, and what only a device has: streams, graphs,
+synchronisation, its memory, indices beyond 2^31. Every test runs with every kind of kernels, see bench/gpu_kernels.py.
 
 FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes on the CPU backend, without the marker: what is written here
 can then not fail on a GPU for a reason that a CPU could have found. What the device alone can do is in the few helpers that ask for it.
+FASTNCE_GPU_DRY_RUN=emulated does the same with the kernels of csrc/cuda, where bench/gpu_run.sh --emulate has compiled them for the CPU.
+FASTNCE_GPU_KERNELS=cuda,cuda-mma chooses among the kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 # Read when cuBLAS makes its handle: without it torch refuses matrix products in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -24,9 +26,12 @@ from problems import PROBLEMS, Problem
 from torch import Tensor
 
 import fastnce
+from bench import gpu_kernels, gpu_measure
+from bench.gpu_kernels import Kernels as Place
 from fastnce import contrastive_stats
 
-DRY = os.environ.get("FASTNCE_GPU_DRY_RUN") == "1"
+WHERE = gpu_kernels.where()
+DRY = WHERE != "gpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 512  # rows of the blocked oracle: 512 x 5,003 float64 logits are 20 MB
 MIB = 2**20
@@ -40,15 +45,19 @@ def on_gpu(test: Any) -> Any:
     return test if DRY else pytest.mark.gpu(test)
 
 
-class Place(NamedTuple):
-    device: str
-    backend: str
-
-
-@pytest.fixture
-def place() -> Place:
-    """Where to compute and with what."""
-    return Place("cpu", "cpu") if DRY else Place("cuda", "triton")
+@pytest.fixture(params=gpu_kernels.asked())
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Where to compute and with what: has device and backend."""
+    kernels = Place.of(request.param, WHERE)
+    if objection := kernels.objection():
+        pytest.skip(f"{kernels.name}: {objection}")
+    with gpu_kernels.chosen(kernels):
+        yield kernels
+    if gpu_measure.lost():
+        # Whatever runs next in this process would fail too. pytest-xdist starts another one.
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{request.node.name} left a device that answers nothing")
 
 
 @contextlib.contextmanager

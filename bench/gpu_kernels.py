@@ -1,0 +1,100 @@
+"""Which kernels a part runs.
+
+    cuda           backend "cuda" as its tile table chooses: wgmma on compute capability 9.0 for what it serves, mma.sync for the rest
+    cuda-mma       the same without wgmma, as on every other GPU
+    triton         backend "triton"; arithmetic over single rows in the CUDA library where that is built
+    triton-alone   the same without that library: the race has both
+
+Without a GPU all of them are the backend "cpu", or, emulated, the two of cuda run csrc/cuda as compiled for the CPU (tests/emulated.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from fastnce.backends import BACKENDS
+from fastnce.backends._gpu import rows
+from fastnce.backends.cuda import launches
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
+
+NAMES = ("cuda", "cuda-mma", "triton")
+RACERS = (*NAMES, "triton-alone")
+HOPPER, OLDEST = 90, 80  # architectures of launches.architecture: with wgmma, without
+# Where: "gpu", or without one "cpu" or "emulated". The variable says it to processes that take no arguments.
+WHERE, WORDS = "FASTNCE_GPU_DRY_RUN", {"": "gpu", "1": "cpu", "emulated": "emulated"}
+ASKED = "FASTNCE_GPU_KERNELS"
+
+
+class Kernels(NamedTuple):
+    """name: of RACERS. architecture: in place of the device's, 0 for that."""
+
+    name: str
+    device: str
+    backend: str
+    architecture: int = 0
+    alone: bool = False
+
+    @staticmethod
+    def of(name: str, where: str) -> Kernels:
+        backend, _, variant = name.partition("-")
+        if where == "cpu" or (where == "emulated" and backend != "cuda"):
+            return Kernels(name, "cpu", "cpu")
+        # Emulated, the table is asked for the tiles of a Hopper; the library's own answer is that of the oldest GPU.
+        architecture = OLDEST if variant == "mma" else HOPPER if where == "emulated" else 0
+        return Kernels(name, "cuda" if where == "gpu" else "cpu", backend, architecture, variant == "alone")
+
+    def objection(self) -> str:
+        """Why these kernels do not run here; empty where they do. Loads the library."""
+        q = torch.ones(1, 1, device=self.device)
+        problem = Problem(q, None, q[0, 0], None, Pairs(True, 1), two_sided=False, normalize=True)
+        if reasons := BACKENDS[self.backend].unsupported(problem):
+            return "; ".join(reasons)
+        if self.backend == "cuda" and self.device == "cuda" and self.architecture and not _wgmma(q.device):
+            return "cuda runs the same kernels here"
+        if self.alone and not rows.compiled(q):
+            return "triton runs alone here"
+        return ""
+
+
+def _wgmma(device: torch.device) -> bool:
+    """Whether the table chooses wgmma for what it serves."""
+    return launches._tile("forward_rows", "index", 1, 64, launches.architecture(device)).family != 0
+
+
+@contextmanager
+def chosen(kernels: Kernels) -> Iterator[None]:
+    """Forward and backward inside run these kernels, where their backend is named."""
+    with ExitStack() as stack:
+        if kernels.architecture:
+            stack.enter_context(mock.patch.object(launches, "architecture", return_value=kernels.architecture))
+        if kernels.alone:
+            stack.enter_context(mock.patch.object(rows, "compiled", return_value=False))
+        yield
+
+
+def names(where: str) -> tuple[str, ...]:
+    """Those that differ there."""
+    return {"gpu": NAMES, "emulated": NAMES[:2], "cpu": ("cpu",)}[where]
+
+
+def where() -> str:
+    """As the environment says it."""
+    return WORDS[os.environ.get(WHERE, "")]
+
+
+def asked() -> tuple[str, ...]:
+    """As the environment says it; all by default."""
+    return tuple(filter(None, os.environ.get(ASKED, "").split(","))) or names(where())
+
+
+def environment(where: str, kernels: tuple[str, ...]) -> dict[str, str]:
+    """What says it there to a process."""
+    word = next(word for word, found in WORDS.items() if found == where)
+    return {WHERE: word, ASKED: ",".join(kernels)}
