@@ -218,10 +218,10 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     problem, out = args.problem(), []
     output = backends.keeps_output(args.backend, problem)
-    for rows in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
-        real = rows.new_empty(rows.shape[0], dtype=vector_dtype(rows))
-        count = rows.new_empty(rows.shape[0], dtype=torch.int64)
-        own_pos = rows.new_empty((rows.shape[0], rows.shape[1] + 1), dtype=torch.float32) if output else real
+    for x in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
+        real = x.new_empty(x.shape[0], dtype=vector_dtype(x))
+        count = x.new_empty(x.shape[0], dtype=torch.int64)
+        own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else real
         kinds = (real, real, real, count, real, own_pos) + ((count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
