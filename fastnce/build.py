@@ -42,7 +42,7 @@ NVCC_FLAGS = (
 # would go to that one, of whatever version. No unit needs a device linker, which would add an empty part for a GPU nobody asked for.
 NVCC_LINK = "--no-device-link -cudart static -Xlinker --exclude-libs,ALL -Xlinker --no-undefined"
 # What --arch takes, and the first nvcc that knows it. compute_100 is PTX, which the driver compiles for every GPU from Blackwell on.
-ARCHS = {"sm_80": (11, 0), "sm_90a": (12, 0), "sm_100": (12, 8), "compute_100": (12, 8)}
+ARCHS = {"sm_80": (11, 0), "sm_90a": (12, 5), "sm_100": (12, 8), "compute_100": (12, 8)}
 # Units with wgmma and TMA in them: for sm_90a alone. The others ask FASTNCE_SM90 whether they are there.
 SM90_UNIT, SM90 = "_sm90", "sm_90a"
 # An information of ptxas, no warning that -Werror could stop: products that wait for each other cost most of the tensor cores' speed.

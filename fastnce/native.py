@@ -68,6 +68,9 @@ def not_built(kind: str) -> str:
     return f"not built (python -m fastnce build-{kind})"
 
 
+LOADED: set[str] = set()  # kinds whose library this process has, so that asking costs nothing where none was ever wanted
+
+
 @cache
 def objection(kind: str) -> str | None:
     """Loads the library. None where it is loaded, otherwise why not and what to do."""
@@ -82,6 +85,7 @@ def objection(kind: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load: {error}"
+    LOADED.add(kind)
     return None
 
 

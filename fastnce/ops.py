@@ -202,18 +202,6 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
 
 
-def _log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
-    value = torch.empty_like(lse_neg)
-    torch.ops.fastnce_cuda.log1p_loss(lse_neg.contiguous(), pos.contiguous(), value)
-    return value
-
-
-def _log1p_loss_backward(lse_neg: Tensor, pos: Tensor, grad: Tensor) -> Tensor:
-    d = torch.empty_like(lse_neg)
-    torch.ops.fastnce_cuda.log1p_loss_backward(lse_neg.contiguous(), pos.contiguous(), grad, d)
-    return d
-
-
 def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     problem, out = args.problem(), []
@@ -253,8 +241,8 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _run, _fake in (
     ("forward", _forward, _fake_forward),
     ("backward", _backward, _fake_backward),
-    ("log1p_loss", _log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
-    ("log1p_loss_backward", _log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
+    ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
+    ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)

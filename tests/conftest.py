@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 # A process has compiled or interpreted kernels: Triton reads this variable when it is imported, and again at each kernel's definition, so
 # it is set before any test is collected. Where a GPU is, kernels are compiled for it, tests marked gpu run and those that import
 # interpreter.py skip; anywhere else it is the other way round. CUDA_VISIBLE_DEVICES= pytest runs the interpreter on a GPU machine.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+import emulated
+
+from fastnce import native
 from fastnce.backends import _native, cpu
 
 torch.set_num_threads(1)
@@ -38,3 +45,39 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(cpu, "CPU_TILE", 16)
     monkeypatch.setattr(cpu, "CPU_ROWS", 7)
     return 16
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is allocated without a value holds nan, or a number far outside of any count: reading it before writing it shows."""
+
+    def fill(empty: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            new = empty(*args, **kwargs)
+            return new.fill_(torch.nan if new.is_floating_point() else 2**30)
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def emulated_library() -> Path:
+    """The CUDA kernels compiled for this CPU: in the user's cache, so that the next run has them too."""
+    if reason := emulated.unsupported():
+        pytest.skip(reason)
+    return emulated.emulate(native.cache_folder())
+
+
+@pytest.fixture
+def emulated_cuda(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """backend="cuda" takes tensors of the CPU, for one test."""
+    others = native.library_path
+    monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
+    monkeypatch.setattr(native, "library_path", lambda kind: emulated_library if kind == "cuda" else others(kind))
+    native.objection.cache_clear()
+    assert native.objection("cuda") is None and torch.ops.fastnce_cuda.emulated()
+    yield
+    native.objection.cache_clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 from fastnce import build, native
@@ -11,6 +13,21 @@ EMULATOR = Path(__file__).resolve().parent / "native"
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -DFASTNCE_EMULATED -DFASTNCE_SM90"
 OPTIMISED = "-O2"
 SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+def unsupported() -> str | None:
+    """Why the emulated kernels cannot run in this process."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "kernels are compiled for a GPU in this process (TRITON_INTERPRET is not 1)"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the emulator switches between fibers in x86-64 assembly, and this is {platform.machine()}"
+    if native.library_path("cuda") is not None:
+        return "a process holds one CUDA library, and that for GPUs is built here: FASTNCE_CACHE_DIR=<an empty folder> pytest"
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        return str(error)
+    return None
 
 
 def emulate(into: Path, sanitize: bool = False) -> Path:

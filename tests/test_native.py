@@ -32,7 +32,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend with the compiled kernels, for one test."""
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "library_path", lambda _: library)
+    monkeypatch.setattr(native, "library_path", lambda kind: library if kind == "cpu" else None)
     native.objection.cache_clear()
     assert native.objection("cpu") is None
     yield

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -62,7 +63,7 @@ fastnce::Pool threads() {
   return {count, [](int64_t n, const std::function<void(int64_t, int64_t, int)>& body) {
             torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
               uint32_t thread = 0;
-              STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+              TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
               body(begin, end, static_cast<int>(thread));
             });
           }};

@@ -21,6 +21,9 @@ template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 backward_rows(const Problem p, const Grid grid, const Weights weights, const RowGradient out) {
   static_assert(S::WHOLE && S::MT == 1);
+  // Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. In
+  // two parts only the sums of a tile are theirs. Of 256 columns too, for which ptxas then has enough registers.
+  constexpr bool APART = S::PARTS == 2 || S::DEPTH == 256;
   const Rules& r = p.rules;
   const int block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * S::BM;
   const Range tiles = split_range(split, grid.per_split, ceil_div(r.columns, S::BN));
@@ -41,23 +44,25 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
         if (CONTENT) weigher.load_rows(p, weights, rows);
         const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows, i0, S::BM, j0, columns);
         weigher.template weigh<S::NB>(AnyTerms{}, c[0], rows, columns, kinds, moment);
+        // The accumulators of two neighbouring blocks are the left operand of the next product: its registers 0, 1 and 2, 3.
+        uint32_t high[S::NB / 2][4], low[S::NB / 2][4];
 #pragma unroll
-        for (int nb = 0; nb < S::NB; nb += 2) {
-          // The accumulators of two neighbouring blocks are the left operand of the next product: its registers 0, 1 and 2, 3.
-          uint32_t high[4], low[4];
+        for (int nb = 0; nb < S::NB; ++nb) {
+          float beta[2];
 #pragma unroll
-          for (int two = 0; two < 2; ++two) {
-            float beta[2];
+          for (int e = 0; e < 2; ++e) beta[e] = finite(columns.real(BETA, nb * 8 + fragment_column(lane, e)));
 #pragma unroll
-            for (int e = 0; e < 2; ++e) beta[e] = finite(columns.real(BETA, (nb + two) * 8 + fragment_column(lane, e)));
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const float* w = c[0][nb + two] + 2 * h;
-              halves(w[0] * beta[0], w[1] * beta[1], high[2 * two + h], low[2 * two + h]);
-            }
+          for (int h = 0; h < 2; ++h) {
+            const float* w = c[0][nb] + 2 * h;
+            halves(w[0] * beta[0], w[1] * beta[1], high[nb / 2][nb % 2 * 2 + h], low[nb / 2][nb % 2 * 2 + h]);
           }
+        }
 #pragma unroll
-          for (int d = 0; d < S::DEPTH / 8; d += 2) {
+        for (int d = 0; d < S::DEPTH / 8; d += 2) {
+          Strip<2> of_tile = {};
+          float (*sum)[4] = APART ? of_tile : dx + d;
+#pragma unroll
+          for (int nb = 0; nb < S::NB; nb += 2) {
             uint32_t b[S::PARTS][4];
 #pragma unroll
             for (int part = 0; part < S::PARTS; ++part)
@@ -65,12 +70,17 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
 #pragma unroll
             for (int two = 0; two < 2; ++two) {
               if constexpr (S::PARTS == 2) {
-                mma(dx[d + two], low, b[0][2 * two], b[0][2 * two + 1]);
-                mma(dx[d + two], high, b[1][2 * two], b[1][2 * two + 1]);
+                mma(sum[two], low[nb / 2], b[0][2 * two], b[0][2 * two + 1]);
+                mma(sum[two], high[nb / 2], b[1][2 * two], b[1][2 * two + 1]);
               }
-              mma(dx[d + two], high, b[0][2 * two], b[0][2 * two + 1]);
+              mma(sum[two], high[nb / 2], b[0][2 * two], b[0][2 * two + 1]);
             }
           }
+          if constexpr (APART)
+#pragma unroll
+            for (int two = 0; two < 2; ++two)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) dx[d + two][e] += of_tile[two][e];
         }
       },
       [](int, int) {});

@@ -6,8 +6,7 @@ namespace {
 template <class W, class TERMS>
 void run(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
   const OperandMaps maps(p, W::BM, W::BN);
-  const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-  launch(wgmma_backward_rows<W, TERMS>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, weights, out);
+  launch(wgmma_backward_rows<W, TERMS>, programs(p, grid, W::BM), WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, weights, out);
 }
 
 template <int DEPTH>

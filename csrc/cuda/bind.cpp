@@ -15,6 +15,7 @@
 #include "index.h"
 #include "launch.h"
 #include "rows.h"
+#include "wgmma_forms.h"
 
 #ifndef FASTNCE_EMULATED
 #include <cuda_runtime_api.h>
@@ -115,8 +116,10 @@ class Call {
 #ifdef FASTNCE_EMULATED
     launch(nullptr);
 #else
-    const Current current(device_);
-    launch(current.stream());
+    // The caller has made it torch's current device, and leaves it; the CUDA runtime inside this library is told the same, and threads that
+    // have no context yet get one.
+    cuda(cudaSetDevice(device_));
+    launch(stream_of(device_));
 #endif
   }
 
@@ -126,31 +129,18 @@ class Call {
     if (status != cudaSuccess) throw std::runtime_error(std::string("fastnce: ") + cudaGetErrorString(status));
   }
 
-  struct Current {
-    int device, before = 0;
-
-    explicit Current(int device) : device(device) {
-      cuda(cudaGetDevice(&before));
-      if (before != device) cuda(cudaSetDevice(device));
-    }
-    Current(const Current&) = delete;
-    ~Current() {
-      if (before != device) cudaSetDevice(before);
-    }
-
-    Stream stream() const {
-      // Not linked, so that the library also loads where torch is a build for the CPU. A tensor on a GPU means that it is loaded.
-      static const auto ask = [] {
-        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-        return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
-      }();
-      STD_TORCH_CHECK(ask, "fastnce: libtorch_cuda.so does not say which stream is the current one");
-      Stream stream = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &stream));
-      return stream;
-    }
-  };
+  // Not linked, so that the library also loads where torch is a build for the CPU. A tensor on a GPU means that it is loaded.
+  static Stream stream_of(int device) {
+    static const auto ask = [] {
+      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+      return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
+    }();
+    STD_TORCH_CHECK(ask, "fastnce: libtorch_cuda.so does not say which stream is the current one");
+    Stream stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+    return stream;
+  }
 #endif
   int device_;
 };
@@ -185,7 +175,7 @@ struct Asked {
   int family;
 };
 
-Asked asked(const Call& call, PROBLEM_PARAMETERS) {
+Asked asked(const Call& call, Kernel kernel, PROBLEM_PARAMETERS) {
   STD_TORCH_CHECK(sizes.size() == 11, "fastnce: sizes must have 11 entries, got ", sizes.size());
   Problem p{};
   p.row_padded = padded(x, "operand x");
@@ -229,11 +219,24 @@ Asked asked(const Call& call, PROBLEM_PARAMETERS) {
   r.up = diagonal(sizes[7], "up");
   r.down = diagonal(sizes[8], "down");
   r.in_tile = count_of(sizes[9], 0, 2, "in_tile");
-  return {p, count_of(sizes[10], 0, 2, "family")};
+  const int family = count_of(sizes[10], 0, 2, "family");
+  STD_TORCH_CHECK(family == kernels::MMA || kernels::wgmma_serves(kernel, p.parts, p.depth), "fastnce: family ", family,
+                  " has no such kernel for operands of ", p.parts, " x ", p.depth);
+  return {p, family};
 }
 
-Grid grid_of(const Problem& p, int64_t splits, int64_t per_split) {
-  return {count_of(splits, 1, MOST_ROWS, "splits"), count_of(per_split, p.rules.columns > 0, MOST_ROWS, "per_split")};
+// The tile that a kernel takes for this problem.
+TileSize tile_of(Kernel kernel, const Problem& p, int family) {
+  return kernels::tile_of(kernel, p.rules.by_content(), p.parts, p.depth, family == kernels::WGMMA ? 90 : 80);
+}
+
+// symmetric: half of the tiles are visited, see index.h.
+Grid grid_of(Kernel kernel, const Asked& of, int64_t splits, int64_t per_split, bool symmetric = false) {
+  const Problem& p = of.problem;
+  const Grid grid{count_of(splits, 1, MOST_ROWS, "splits"), count_of(per_split, p.rules.columns > 0, MOST_ROWS, "per_split")};
+  const int across = kernels::ceil_div(p.rules.columns, tile_of(kernel, p, of.family).columns), steps = symmetric ? across / 2 + 1 : across;
+  STD_TORCH_CHECK(splits * per_split >= steps || across == 0, "fastnce: ", splits, " splits of ", per_split, " tiles do not cover ", steps);
+  return grid;
 }
 
 Kernel kernel_named(const std::string& name) {
@@ -261,13 +264,22 @@ bool emulated() {
 #endif
 }
 
+// Whether tensors of this device (-1: of the CPU) can be given to the operators.
+bool runs_on(int64_t device) {
+#ifdef FASTNCE_EMULATED
+  return device == -1;
+#else
+  return device >= 0 && cudaSetDevice(static_cast<int>(device)) == cudaSuccess && kernels::has_code();
+#endif
+}
+
 // ---------------------------------------------------------------- tiles
 
 void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& real, const Optional& count) {
   const Call call(x);
-  const Asked of = asked(call, PROBLEM);
+  const Asked of = asked(call, Kernel::FORWARD_ROWS, PROBLEM);
   const Problem& p = of.problem;
-  const Grid grid = grid_of(p, splits, per_split);
+  const Grid grid = grid_of(Kernel::FORWARD_ROWS, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
   const kernels::RowSums out{call.data<float>(real, (p.rules.in_tile ? 5 : 2) * each, "real"), call.data<int>(count, each, "count"),
                              always};
@@ -278,9 +290,9 @@ void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_s
 void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t per_split, const Tensor& row_sum, const Optional& row_count,
                   const Tensor& column_sum, const Optional& column_count) {
   const Call call(x);
-  const Asked of = asked(call, PROBLEM);
+  const Asked of = asked(call, Kernel::FORWARD_BOTH, PROBLEM);
   const Problem& p = of.problem;
-  const Grid grid = grid_of(p, splits, per_split);
+  const Grid grid = grid_of(Kernel::FORWARD_BOTH, of, splits, per_split, symmetric);
   const int64_t rows = p.rules.rows, columns = p.rules.columns, fields = p.rules.in_tile ? 3 : 1;
   STD_TORCH_CHECK(!symmetric || rows == columns, "fastnce: a symmetric problem must have as many columns as rows");
   const kernels::BothSums out{call.data<float>(row_sum, fields * rows, "row_sum"), call.data<int>(row_count, rows, "row_count"),
@@ -292,8 +304,9 @@ void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t pe
 
 void retrieval(PROBLEM_PARAMETERS, const Tensor& threshold, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
   const Call call(x);
-  const Problem p = asked(call, PROBLEM).problem;
-  const Grid grid = grid_of(p, splits, per_split);
+  const Asked of = asked(call, Kernel::RETRIEVAL, PROBLEM);
+  const Problem& p = of.problem;
+  const Grid grid = grid_of(Kernel::RETRIEVAL, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
   const kernels::Retrieval out{call.data<float>(threshold, p.rules.rows, "threshold"), call.data<float>(real, 2 * each, "real"),
                                call.data<int>(whole, 2 * each, "whole")};
@@ -316,9 +329,9 @@ Weights weights_of(const Call& call, const Problem& p, const Tensor& row, const 
 void backward_rows(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, const Tensor& center, bool of_rows, bool of_columns,
                    int64_t splits, int64_t per_split, const Tensor& dx, const Optional& moment) {
   const Call call(x);
-  const Asked of = asked(call, PROBLEM);
+  const Asked of = asked(call, Kernel::BACKWARD_ROWS, PROBLEM);
   const Problem& p = of.problem;
-  const Grid grid = grid_of(p, splits, per_split);
+  const Grid grid = grid_of(Kernel::BACKWARD_ROWS, of, splits, per_split);
   STD_TORCH_CHECK(of_rows || of_columns, "fastnce: the weights must be of rows, of columns, or of both");
   const Weights weights = weights_of(call, p, row, column, center, of_rows, of_columns);
   const kernels::RowGradient out{call.data<float>(dx, splits * p.row_padded * p.depth, "dx", WIDE),
@@ -330,7 +343,7 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
                    int64_t column0, int64_t down, int64_t across, int64_t pitch, const Optional& for_rows, const Optional& for_columns,
                    const Optional& moment) {
   const Call call(x);
-  const Problem p = asked(call, PROBLEM).problem;
+  const Problem p = asked(call, Kernel::WEIGHTS_BLOCK, PROBLEM).problem;
   const Weights weights = weights_of(call, p, row, column, center, true, of_columns);
   kernels::Block out{};
   out.row0 = count_of(row0, 0, MOST_ROWS, "row0");
@@ -338,7 +351,7 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
   out.down = count_of(down, 0, MOST_ROWS, "down");
   out.across = count_of(across, 0, MOST_ROWS, "across");
   out.pitch = count_of(pitch, 0, MOST_ROWS, "pitch");
-  const TileSize tile = kernels::tile_of(Kernel::WEIGHTS_BLOCK, p.rules.by_content(), p.parts, p.depth, 80);
+  const TileSize tile = tile_of(Kernel::WEIGHTS_BLOCK, p, kernels::MMA);
   const int64_t height = down * tile.rows, width = across * tile.columns;
   STD_TORCH_CHECK(row0 + height <= p.row_padded && column0 + width <= p.column_padded && height <= pitch && width <= pitch,
                   "fastnce: ", down, " x ", across, " tiles of ", tile.rows, " x ", tile.columns, " from (", row0, ", ", column0,
@@ -507,7 +520,7 @@ void coefficients(const Tensors& grads, const Tensors& stats, const Tensors& fac
   }
   c.in_tile = in_tile;
   c.symmetric = symmetric;
-  c.scalars = call.data<double>(scalars, 5, "scalars");
+  c.scalars = call.data<double>(scalars, 4, "scalars");
   Optional scratch;
   if (const int64_t doubles = kernels::scratch_of(c)) scratch = torch::stable::new_empty(scalars, {doubles});
   call.run([&](Stream stream) { kernels::coefficients(c, scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr, stream); });
@@ -517,7 +530,7 @@ void scale_gradient(const Tensor& scalars, const Tensors& about, double divide, 
                     const Tensor& dbias) {
   const Call call(scalars);
   kernels::ScaleGradient g{};
-  g.scalars = call.data<double>(scalars, 5, "scalars");
+  g.scalars = call.data<double>(scalars, 4, "scalars");
   g.parts = count_of(static_cast<int64_t>(about.size()), 0, kernels::MOST_PARTS + 1, "parts of about");
   for (int n = 0; n < g.parts; ++n) {
     g.count[n] = about[n].numel();
@@ -560,6 +573,7 @@ void log1p_loss_backward(const Tensor& lse_neg, const Tensor& pos, const Tensor&
 STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
   m.def("tile(str kernel, str rules, int parts, int depth, int architecture) -> int[]");
   m.def("emulated() -> bool");
+  m.def("runs_on(int device) -> bool");
   m.def("prepare(Tensor x, Tensor(a!) operand, Tensor(b!) factor, Tensor(c!) inverse_norm, bool normalize) -> ()");
   m.def("aligned(Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor scale, int first_row, int first_column, Tensor(a!) t) -> ()");
   m.def(
@@ -614,4 +628,5 @@ IMPLEMENT(SERVED) {
 STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CompositeExplicitAutograd, m) {
   m.impl("tile", TORCH_BOX(&tile));
   m.impl("emulated", TORCH_BOX(&emulated));
+  m.impl("runs_on", TORCH_BOX(&runs_on));
 }

@@ -220,7 +220,6 @@ coefficients_kernel(const __grid_constant__ Contributions c, double* scratch) {
   c.scalars[1] = center;
   c.scalars[2] = sums.of[DUE];
   c.scalars[3] = c.pairs ? sums.of[PAIR_MOMENT] - center * sums.of[PAIR_WEIGHT] : 0.0;
-  c.scalars[4] = 0.0;
 }
 
 // dscale = (center due + moment + sum(about) / (divide lift)) / (log2(e) scale),   dbias = due

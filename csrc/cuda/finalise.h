@@ -42,7 +42,7 @@ struct Contributions {
   float* pair_weights;
   int pairs, first[2];
   bool in_tile, symmetric;
-  double* scalars;  // (5,): lift, center, due, moment
+  double* scalars;  // (4,): lift, center, due, moment
 };
 
 constexpr int MOST_PARTS = 4;

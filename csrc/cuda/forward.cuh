@@ -14,8 +14,9 @@ forward_rows(const Problem p, const Grid grid, const RowSums out) {
   const int block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * S::BM;
   Range tiles = split_range(split, grid.per_split, ceil_div(r.columns, S::BN));
   if (*p.bound <= UNSHIFTED && !out.always) tiles.end = tiles.begin;
+  const float largest = valid(p.scale) * LOG2E;
   Rows rows[S::MT];
-  load_strips<S>(rows, p, i0, valid(p.scale) * LOG2E);
+  load_strips<S>(rows, p, i0, 1.0f);
   RowTotals totals[S::MT][2];
   for_each_tile<S>(
       p, column_vectors<FORWARD_FIELDS<CONTENT>>(p, nullptr), shared_memory(), i0, tiles.end - tiles.begin,
@@ -23,7 +24,7 @@ forward_rows(const Problem p, const Grid grid, const RowSums out) {
       [&](int, int j0, Strip<S::NB>(&c)[S::MT], const Columns<S::BN>& columns, const char*) {
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
-          to_logits<S::NB>(c[mt], rows[mt], columns);
+          to_logits<S::NB>(c[mt], rows[mt], columns, largest);
           const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows[mt], i0, S::BM, j0, columns);
 #pragma unroll
           for (int h = 0; h < 2; ++h) totals[mt][h].template add<S::NB>(c[mt], h, kinds);

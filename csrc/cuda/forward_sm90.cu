@@ -44,8 +44,7 @@ void wgmma_forward_rows(const Problem& p, const Grid& grid, const RowSums& out, 
   with_walk<Kernel::FORWARD_ROWS>(p, [&](auto walk) {
     using W = decltype(walk);
     const OperandMaps maps(p, W::BM, W::BN);
-    const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-    launch(wgmma_forward_rows<W>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
+    launch(wgmma_forward_rows<W>, programs(p, grid, W::BM), WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
   });
 }
 
@@ -53,8 +52,7 @@ void wgmma_forward_both(const Problem& p, const Grid& grid, const BothSums& out,
   with_walk<Kernel::FORWARD_BOTH>(p, [&](auto walk) {
     using W = decltype(walk);
     const OperandMaps maps(p, W::BM, W::BN);
-    const int64_t blocks = static_cast<int64_t>(ceil_div(p.rules.rows, W::BM)) * grid.splits;
-    launch(wgmma_forward_both<W>, blocks, WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
+    launch(wgmma_forward_both<W>, programs(p, grid, W::BM), WGMMA_THREADS, W::BYTES, stream, maps.x, maps.y, p, grid, out);
   });
 }
 

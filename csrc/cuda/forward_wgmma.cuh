@@ -82,13 +82,14 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
     return;
   }
   take_registers<CONSUMER_REGISTERS>();
-  const Rows rows = Rows::load(p, i0 + consumer_row(warp), valid(p.scale) * LOG2E);
+  const float largest = valid(p.scale) * LOG2E;
+  const Rows rows = Rows::load(p, i0 + consumer_row(warp), 1.0f);
   RowTotals totals[2];
   consume(
       walk, [&](int n) { walk.vectors().wait_full(n); },
       [&](int n, Strip<W::NB>& c, auto plain) {
         const Columns<W::BN> columns = walk.columns(n);
-        to_logits<W::NB>(c, rows, columns);
+        to_logits<W::NB>(c, rows, columns, largest);
         if constexpr (plain.value) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) totals[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });

@@ -40,4 +40,9 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
 
 #endif
 
+// Programs of a walk: blocks of `rows` rows, times splits.
+inline int64_t programs(const Problem& p, const Grid& grid, int rows) {
+  return static_cast<int64_t>(ceil_div(p.rules.rows, rows)) * grid.splits;
+}
+
 }  // namespace fastnce::cuda

@@ -55,12 +55,16 @@ template <int BN, int FIELDS>
 FASTNCE_DEVICE void load_columns(const Columns<BN>& to, const Vectors<FIELDS>& vectors, int j0) {
   constexpr int UNITS = BN / 4;
 #pragma unroll
-  for (int f = 0; f < FIELDS; ++f)
-    if (vectors.of[f] && thread_index() / UNITS == f % (THREADS / UNITS)) {
+  for (int f = 0; f < FIELDS; ++f) {
+    // Hidden, or f becomes the thread's own number where the two are equal, and the pointers an array in local memory (compute_100).
+    int turn = f % (THREADS / UNITS);
+    asm("" : "+r"(turn));
+    if (vectors.of[f] && thread_index() / UNITS == turn) {
       const int unit = thread_index() % UNITS;
       copy_async(reinterpret_cast<char*>(to.field(static_cast<Field>(f)) + 4 * unit),
                  static_cast<const float*>(vectors.of[f]) + j0 + 4 * unit);
     }
+  }
 }
 
 // c += x~ y~' of a stage. In two parts the product of the low ones is below float32's rounding, and the small terms come first.
@@ -122,7 +126,20 @@ FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vecto
       copy_wait<0>();
     }
     sync_block();
-    multiply<S>(c, shared.x(stage), shared.y(stage));
+    if constexpr (S::WHOLE) {
+      multiply<S>(c, shared.x(stage), shared.y(stage));
+    } else {
+      // Tensor cores round every sum towards zero: of two rows that are alike, in two parts, they take some 2^-28 D, which at a thousand
+      // columns is more than a logit may be off. Only the sums of a chunk are theirs.
+      Strip<S::NB> of_chunk[S::MT] = {};
+      multiply<S>(of_chunk, shared.x(stage), shared.y(stage));
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt)
+#pragma unroll
+        for (int nb = 0; nb < S::NB; ++nb)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) c[mt][nb][e] += of_chunk[mt][nb][e];
+    }
     const int tile = stage / chunks;
     const bool last = stage % chunks == chunks - 1;
     if (last) body(tile, column_of(tile), c, shared.columns(tile), shared.y(stage));

@@ -9,6 +9,15 @@ static void with_type(Real type, const Run& run) {
   type == Real::FLOAT ? run(float{}) : type == Real::HALF ? run(Half{}) : run(BFloat16{});
 }
 
+#ifndef FASTNCE_EMULATED
+bool has_code() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, prepare<float>) == cudaSuccess) return true;
+  cudaGetLastError();  // it would be the next launch's
+  return false;
+}
+#endif
+
 void prepare(const RawRows& x, const Operand& out, bool normalize, Stream stream) {
   with_type(x.type, [&](auto type) {
     launch(prepare<decltype(type)>, ceil_div(out.padded, ROWS_PER_BLOCK), ROW_THREADS, 0, stream, x, out, normalize);

@@ -45,6 +45,9 @@ struct Finish {
   void* out;  // (rows, columns), of the input's type
 };
 
+// Whether there is machine code for the current device, and its driver takes it.
+bool has_code();
+
 void prepare(const RawRows& x, const Operand& out, bool normalize, Stream);
 void aligned(const RawRows& x, const RawRows& y, const Aligned& of, Stream);
 void finish(const RawRows& x, const RawRows& y, const Finish& of, Stream);

@@ -150,7 +150,7 @@ FASTNCE_DEVICE bool has(uint32_t pairs, int c) { return pairs >> c & 1; }
 
 // ---------------------------------------------------------------- logits
 
-// t in place of the products.
+// t in place of the products; rows.alpha is log2(e) scale a.
 template <int NB, class Columns>
 FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& columns) {
 #pragma unroll
@@ -160,6 +160,20 @@ FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& col
       const float beta = columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e));
       s[nb][e] = s[nb][e] * beta * rows.alpha[e / 2];
     }
+}
+
+// t for sums that weights are divided by, in any range, and for these weights; rows.alpha is a, largest is log2(e) scale. The same number
+// from both ends of a pair: multiplied in another order it is off by u scale, which at temperature 0.005 is ten times the error of the
+// gradient.
+FASTNCE_DEVICE float logit(float product, float beta, float alpha, float largest) { return product * (beta * alpha) * largest; }
+
+template <int NB, class Columns>
+FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& columns, float largest) {
+#pragma unroll
+  for (int nb = 0; nb < NB; ++nb)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      s[nb][e] = logit(s[nb][e], columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), rows.alpha[e / 2], largest);
 }
 
 // ---------------------------------------------------------------- statistics
@@ -284,7 +298,7 @@ struct Weigher {
   }
   FASTNCE_DEVICE bool serves(AnyTerms) const { return true; }
 
-  FASTNCE_DEVICE float row_multiplier() const { return of_rows ? largest : 1.0f; }
+  FASTNCE_DEVICE float row_multiplier() const { return one_exponential ? largest : 1.0f; }
 
   FASTNCE_DEVICE void load_rows(const Problem& p, const Weights& w, const Rows& rows) {
 #pragma unroll
@@ -305,9 +319,7 @@ struct Weigher {
         const int h = e / 2, at = nb * 8 + fragment_column(thread_index() % 32, e);
         const bool positive = CONTENT && has(kinds.positive[h], 2 * nb + e % 2);
         const float beta = columns.real(BETA, at);
-        // As the forward pass multiplied, by whose sums these weights are divided, for the columns alone with the sides exchanged: in the
-        // other order t is another number, by u scale, which at temperature 0.005 is ten times the error of the gradient.
-        const float t = ROWS ? s[nb][e] * beta * rows.alpha[h] : s[nb][e] * rows.alpha[h] * (beta * largest);
+        const float t = ONE_EXPONENTIAL ? s[nb][e] * beta * rows.alpha[h] : logit(s[nb][e], beta, rows.alpha[h], largest);
         Coefficients column{};
         if constexpr (COLUMNS) column = column_coefficients(columns, at, in_tile);
         float w;

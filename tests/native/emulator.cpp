@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <new>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -14,7 +15,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/asan_interface.h>
 #endif
 
 // Keeps what the System V ABI asks a callee to keep, on the stack that is left, and takes it from the other one.
@@ -46,7 +47,11 @@ fastnce_emulator_switch:
 namespace emulator {
 namespace {
 
+// Without sanitizers: of arrays of this file alone, and where most of the time is spent.
+#define UNCHECKED __attribute__((no_sanitize("address"), no_sanitize("undefined")))
+
 constexpr size_t STACK = 256 << 10;
+constexpr int WARP = 32;
 
 struct Copy {
   char* to;
@@ -57,6 +62,7 @@ struct Copy {
 struct Product {
   struct Lane {
     float* c;
+    const uint32_t* from;  // registers of a, and what they held
     uint32_t a[4];
   } lane[MOST];
   int n;
@@ -67,8 +73,11 @@ struct Product {
 
 struct Fiber {
   void* sp = nullptr;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   bool done = false;
+  bool lingers = false;
+  bool (*ready)(const void*) = nullptr;  // what it waits for, or null
+  const void* condition = nullptr;
   std::vector<Copy> copies;              // not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, not yet waited for
   unsigned met[2] = {0, 0};              // how often this thread met its warp, its warpgroup
@@ -83,6 +92,7 @@ struct Meeting {
 };
 
 struct Warpgroup {
+  bool fenced = false;
   std::vector<Product> open;                              // not yet committed
   std::deque<std::vector<Product>> groups;                // committed, not yet waited for
   std::unordered_map<float*, std::vector<float>> hidden;  // true accumulators of what is under way
@@ -97,7 +107,6 @@ struct Barrier {
 struct Block {
   int index, count;
   std::vector<Fiber> fibers;
-  std::unique_ptr<char[]> memory;
   char* shared;
   size_t shared_bytes;
   int at_sync = 0;
@@ -105,7 +114,7 @@ struct Block {
   std::vector<Meeting> meetings[2];
   std::vector<Warpgroup> warpgroups;
   std::unordered_map<uint64_t*, Barrier> barriers;
-  uint64_t progress = 0;
+  bool late;
   const std::function<void()>* kernel;
 };
 
@@ -126,10 +135,12 @@ uint64_t random_number() {
 
 Fiber& self() { return block->fibers[current]; }
 
-void enter(Fiber& fiber) {
+void enter(int thread) {
+  current = thread;
+  Fiber& fiber = self();
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), STACK);
+  __sanitizer_start_switch_fiber(&fake, fiber.stack, STACK);
 #endif
   fastnce_emulator_switch(&scheduler, fiber.sp);
 #if defined(__SANITIZE_ADDRESS__)
@@ -151,10 +162,22 @@ void leave(bool for_good) {
 #endif
 }
 
-// Until it holds. Whoever makes something true counts it as progress.
+// Until it holds.
 template <class Condition>
 void wait_until(const Condition& holds) {
-  while (!holds()) leave(false);
+  if (holds()) return;
+  Fiber& fiber = self();
+  fiber.condition = &holds;
+  fiber.ready = [](const void* condition) { return (*static_cast<const Condition*>(condition))(); };
+  leave(false);
+  fiber.ready = nullptr;
+}
+
+// In every other block until nobody else can go on: whatever may happen before has then happened.
+void linger() {
+  if (!block->late) return;
+  self().lingers = true;
+  leave(false);
 }
 
 void body() {
@@ -163,14 +186,20 @@ void body() {
 #endif
   (*block->kernel)();
   self().done = true;
-  ++block->progress;
   leave(true);
   std::abort();
 }
 
-void prepare(Fiber& fiber) {
-  fiber.stack.reset(new char[STACK]);
-  auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK) & ~uintptr_t(15);
+// Stacks are kept from block to block: fresh pages for hundreds of them cost more than what most blocks compute.
+void prepare(Fiber& fiber, size_t thread) {
+  thread_local std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[STACK]);
+  fiber.stack = stacks[thread].get();
+#if defined(__SANITIZE_ADDRESS__)
+  // Of functions that never returned there are red zones left.
+  __asan_unpoison_memory_region(fiber.stack, STACK);
+#endif
+  auto top = reinterpret_cast<uintptr_t>(fiber.stack + STACK) & ~uintptr_t(15);
   // As if body had been called: the stack is off by 8 from a multiple of 16 at its first instruction.
   void** sp = reinterpret_cast<void**>(top) - 1;
   *--sp = reinterpret_cast<void*>(&body);
@@ -183,25 +212,67 @@ void check_shared(const void* p, size_t bytes, const char* what) {
   if (at < block->shared || at + bytes > block->shared + block->shared_bytes) fail(what);
 }
 
-void run_block() {
-  const int threads = static_cast<int>(block->fibers.size());
-  std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i) order[i] = i;
-  for (int i = threads - 1; i > 0; --i) std::swap(order[i], order[random_number() % (i + 1)]);
-  for (int left = threads; left;) {
-    const uint64_t before = block->progress;
-    for (const int thread : order) {
-      if (block->fibers[thread].done) continue;
-      current = thread;
-      enter(block->fibers[thread]);
-      left -= block->fibers[thread].done;
-    }
-    if (left && before == block->progress) fail("all threads wait for each other");
+// Lets these threads go on that can, each once; whether there was one.
+bool step(const int* threads, int count) {
+  bool some = false;
+  for (int n = 0; n < count; ++n) {
+    const Fiber& fiber = block->fibers[threads[n]];
+    if (fiber.done || fiber.lingers || (fiber.ready && !fiber.ready(fiber.condition))) continue;
+    enter(threads[n]);
+    some = true;
   }
+  return some;
+}
+
+// All threads take turns, or one warp goes ahead of the others as far as it can, then a second one; and one warp goes on only when nobody
+// else can, mostly one of the first four: those bring things to the others, who must not count on it. Whether warps that share something
+// are at the same place is for the barriers between them to see to.
+void run_block() {
+  const int threads = static_cast<int>(block->fibers.size()), warps = threads / WARP;
+  const auto below = [](int limit) { return static_cast<int>(random_number() % limit); };
+  const auto shuffle = [&](int* of, int count) {
+    for (int i = count - 1; i > 0; --i) std::swap(of[i], of[below(i + 1)]);
+  };
+  std::vector<int> order(threads), warp_order(warps);
+  for (int i = 0; i < warps; ++i) warp_order[i] = i;
+  shuffle(warp_order.data(), warps);
+  const int last = below(below(2) ? warps : std::min(warps, 4));
+  std::swap(*std::find(warp_order.begin(), warp_order.end(), last), warp_order.back());
+  for (int i = 0; i < threads; ++i) order[i] = warp_order[i / WARP] * WARP + i % WARP;
+  for (int i = 0; i < threads; i += WARP) shuffle(&order[i], WARP);
+  const bool turns = below(2);
+  block->late = below(2);
+  const int others = threads - WARP;
+  if (turns) shuffle(order.data(), others);
+  const auto advance = [&] {
+    if (turns) return step(order.data(), others);
+    for (int i = 0; i < others; i += WARP)
+      if (step(&order[i], WARP)) return true;
+    return false;
+  };
+  std::vector<int> lingering;
+  for (;;) {
+    while (advance()) continue;
+    lingering.clear();
+    for (const int thread : order)
+      if (block->fibers[thread].lingers) lingering.push_back(thread);
+    if (lingering.empty()) {
+      if (step(&order[others], WARP)) continue;
+      break;
+    }
+    // One warp of those at a time.
+    const int warp = lingering[below(static_cast<int>(lingering.size()))] / WARP;
+    for (const int thread : lingering)
+      if (thread / WARP == warp) block->fibers[thread].lingers = false;
+  }
+  for (const Fiber& fiber : block->fibers)
+    if (!fiber.done) fail("all threads wait for each other");
   for (const Fiber& fiber : block->fibers)
     if (!fiber.copies.empty() || !fiber.groups.empty()) fail("a thread ends with copies under way");
   for (const Warpgroup& group : block->warpgroups)
     if (!group.open.empty() || !group.groups.empty()) fail("a warpgroup ends with products under way");
+  for (const auto& barrier : block->barriers)
+    if (!barrier.second.loads.empty()) fail("a block ends with TMA loads under way");
 }
 
 const float* half_table() {
@@ -270,10 +341,12 @@ void execute(Warpgroup& group, const Product& product) {
     }
   for (float& value : b) value = values[found[at++]];
   for (int thread = 0; thread < MOST; ++thread) {
-    std::vector<float>& c = group.hidden.at(product.lane[thread].c);
+    const Product::Lane& lane = product.lane[thread];
+    if (product.registers && std::memcmp(lane.from, lane.a, sizeof lane.a)) fail("wgmma: its registers changed while it was under way");
+    std::vector<float>& c = group.hidden.at(lane.c);
     for (int e = 0; e < product.n / 2; ++e) {
       const int row = thread / 32 * 16 + thread % 32 / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + thread % 4 * 2 + e % 2;
-      c[e] = add_products(product.accumulate ? c[e] : 0.0f, &a[row * 16], &b[column * 16], 16, 1);
+      c[e] = add_products(product.accumulate ? c[e] : 0.0f, &a[row * 16], &b[column * 16], 16);
     }
   }
 }
@@ -288,9 +361,13 @@ void fail(const char* what) {
 
 void seed(uint64_t value) { state = value * 2 + 1; }
 
+constexpr std::align_val_t ALIGNED{1024};
+struct Free {
+  void operator()(char* p) const { ::operator delete(p, ALIGNED); }
+};
+
 void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads % 32) fail("threads that are no whole warps");
-  std::vector<std::unique_ptr<char[]>> stacks;
   for (int index = 0; index < blocks; ++index) {
     Block now{};
     now.index = index;
@@ -298,15 +375,14 @@ void run(int blocks, int threads, size_t shared_bytes, const std::function<void(
     now.fibers.resize(threads);
     now.kernel = &kernel;
     // Its end is the end of the allocation, for AddressSanitizer; what nobody has written is nan.
-    const size_t align = 1024;
-    now.memory.reset(new char[shared_bytes + align]);
-    now.shared = now.memory.get() + (align - reinterpret_cast<uintptr_t>(now.memory.get()) % align) % align;
+    const std::unique_ptr<char, Free> memory(static_cast<char*>(::operator new(shared_bytes, ALIGNED)));
+    now.shared = memory.get();
     now.shared_bytes = shared_bytes;
-    std::memset(now.memory.get(), 0xff, shared_bytes + align);
+    std::memset(now.shared, 0xff, shared_bytes);
     now.meetings[0].resize(threads / 32);
     now.meetings[1].resize((threads + MOST - 1) / MOST);
     now.warpgroups.resize((threads + MOST - 1) / MOST);
-    for (Fiber& fiber : now.fibers) prepare(fiber);
+    for (int thread = 0; thread < threads; ++thread) prepare(now.fibers[thread], thread);
     block = &now;
     run_block();
     block = nullptr;
@@ -325,7 +401,6 @@ void sync_block() {
     block->at_sync = 0;
     ++block->syncs;
   }
-  ++block->progress;
   wait_until([&] { return block->syncs != now; });
 }
 
@@ -337,7 +412,7 @@ const Slots& meet(int lanes, const char* what, const void* mine, size_t size) {
   if (meeting.arrived == 0) {
     meeting.what = what;
     meeting.size = size;
-  } else if (meeting.size != size || std::strcmp(meeting.what, what)) {
+  } else if (meeting.size != size || (meeting.what != what && std::strcmp(meeting.what, what))) {
     fail((std::string("threads of one warp are at different instructions: ") + meeting.what + " and " + what).c_str());
   }
   Slots& slots = meeting.slots[time % 2];
@@ -346,9 +421,48 @@ const Slots& meet(int lanes, const char* what, const void* mine, size_t size) {
     meeting.arrived = 0;
     ++meeting.times;
   }
-  ++block->progress;
   wait_until([&] { return meeting.times != time; });
   return slots;
+}
+
+// Register r of lane l: two neighbours of row l / 4 of matrix r, or, transposed, of its column l / 4.
+void ldmatrix(uint32_t (&r)[4], const char* row, bool transposed) {
+  check_shared(row, 16, "ldmatrix: outside of shared memory");
+  if (shared_address(row) % 16) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  const Slots& all = meet(WARP, transposed ? "ldmatrix.trans" : "ldmatrix", &row, sizeof row);
+  const int lane = current % WARP;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t two[2];
+    for (int e = 0; e < 2; ++e) {
+      const int along = lane % 4 * 2 + e, across = lane / 4;
+      const char* from;
+      std::memcpy(&from, all.bytes[matrix * 8 + (transposed ? along : across)], sizeof from);
+      two[e] = read_half(from + 2 * (transposed ? across : along));
+    }
+    r[matrix] = two[0] | two[1] << 16;
+  }
+}
+
+// PTX ISA, mma.m16n8k16: a0, a1 are (g, 2t..), a2, a3 (g + 8, 2t..), a4.. the same 8 further in k; b0, b1 are (2t.., g), b2, b3 8 further.
+UNCHECKED static void multiply(float* c, const Slots& all, int lane) {
+  float left[2][16], right[2][16];
+  for (int two = 0; two < 2; ++two)
+    for (int k = 0; k < 16; k += 2) {
+      const int of = k % 8 / 2;
+      __builtin_memcpy(&left[two][k], all.bytes[lane / 4 * 4 + of] + 8 * (two + k / 8 * 2), 8);
+      __builtin_memcpy(&right[two][k], all.bytes[(lane % 4 * 2 + two) * 4 + of] + 8 * (4 + k / 8), 8);
+    }
+  for (int e = 0; e < 4; ++e) c[e] = add_products(c[e], left[e / 2], right[e % 2], 16);
+}
+
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  // As numbers: converted once by the lane that holds them, and not by all that read them.
+  const uint32_t registers[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const float* values = half_table();
+  float mine[12];
+  for (int n = 0; n < 12; ++n) mine[n] = values[registers[n / 2] >> n % 2 * 16 & 0xffff];
+  const Slots& all = meet(WARP, "mma", mine, sizeof mine);
+  multiply(c, all, current % WARP);
 }
 
 void copy_async(char* shared, const void* global) {
@@ -362,20 +476,26 @@ void copy_commit() {
   self().copies.clear();
 }
 void copy_wait(int pending) {
+  if (static_cast<int>(self().groups.size()) > pending) linger();
   while (static_cast<int>(self().groups.size()) > pending) {
     for (const Copy& copy : self().groups.front()) std::memcpy(copy.to, copy.from, 16);
     self().groups.pop_front();
   }
 }
 
+// What the memory of a barrier holds: nobody else may write there.
+constexpr uint64_t MARK = 0x6d62617272696572;
+
 void barrier_init(uint64_t* barrier, int arrivals) {
   check_shared(barrier, 8, "mbarrier: outside of shared memory");
   block->barriers[barrier] = Barrier{arrivals, arrivals, 0, 0, {}};
+  *barrier = MARK;
 }
 
 static Barrier& barrier_at(uint64_t* at) {
   const auto found = block->barriers.find(at);
   if (found == block->barriers.end()) fail("mbarrier: not initialised");
+  if (*at != MARK) fail("mbarrier: written over");
   return found->second;
 }
 
@@ -383,15 +503,15 @@ static void complete(Barrier& barrier) {
   if (barrier.left == 0 && barrier.bytes == 0) {
     barrier.left = barrier.arrivals;
     ++barrier.phase;
-    ++block->progress;
   }
 }
 
 void barrier_arrive(uint64_t* at) {
   Barrier& barrier = barrier_at(at);
   if (barrier.left-- == 0) fail("mbarrier: more arrivals than it counts");
-  ++block->progress;
   complete(barrier);
+  // Whoever waited for this may be faster.
+  if (random_number() % 2) linger();
 }
 
 void barrier_expect(uint64_t* at, int bytes) {
@@ -402,12 +522,15 @@ void barrier_expect(uint64_t* at, int bytes) {
 void barrier_wait(uint64_t* at, unsigned parity) {
   Barrier& barrier = barrier_at(at);
   // The phase of this parity has ended when the current one has the other.
-  while ((barrier.phase & 1) == parity) {
+  const auto ended = [&] { return (barrier.phase & 1) != parity; };
+  while (!ended()) {
+    wait_until([&] { return ended() || !barrier.loads.empty(); });
+    if (ended()) return;
+    linger();
     std::vector<std::function<int()>> loads = std::move(barrier.loads);
     barrier.loads.clear();
     for (const auto& load : loads) barrier.bytes -= load();
     if (!loads.empty()) complete(barrier);
-    if ((barrier.phase & 1) == parity) leave(false);
   }
 }
 
@@ -416,11 +539,12 @@ void tensor_load(char* shared, const TensorMap* map, uint64_t* at, int column, i
   check_shared(shared, bytes, "TMA: outside of shared memory");
   if (map->box_columns != 64 || shared_address(shared) % 1024) fail("TMA: 128-byte swizzle takes 64 columns and atoms of 1024 bytes");
   std::memset(shared, 0xff, bytes);
-  barrier_at(at).loads.push_back([=] {
-    for (int r = 0; r < map->box_rows; ++r)
-      for (int c = 0; c < map->box_columns; ++c) {
-        const bool inside = row + r < map->rows && column + c < map->columns;
-        const uint16_t value = inside ? map->base[(row + r) * map->pitch + column + c] : 0;
+  // A copy of the map: it is a parameter, which ends with the thread that asked.
+  barrier_at(at).loads.push_back([=, of = *map] {
+    for (int r = 0; r < of.box_rows; ++r)
+      for (int c = 0; c < of.box_columns; ++c) {
+        const bool inside = row + r < of.rows && column + c < of.columns;
+        const uint16_t value = inside ? of.base[(row + r) * of.pitch + column + c] : 0;
         std::memcpy(shared + r * 128 + ((c / 8) ^ (r % 8)) * 16 + c % 8 * 2, &value, 2);
       }
     return bytes;
@@ -430,20 +554,23 @@ void tensor_load(char* shared, const TensorMap* map, uint64_t* at, int column, i
 void wgmma_fence() {
   const int nothing = 0;
   meet(MOST, "wgmma.fence", &nothing, sizeof nothing);
+  block->warpgroups[current / MOST].fenced = true;
 }
 
 void wgmma(float* c, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool b_by_rows, bool accumulate) {
   struct Mine {
     float* c;
+    const uint32_t* from;
     uint32_t a[4];
     uint64_t descriptor_a, descriptor_b;
     int n;
     bool registers, by_rows, accumulate;
-  } mine{c, {}, descriptor_a, descriptor_b, n, a != nullptr, b_by_rows, accumulate};
+  } mine{c, a, {}, descriptor_a, descriptor_b, n, a != nullptr, b_by_rows, accumulate};
   if (a) std::memcpy(mine.a, a, sizeof mine.a);
   const int thread = current;
   const Slots& all = meet(MOST, "wgmma", &mine, sizeof mine);
   Warpgroup& group = block->warpgroups[thread / MOST];
+  if (!group.fenced) fail("wgmma: registers that no wgmma.fence has handed over");
   // One thread takes it down for all.
   if (thread % MOST == 0) {
     Product product{};
@@ -453,6 +580,7 @@ void wgmma(float* c, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t d
       if (other.descriptor_b != descriptor_b || other.descriptor_a != descriptor_a || other.n != n || other.accumulate != accumulate)
         fail("wgmma: threads of one warpgroup disagree");
       product.lane[lane].c = other.c;
+      product.lane[lane].from = other.from;
       std::memcpy(product.lane[lane].a, other.a, sizeof other.a);
       if (!group.hidden.count(other.c)) {
         group.hidden[other.c].assign(other.c, other.c + n / 2);
@@ -487,6 +615,8 @@ void wgmma_wait(int pending) {
   meet(MOST, "wgmma.wait_group", &pending, sizeof pending);
   if (current % MOST == 0) {
     Warpgroup& group = block->warpgroups[current / MOST];
+    group.fenced = false;
+    if (static_cast<int>(group.groups.size()) > pending) linger();
     while (static_cast<int>(group.groups.size()) > pending) {
       for (const Product& product : group.groups.front()) execute(group, product);
       // Accumulators that nothing else is under way for are there now.
@@ -499,6 +629,8 @@ void wgmma_wait(int pending) {
             for (const Product& other : group.groups[later]) busy |= other.lane[&lane - product.lane].c == lane.c;
           for (const Product& other : group.open) busy |= other.lane[&lane - product.lane].c == lane.c;
           if (busy) continue;
+          for (int e = 0; e < product.n / 2; ++e)
+            if (lane.c[e] == lane.c[e]) fail("wgmma: its sums were written while it was under way");
           std::copy(hidden->second.begin(), hidden->second.end(), lane.c);
           group.hidden.erase(hidden);
         }
@@ -521,9 +653,9 @@ uint16_t float_to_half(float x) {
   return bits;
 }
 
-float add_products(float c, const float* a, const float* b, int count, int stride_b) {
+UNCHECKED float add_products(float c, const float* a, const float* b, int count) {
   double sum = c;
-  for (int k = 0; k < count; ++k) sum += static_cast<double>(a[k]) * b[k * stride_b];
+  for (int k = 0; k < count; ++k) sum += static_cast<double>(a[k]) * b[k];
   const float nearest = static_cast<float>(sum);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
 }

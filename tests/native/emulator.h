@@ -1,9 +1,9 @@
 // csrc/cuda/device.cuh for a CPU: every thread of a block is a fiber, and each instruction does what the PTX ISA says it means.
 //
-// What a GPU does at its leisure is done as late as it may be, and what must not be looked at until then holds nan: a copy that is under
-// way has already spoiled its target and arrives at the wait for it; a wgmma has spoiled its accumulators and runs at the wait for it, on
-// operands that must not have changed since. Fibers run in an order that changes with the seed. Threads that disagree about a collective,
-// or all wait for each other, end the program with a message.
+// What must not be looked at until it has been waited for holds nan: a copy that is under way has already spoiled its target and arrives at
+// the wait for it; a wgmma has spoiled its accumulators and runs at the wait for it, on operands that must not have changed since. The
+// order of the fibers changes with the seed: all take turns, or one warp goes ahead of the others as far as it may; and waits end at once,
+// or when no other thread can go on. Threads that disagree about a collective, or all wait for each other, end the program with a message.
 #pragma once
 
 #include <cmath>
@@ -49,6 +49,9 @@ struct TensorMap {
   int box_rows, box_columns;
 };
 
+void ldmatrix(uint32_t (&r)[4], const char* row, bool transposed);
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
 void copy_async(char* shared, const void* global);
 void copy_commit();
 void copy_wait(int pending);
@@ -68,7 +71,7 @@ void wgmma(float* c, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t d
 float half_to_float(uint16_t x);
 uint16_t float_to_half(float x);
 // Sums of products as tensor cores round them: towards zero.
-float add_products(float c, const float* a, const float* b, int count, int stride_b);
+float add_products(float c, const float* a, const float* b, int count);
 
 }  // namespace emulator
 
@@ -111,45 +114,9 @@ FASTNCE_DEVICE void sync_warp() {
 }
 FASTNCE_DEVICE int population(uint32_t bits) { return __builtin_popcount(bits); }
 
-// Register r of lane l: two neighbours of row l / 4 of matrix r, or, transposed, of its column l / 4.
-FASTNCE_DEVICE void emulated_ldmatrix(uint32_t (&r)[4], const char* row, bool transposed) {
-  if (emulator::shared_address(row) % 16) emulator::fail("ldmatrix: a row that is not aligned to 16 bytes");
-  const emulator::Slots& all = emulator::meet(32, transposed ? "ldmatrix.trans" : "ldmatrix", &row, sizeof row);
-  const int lane = thread_index() % 32;
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    uint16_t two[2];
-    for (int e = 0; e < 2; ++e) {
-      const int along = lane % 4 * 2 + e, across = lane / 4;
-      const char* from = emulated_slot<const char*>(all, matrix * 8 + (transposed ? along : across));
-      std::memcpy(&two[e], from + 2 * (transposed ? across : along), 2);
-    }
-    r[matrix] = two[0] | static_cast<uint32_t>(two[1]) << 16;
-  }
-}
-FASTNCE_DEVICE void ldmatrix(uint32_t (&r)[4], const char* row) { emulated_ldmatrix(r, row, false); }
-FASTNCE_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const char* row) { emulated_ldmatrix(r, row, true); }
-
-FASTNCE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const emulator::Slots& all = emulator::meet(32, "mma", mine, sizeof mine);
-  const int lane = thread_index() % 32, group = lane / 4, in_group = lane % 4;
-  const auto half = [&](int of, int reg, int which) {
-    uint16_t bits;
-    std::memcpy(&bits, all.bytes[of] + 4 * reg + 2 * which, 2);
-    return emulator::half_to_float(bits);
-  };
-  for (int e = 0; e < 4; ++e) {
-    float left[16], right[16];
-    const int column = in_group * 2 + e % 2;
-    for (int k = 0; k < 16; ++k) {
-      // PTX ISA, mma.m16n8k16: a0, a1 are (g, 2t..), a2, a3 (g + 8, 2t..), a4.. the same 8 further in k; b0, b1 are (2t.., g), b2, b3 8
-      // further.
-      left[k] = half(group * 4 + k % 8 / 2, e / 2 + k / 8 * 2, k % 2);
-      right[k] = half(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
-    }
-    c[e] = emulator::add_products(c[e], left, right, 16, 1);
-  }
-}
+FASTNCE_DEVICE void ldmatrix(uint32_t (&r)[4], const char* row) { emulator::ldmatrix(r, row, false); }
+FASTNCE_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const char* row) { emulator::ldmatrix(r, row, true); }
+using emulator::mma;
 
 FASTNCE_DEVICE void copy_async(char* shared, const void* global) { emulator::copy_async(shared, global); }
 FASTNCE_DEVICE void copy_commit() { emulator::copy_commit(); }

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.backends._gpu.host import View, Work, on_device
-from fastnce.backends._gpu.rows import Coefficients, coefficients, row_kernels, scalar_gradients
+from fastnce.backends._gpu.host import View, Work
+from fastnce.backends._gpu.rows import Coefficients, coefficients, on_device, row_kernels, scalar_gradients
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,11 +18,6 @@ from fastnce.problem import Problem
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: make it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 # A diagonal that no pair of indices below 2^30 lies on, also where the arithmetic with it wraps around.

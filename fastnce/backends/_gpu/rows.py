@@ -6,6 +6,7 @@ At small N some 40 launches of small torch operations take longer than the tiles
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,15 +21,22 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def compiled(x: Tensor) -> bool:
-    """Whether the library is loaded and made for tensors like x: those of CUDA, or of the CPU where it is emulated."""
-    return native.objection("cuda") is None and x.is_cuda != emulated()
+    """Whether the library is there and runs on the device of x: a GPU, or the CPU for the tests' build."""
+    if not (x.is_cuda or "cuda" in native.LOADED):
+        return False
+    return native.objection("cuda") is None and runs_on(x.device.index if x.is_cuda else -1)
 
 
 @cache
-def emulated() -> bool:
-    """Whether the library, which is loaded, is the tests' build for the CPU."""
-    found: bool = torch.ops.fastnce_cuda.emulated()
+def runs_on(device: int) -> bool:
+    """Whether the library, which is loaded, has code for this GPU that its driver takes; -1: whether it is the tests' build for the CPU."""
+    found: bool = torch.version.hip is None and torch.ops.fastnce_cuda.runs_on(device)
     return found
 
 
@@ -107,6 +115,22 @@ def nats(t: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s + bias
 
 
+def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
+    """log(1 + exp(lse_neg - pos)), of the library."""
+    value = torch.empty_like(lse_neg)
+    with on_device(value):
+        torch.ops.fastnce_cuda.log1p_loss(lse_neg.contiguous(), pos.contiguous(), value)
+    return value
+
+
+def log1p_loss_backward(lse_neg: Tensor, pos: Tensor, grad: Tensor) -> Tensor:
+    """Its gradient by lse_neg; that by pos is its negative."""
+    d = torch.empty_like(lse_neg)
+    with on_device(d):
+        torch.ops.fastnce_cuda.log1p_loss_backward(lse_neg.contiguous(), pos.contiguous(), grad, d)
+    return d
+
+
 # Backward -------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +165,7 @@ def coefficients(
     if compiled(factors[0]):
         fields, new = 5 if in_tile else 2, factors[0].new_empty
         vectors = [new((fields, len(factor))) for factor, _ in zip(factors, stats, strict=False)]
-        pair, scalars = new(i.stop - i.start) if some else None, new(5, dtype=torch.float64)
+        pair, scalars = new(i.stop - i.start) if some else None, new(4, dtype=torch.float64)
         # Without positives in the tiles nothing reads own_pos, which may be the mean key.
         kept = [t for side in stats for t in (*side[:5], side.own_pos if in_tile else side.own_neg)]
         torch.ops.fastnce_cuda.coefficients(

@@ -7,8 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.host import Sums, View, Work, on_device
-from fastnce.backends._gpu.rows import LOG2E, close, nats, row_kernels
+from fastnce.backends._gpu.host import Sums, View, Work
+from fastnce.backends._gpu.rows import LOG2E, close, nats, on_device, row_kernels
 from fastnce.norms import vector_dtype
 from fastnce.problem import Problem, Side
 

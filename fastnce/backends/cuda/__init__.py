@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fastnce import native
 from fastnce.backends._gpu import gradients, limits, rows, statistics
 from fastnce.backends.cuda import launches
@@ -20,11 +22,25 @@ def library_path() -> Path | None:
 def _loaded() -> tuple[str, str]:
     """(Why the library is not loaded, type of the device that it is for)."""
     objection = native.objection(NAME)
-    return objection or "", "cpu" if objection is None and rows.emulated() else "cuda"
+    return objection or "", "cpu" if objection is None and rows.runs_on(-1) else "cuda"
 
 
-# Dynamo traces unsupported() and calls this: what torch.compiler.assume_constant_result does, without the second that importing it takes.
+def _no_code(device: int) -> list[str]:
+    """What is wrong where the library, which is loaded, does not run on this GPU."""
+    if rows.runs_on(device):
+        return []
+    major, minor = torch.cuda.get_device_capability(device)
+    path = library_path()
+    held = ", ".join(native.archs(path)) if path else ""
+    return [
+        f"the library, which holds code for {held or 'other GPUs'}, does not run on this one, sm_{major}{minor} "
+        "(python -m fastnce build-cuda, with an nvcc no newer than the driver)"
+    ]
+
+
+# Dynamo traces unsupported() and calls these: what torch.compiler.assume_constant_result does, without the second that importing it takes.
 _loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_no_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -36,7 +52,7 @@ def unsupported(problem: Problem) -> list[str]:
         needed = "CUDA" if served == "cuda" else "the CPU: the library is the tests' build of its kernels for it"
         reasons.append(f"device {device.type} (needs {needed})")
     elif device.type == "cuda":
-        reasons += limits.of_gpu(device, "the kernels are NVIDIA's CUDA")
+        reasons += limits.of_gpu(device, "the kernels are NVIDIA's CUDA") or ([] if objection else _no_code(device.index))
     return reasons
 
 

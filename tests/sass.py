@@ -1,0 +1,270 @@
+"""What nvcc made of csrc/cuda: registers, spills and instructions of every kernel of a built library. Needs no GPU.
+
+    python -m fastnce build-cuda
+    python tests/sass.py                           # the library of these sources; exit 1 where a verdict is not ok
+    python tests/sass.py --write docs/backends.md  # the same, and registers between the page's two markers
+    python tests/sass.py --check docs/backends.md  # the same, and exit 1 where the page says something else
+
+Registers, stack and spills are what ptxas said, in the .json beside the library; everything else is read from the machine code. Shared
+memory is in neither: kernels are given it at their launch. Products that ptxas says it serialised have stopped the build already.
+
+Verdicts, all that apply, or "ok":
+
+    MISSING     a kernel is not there for every GPU, or not as PTX for later ones; wgmma kernels are for sm_90a alone
+    SPILL       registers are kept in local memory: a stack, LDL or STL
+    NO MMA      a kernel of tiles without HMMA, or a wgmma kernel without HGMMA
+    NO TMA      a wgmma kernel that copies tiles without UTMALDG
+    SERIAL      a wgmma loop that waits for its products more often than it has to
+    NO OVERLAP  a wgmma loop over plain tiles that takes too few of its exponentials while products are under way
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aot  # puts this checkout first on the path
+
+from fastnce import build, native
+
+BEGIN, END = "<!-- sass:begin (generated) -->", "<!-- sass:end -->"
+
+TILES = ("forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block")
+WGMMA = "wgmma_"
+# Instructions that are counted, by how their names begin.
+COUNTED = {name: (name,) for name in ("HMMA", "HGMMA", "MUFU", "LDSM", "UTMALDG", "LDL", "STL")} | {"ATOM": ("RED.", "REDG", "ATOM")}
+# The loops wait once per tile: forward kernels for each of two, backward kernels for each of two products.
+WAITS = 2
+# Of a plain tile's exponentials, the part that has to stand between its neighbour's products and the wait for them: on average over the
+# tiles in a loop, and for each of them.
+OVERLAP = {"wgmma_forward_rows": 1 / 2, "wgmma_forward_both": 1 / 2, "wgmma_backward_rows": 1 / 3}
+OVERLAP_OF_ONE = 1 / 3
+
+
+class Found(NamedTuple):
+    """What became of one kernel on one architecture.
+
+    kernel, form     wgmma_forward_both, "D=128 index"
+    regs             per thread
+    stack, spills    bytes of stack, bytes that are stored to it and loaded again
+    counts           instructions by the names of COUNTED
+    overlap          mean of overlaps(); None where no tile is known to be plain
+    """
+
+    kernel: str
+    form: str
+    arch: str
+    regs: int = 0
+    stack: int = 0
+    spills: int = 0
+    counts: dict[str, int] = {}
+    overlap: float | None = None
+    verdict: str = "MISSING"
+
+
+# What is in the library ---------------------------------------------------------------------------------------------------------------
+
+
+def cuobjdump(*arguments: str | Path, **options: Any) -> str:
+    """Of Triton, or of the toolkit."""
+    program = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = program if program.is_file() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError(f"no cuobjdump: neither {program} nor on PATH")
+    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True, **options).stdout
+
+
+def kernels(text: str) -> dict[str, list[aot.Instruction]]:
+    """Name -> instructions, from what cuobjdump -sass prints."""
+    parts = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
+    lines = {name: aot.LINE.finditer(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: [aot.Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in found] for name, found in lines.items()}
+
+
+def disassemble(library: Path) -> tuple[dict[tuple[str, str], list[aot.Instruction]], set[str]]:
+    """(architecture, name) -> instructions; names of the kernels that are there as PTX."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        cuobjdump("-xelf", "all", "-xptx", "all", library.resolve(), cwd=folder)
+        # The longest first, so that the last does not run alone.
+        cubins = sorted(Path(folder).glob("*.cubin"), key=lambda path: -path.stat().st_size)
+        texts = pool.map(lambda path: kernels(cuobjdump("-sass", path)), cubins)
+        # fastnce-cuda-....7.sm_90a.cubin
+        sass = {(path.suffixes[-2][1:], name): found for path, text in zip(cubins, texts, strict=True) for name, found in text.items()}
+        ptx = {name for path in Path(folder).glob("*.ptx") for name in re.findall(r"\.entry (\w+)", path.read_text())}
+    return sass, ptx
+
+
+def resources(record: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(architecture, name) -> registers, bytes of stack, bytes of spills: lines of build.py."""
+    line = r"(\w+) (\w+): (\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads; Used (\d+) registers"
+    found = [m for unit in record["ptxas"].values() for text in unit if (m := re.match(line, text))]
+    return {(m[1], m[2]): (int(m[6]), int(m[3]), int(m[4]) + int(m[5])) for m in found}
+
+
+# Names --------------------------------------------------------------------------------------------------------------------------------
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    return dict(zip(names, plain, strict=True))
+
+
+def described(name: str) -> tuple[str, str]:
+    """Kernel and form of a demangled name: wgmma_forward_both, "D=128 index"; backward_rows, "D=64 two parts content 64x64".
+
+    index, content   pairs are told apart by their places alone, or by labels, exclude ids or a mask
+    64x32            rows of a block, columns of a tile
+    """
+    found = re.fullmatch(r"(?:void )?(\w+?)(?:_kernel)?(?:<(.*)>)?\(.*", name.replace("fastnce::cuda::", ""))
+    if found is None:
+        raise ValueError(f"not a kernel of csrc/cuda: {name}")
+    kernel, arguments = found[1], (found[2] or "").strip()
+    content = {"false": "index", "true": "content", None: ""}
+    if m := re.match(r"Shape<(\d+), (\d+), (\d+), (\d+)>(?:, (\w+))?$", arguments):
+        depth, parts, strips, columns = map(int, m.groups()[:4])
+        words = [f"D={depth}" if depth else "long rows", "two parts" if parts == 2 else "", content[m[5]], f"{64 * strips}x{columns}"]
+    elif m := re.match(r"Walk<\(Kernel\)\d, (\d+), (\w+)>(?:, (\w+)<?([^<>]*)>?)?$", arguments):
+        terms = zip((m[4] or "").split(", "), ("rows", "columns", "one exponential"), strict=False)
+        words = [f"D={m[1]}", content[m[2]], *(word for on, word in terms if on == "true")]
+    elif m := re.match(r"\(Phase\)(\d)$", arguments):
+        words = [("whole", "sums", "vectors")[int(m[1])]]
+    else:
+        words = [{"": "", "float": "float32", "Half": "float16", "BFloat16": "bfloat16"}[arguments]]
+    return kernel, " ".join(filter(None, words))
+
+
+# What is said about it ----------------------------------------------------------------------------------------------------------------
+
+
+def product_loops(sass: list[aot.Instruction]) -> list[list[aot.Instruction]]:
+    """Loops with wgmma in them. A branch back across an EXIT is none: waits for barriers are placed behind the kernel's end."""
+    return [loop for loop in aot.loops(sass) if aot.count(loop, "HGMMA") and not aot.count(loop, "EXIT")]
+
+
+def overlaps(loop: list[aot.Instruction]) -> list[float]:
+    """For every tile of a loop, the part of its exponentials that stand between products and the wait after which none is pending."""
+    beside, pending = [0], False
+    for one in loop:
+        pending |= one.name.startswith("HGMMA")
+        beside[-1] += pending and one.name.startswith("MUFU.EX2")
+        # The operand is how many groups of products may stay pending.
+        if pending and one.name.startswith("WARPGROUP.DEPBAR") and re.search(r"\b0x0\s*$", one.text):
+            pending = False
+            beside.append(0)
+    tiles = beside[:-1]
+    return [found * len(tiles) / max(1, aot.count(loop, "MUFU.EX2")) for found in tiles]
+
+
+def judged(row: Found, sass: list[aot.Instruction]) -> Found:
+    """The row with what its instructions say."""
+    counts = {name: aot.count(sass, *prefixes) for name, prefixes in COUNTED.items()}
+    wgmma, loops, beside = row.kernel.startswith(WGMMA), product_loops(sass), None
+    if wgmma and " index" in row.form:
+        # Plain tiles have the shortest loop: nothing in it tells pairs apart.
+        beside = overlaps(min(loops, key=lambda loop: len(loop) / aot.count(loop, "HGMMA"), default=[])) or [0.0]
+        row = row._replace(overlap=sum(beside) / len(beside))
+    wrong = {
+        "SPILL": row.stack or row.spills or counts["LDL"] or counts["STL"],
+        "NO MMA": row.kernel.removeprefix(WGMMA) in TILES and not counts["HGMMA" if wgmma else "HMMA"],
+        "NO TMA": wgmma and not counts["UTMALDG"],
+        "SERIAL": any(aot.count(loop, "WARPGROUP.DEPBAR") > WAITS for loop in loops),
+        "NO OVERLAP": beside and (min(beside) < OVERLAP_OF_ONE or sum(beside) / len(beside) < OVERLAP[row.kernel]),
+    }
+    return row._replace(counts=counts, verdict="+".join(name for name, found in wrong.items() if found) or "ok")
+
+
+def inspect(library: Path) -> list[Found]:
+    """A row for every kernel on every architecture that it is or should be on."""
+    used = resources(json.loads(library.with_suffix(".json").read_text()))
+    sass, ptx = disassemble(library)
+    pretty = demangle(sorted({name for _, name in used} | {name for _, name in sass} | ptx))
+    rows = []
+    for name, demangled in pretty.items():
+        kernel, form = described(demangled)
+        for arch in [build.SM90] if kernel.startswith(WGMMA) else build.ARCHS:
+            row = Found(kernel, form, arch)
+            if (arch, name) in sass and (arch, name) in used:
+                row = judged(Found(kernel, form, arch, *used[arch, name]), sass[arch, name])
+            elif arch.startswith("compute_") and name in ptx:
+                continue  # nothing to say of it
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row.kernel, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.form)]))
+
+
+def text(rows: list[Found]) -> str:
+    """The rows as a table for a terminal."""
+    lines = [["kernel", "form", "arch", "regs", "stack", "spills", *COUNTED, "overlap", "verdict"]]
+    for row in rows:
+        numbers = [row.regs, row.stack, row.spills, *(row.counts.get(name, 0) for name in COUNTED)]
+        lines.append([row.kernel, row.form, row.arch, *map(str, numbers), percent(row.overlap), row.verdict])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def percent(part: float | None) -> str:
+    return "" if part is None else f"{part:.0%}"
+
+
+def markdown(rows: list[Found], version: str) -> str:
+    """A line per kernel and form."""
+    archs = [arch for arch in build.ARCHS if not arch.startswith("compute_")]
+    lines = [
+        f"{version}: registers per thread.",
+        "",
+        f"| kernel | form | {' | '.join(archs)} | products | overlap |",
+        f"|---|---|{'--:|' * len(archs)}---|--:|",
+    ]
+    for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):
+        of = {row.arch: row for row in rows if (row.kernel, row.form) == (kernel, form)}
+        regs = [str(of[arch].regs) if arch in of else "" for arch in archs]
+        one = of[build.SM90]
+        products = next((name for name in ("HGMMA", "HMMA") if one.counts.get(name)), "")
+        lines.append(f"| {' | '.join([kernel, form, *regs, products, percent(one.overlap)])} |")
+    return "\n".join(lines)
+
+
+def regenerate(page: str, region: str) -> str:
+    """The page with this between its markers."""
+    head, rest = page.split(BEGIN)
+    return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library", nargs="?", type=Path, help="by default the one that is built of these sources")
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--check", type=Path, metavar="PAGE")
+    options = parser.parse_args(arguments)
+    library = options.library or native.library_path("cuda")
+    if library is None:
+        print(f"the CUDA library of these sources is {native.not_built('cuda')}", file=sys.stderr)
+        return 1
+    rows = inspect(library)
+    wrong = [row for row in rows if row.verdict != "ok"]
+    # nvcc 13.0.88
+    version = "nvcc " + re.findall(r"V([\d.]+)", json.loads(library.with_suffix(".json").read_text())["nvcc"])[-1]
+    print(text(rows if not options.check else wrong))
+    print(f"{library.name}, {version}: {len(rows)} kernels, {len(wrong)} not ok")
+    if page := options.write or options.check:
+        before = page.read_text()
+        after = regenerate(before, markdown(rows, version))
+        if options.write:
+            page.write_text(after)
+        elif before != after:
+            print(f"{page} differs from this library: run python tests/sass.py --write {page}")
+            return 1
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
