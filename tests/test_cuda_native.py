@@ -97,7 +97,7 @@ OPERAND, RELEASE_COLUMNS = "      to_operand<W>(g, s, walk.columns(n + 1));\n", 
 WAIT_GRADIENT = "      wgmma_wait<0>();\n      settle<W::DEPTH / 8>(dx);\n      walk.tiles().release(n);\n"
 FAULTS = (
     Fault("rows not permuted", "index.h", " ^ (row % SWIZZLE_ROWS)", "", "index"),
-    Fault("quadrants of A exchanged", "index.h", " a_unit(int lane) { return lane / 16;", " a_unit(int lane) { return lane / 8 % 2;", "index"),
+    Fault("quadrants of A turned", "index.h", " a_unit(int lane) { return lane / 16", " a_unit(int lane) { return lane / 8 % 2", "index"),
     Fault("columns summed twice", "index.h", "return lane / 4 * (columns / 8)", "return lane / 8 * (columns / 8)", "index"),
     Fault("splits in 32 bits", "index.h", "static_cast<int64_t>(split) * per_split", "static_cast<int>(1u * split * per_split)", "index"),
     Fault("no room for masked tiles", "index.h", "MOST_MASKED = 16", "MOST_MASKED = 10", "index"),
