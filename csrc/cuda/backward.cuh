@@ -22,16 +22,13 @@ FASTNCE_KERNEL(THREADS, 1)
 backward_rows(const Problem p, const Grid grid, const Weights weights, const RowGradient out) {
   static_assert(S::WHOLE && S::MT == 1);
   // Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. In
-  // two parts only the sums of a tile are theirs. Of 256 columns too, for which ptxas then has enough registers.
-  constexpr bool APART = S::PARTS == 2 || S::DEPTH == 256;
+  // two parts only the sums of a tile are theirs.
+  constexpr bool APART = S::PARTS == 2;
   const Rules& r = p.rules;
   const int block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * S::BM;
   const Range tiles = split_range(split, grid.per_split, ceil_div(r.columns, S::BN));
   auto weigher = Weigher<CONTENT>::load(p, weights);
-  Rows strips[1];
-  load_strips<S>(strips, p, i0, weigher.row_multiplier());
-  const Rows& rows = strips[0];
-  if (!CONTENT) weigher.load_rows(p, weights, rows);
+  const int first = i0 + thread_index() / 32 * 16;
   float moment[2] = {};
   float dx[S::DEPTH / 8][4] = {};
   for_each_tile<S>(
@@ -40,60 +37,74 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
       [&](int, int j0, Strip<S::NB>(&c)[1], const Columns<S::BN>& columns, const char* y) {
         const int lane = thread_index() % 32;
         prepare_columns(columns, weigher);
-        // Ten registers that the products below have no room for.
-        if (CONTENT) weigher.load_rows(p, weights, rows);
+        // Again for every tile: the products below have no room for what is known of the rows.
+        const Rows rows = Rows::load(p, first, weigher.row_multiplier());
+        weigher.load_rows(p, weights, rows);
         const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows, i0, S::BM, j0, columns);
         weigher.template weigh<S::NB>(AnyTerms{}, c[0], rows, columns, kinds, moment);
         // The accumulators of two neighbouring blocks are the left operand of the next product: its registers 0, 1 and 2, 3.
-        uint32_t high[S::NB / 2][4], low[S::NB / 2][4];
+        const auto operand = [&](int nb, uint32_t (&high)[4], uint32_t (&low)[4]) {
 #pragma unroll
-        for (int nb = 0; nb < S::NB; ++nb) {
-          float beta[2];
+          for (int two = 0; two < 2; ++two)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) beta[e] = finite(columns.real(BETA, nb * 8 + fragment_column(lane, e)));
+            for (int h = 0; h < 2; ++h) {
+              float g[2];
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float* w = c[0][nb] + 2 * h;
-            halves(w[0] * beta[0], w[1] * beta[1], high[nb / 2][nb % 2 * 2 + h], low[nb / 2][nb % 2 * 2 + h]);
-          }
-        }
-#pragma unroll
-        for (int d = 0; d < S::DEPTH / 8; d += 2) {
-          Strip<2> of_tile = {};
-          float (*sum)[4] = APART ? of_tile : dx + d;
-#pragma unroll
-          for (int nb = 0; nb < S::NB; nb += 2) {
-            uint32_t b[S::PARTS][4];
-#pragma unroll
-            for (int part = 0; part < S::PARTS; ++part)
-              ldmatrix_transposed(b[part], y + part * S::BN * S::CHUNK * 2 + unit_byte(nb * 8 + bt_row(lane), d + bt_unit(lane), S::BN));
-#pragma unroll
-            for (int two = 0; two < 2; ++two) {
-              if constexpr (S::PARTS == 2) {
-                mma(sum[two], low[nb / 2], b[0][2 * two], b[0][2 * two + 1]);
-                mma(sum[two], high[nb / 2], b[1][2 * two], b[1][2 * two + 1]);
-              }
-              mma(sum[two], high[nb / 2], b[0][2 * two], b[0][2 * two + 1]);
+              for (int e = 0; e < 2; ++e)
+                g[e] = c[0][nb + two][2 * h + e] * finite(columns.real(BETA, (nb + two) * 8 + fragment_column(lane, e)));
+              halves(g[0], g[1], high[2 * two + h], low[2 * two + h]);
             }
+        };
+        const auto add = [&](float (*sum)[4], int nb, int d, const uint32_t (&high)[4], const uint32_t (&low)[4]) {
+          uint32_t b[S::PARTS][4];
+#pragma unroll
+          for (int part = 0; part < S::PARTS; ++part)
+            ldmatrix_transposed(b[part], y + part * S::BN * S::CHUNK * 2 + unit_byte(nb * 8 + bt_row(lane), d + bt_unit(lane), S::BN));
+#pragma unroll
+          for (int two = 0; two < 2; ++two) {
+            if constexpr (S::PARTS == 2) {
+              mma(sum[two], low, b[0][2 * two], b[0][2 * two + 1]);
+              mma(sum[two], high, b[1][2 * two], b[1][2 * two + 1]);
+            }
+            mma(sum[two], high, b[0][2 * two], b[0][2 * two + 1]);
           }
-          if constexpr (APART)
+        };
+        if constexpr (APART) {
+          uint32_t high[S::NB / 2][4], low[S::NB / 2][4];
+#pragma unroll
+          for (int nb = 0; nb < S::NB; nb += 2) operand(nb, high[nb / 2], low[nb / 2]);
+#pragma unroll
+          for (int d = 0; d < S::DEPTH / 8; d += 2) {
+            Strip<2> of_tile = {};
+#pragma unroll
+            for (int nb = 0; nb < S::NB; nb += 2) add(of_tile, nb, d, high[nb / 2], low[nb / 2]);
 #pragma unroll
             for (int two = 0; two < 2; ++two)
 #pragma unroll
               for (int e = 0; e < 4; ++e) dx[d + two][e] += of_tile[two][e];
+          }
+        } else {
+#pragma unroll
+          for (int nb = 0; nb < S::NB; nb += 2) {
+            uint32_t high[4], low[4];
+            operand(nb, high, low);
+#pragma unroll
+            for (int d = 0; d < S::DEPTH / 8; d += 2) add(dx + d, nb, d, high, low);
+          }
         }
       },
       [](int, int) {});
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + rows.i[h]) * S::DEPTH;
+    const int i = first + fragment_row(thread_index() % 32, 2 * h);
+    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + i) * S::DEPTH;
 #pragma unroll
     for (int d = 0; d < S::DEPTH / 8; ++d)
 #pragma unroll
       for (int e = 0; e < 2; ++e) to[d * 8 + fragment_column(thread_index() % 32, e)] = dx[d][2 * h + e];
     if (!out.moment) continue;
     const float all = quad_sum(moment[h]);
-    if (first_of_quad() && rows.i[h] < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + rows.i[h]] = all;
+    if (first_of_quad() && i < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + i] = all;
   }
 }
 

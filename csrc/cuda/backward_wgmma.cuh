@@ -38,7 +38,8 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
     return;
   }
   take_registers<CONSUMER_REGISTERS>();
-  const Rows rows = Rows::load(p, i0 + consumer_row(warp), weigher.row_multiplier());
+  const int first = i0 + consumer_row(warp);
+  Rows rows = Rows::load(p, first, weigher.row_multiplier());
   weigher.load_rows(p, weights, rows);
   const int count = walk.order().count, plain = walk.order().plain;
   const char* x = walk.x() + warpgroup_row(warp) * GROUP_BYTES;
@@ -97,6 +98,11 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
     wgmma_wait<0>();
     settle<W::NB>(s);
     const Columns<W::BN> columns = walk.columns(n);
+    // Again for every tile: with ids to look at, the products have no room for what is known of the rows.
+    if (W::CONTENT) {
+      rows = Rows::load(p, first, weigher.row_multiplier());
+      weigher.load_rows(p, weights, rows);
+    }
     weigher.template weigh<W::NB>(TERMS{}, s, rows, columns, classify<W::NB, W::CONTENT>(r, rows, column_of(n), columns), moment);
     to_operand<W>(g, s, columns);
     walk.vectors().release(n);
@@ -108,14 +114,15 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + rows.i[h]) * W::DEPTH;
+    const int i = first + fragment_row(thread_index() % 32, 2 * h);
+    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + i) * W::DEPTH;
 #pragma unroll
     for (int d = 0; d < W::DEPTH / 8; ++d)
 #pragma unroll
       for (int e = 0; e < 2; ++e) to[d * 8 + fragment_column(thread_index() % 32, e)] = dx[d][2 * h + e];
     if (!out.moment) continue;
     const float all = quad_sum(moment[h]);
-    if (first_of_quad() && rows.i[h] < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + rows.i[h]] = all;
+    if (first_of_quad() && i < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + i] = all;
   }
 }
 

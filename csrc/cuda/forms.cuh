@@ -18,11 +18,10 @@ constexpr int strips(Kernel kernel, bool content, int parts, int depth) {
 }
 
 // Columns of a tile: less of them where two stages of the longest rows would leave room for one block on a multiprocessor; 99 KiB are all
-// that some GPUs have. Gradients of long rows with labels to look at keep half of that: their sums alone take up to half of the registers.
+// that some GPUs have. Gradients with labels to look at keep half of that: their sums alone take up to half of the registers.
 constexpr int columns(Kernel kernel, bool content, int parts, int depth) {
-  const bool crowded = kernel == Kernel::BACKWARD_ROWS && content && parts == 1;
-  if (depth * parts <= 128) return crowded && depth == 128 ? 32 : 64;
-  return crowded && depth == 256 ? 16 : 32;
+  const int all = depth * parts <= 128 ? 64 : 32;
+  return kernel == Kernel::BACKWARD_ROWS && content ? all / 2 : all;
 }
 
 template <Kernel KERNEL, bool CONTENT, int DEPTH, int PARTS>
