@@ -1,5 +1,5 @@
 // The only file that includes torch: schemas, checks of every argument, and torch's threads. Stable ABI, so one library serves torch 2.11
-// and later. Schemas take what fastnce/backends/native.py has prepared; results are written into tensors that it made.
+// and later. Schemas take what fastnce/backends/_native.py has prepared; results are written into tensors that it made.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

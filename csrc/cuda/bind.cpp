@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -138,7 +139,7 @@ class Call {
     }();
     STD_TORCH_CHECK(ask, "fastnce: libtorch_cuda.so does not say which stream is the current one");
     Stream stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+    TORCH_ERROR_CODE_CHECK(ask(device, &stream));
     return stream;
   }
 #endif

@@ -18,10 +18,11 @@ constexpr int strips(Kernel kernel, bool content, int parts, int depth) {
 }
 
 // Columns of a tile: less of them where two stages of the longest rows would leave room for one block on a multiprocessor; 99 KiB are all
-// that some GPUs have. Gradients with labels to look at keep half of that: their sums alone take up to half of the registers.
+// that some GPUs have. Weights with labels to look at keep half of that: coefficients and the sums of gradients take the registers.
 constexpr int columns(Kernel kernel, bool content, int parts, int depth) {
   const int all = depth * parts <= 128 ? 64 : 32;
-  return kernel == Kernel::BACKWARD_ROWS && content ? all / 2 : all;
+  const bool weighs = kernel == Kernel::BACKWARD_ROWS || kernel == Kernel::WEIGHTS_BLOCK;
+  return weighs && content ? all / 2 : all;
 }
 
 template <Kernel KERNEL, bool CONTENT, int DEPTH, int PARTS>
