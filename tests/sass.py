@@ -48,6 +48,9 @@ WAITS = 2
 # tiles in a loop, and for each of them.
 OVERLAP = {"wgmma_forward_rows": 1 / 2, "wgmma_forward_both": 1 / 2, "wgmma_backward_rows": 1 / 3}
 OVERLAP_OF_ONE = 1 / 3
+# Known not to: beside 256 sums, two exponentials a pair leave ptxas no registers to take them early. Two-sided losses at a temperature
+# below 0.025 come here; the table shows what is left.
+NOT_OVERLAPPED = {("wgmma_backward_rows", "D=256 index rows columns")}
 
 
 class Found(NamedTuple):
@@ -178,9 +181,13 @@ def judged(row: Found, sass: list[aot.Instruction]) -> Found:
         "NO MMA": row.kernel.removeprefix(WGMMA) in TILES and not counts["HGMMA" if wgmma else "HMMA"],
         "NO TMA": wgmma and not counts["UTMALDG"],
         "SERIAL": any(aot.count(loop, "WARPGROUP.DEPBAR") > WAITS for loop in loops),
-        "NO OVERLAP": beside and (min(beside) < OVERLAP_OF_ONE or sum(beside) / len(beside) < OVERLAP[row.kernel]),
+        "NO OVERLAP": beside and (row.kernel, row.form) not in NOT_OVERLAPPED and too_few(row.kernel, beside),
     }
     return row._replace(counts=counts, verdict="+".join(name for name, found in wrong.items() if found) or "ok")
+
+
+def too_few(kernel: str, beside: list[float]) -> bool:
+    return min(beside) < OVERLAP_OF_ONE or sum(beside) / len(beside) < OVERLAP[kernel]
 
 
 def inspect(library: Path) -> list[Found]:
