@@ -25,6 +25,7 @@ from fastnce.pairs import Pairs
 from fastnce.problem import Problem as Asked
 from fastnce.problem import SideGrad, Wanted
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FAMILIES = ("whole", "long")
 
@@ -43,22 +44,6 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
     monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
     return str(name)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated without a value holds nan, or a number far outside of any count: reading it before writing it shows."""
-
-    def fill(empty: Any) -> Any:
-        def filled(*args: Any, **kwargs: Any) -> Tensor:
-            new = empty(*args, **kwargs)
-            return new.fill_(torch.nan if new.is_floating_point() else 2**30)
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", fill(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
 
 
 @pytest.fixture
