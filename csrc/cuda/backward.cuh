@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mma.cuh"
+#include "totals.cuh"
 
 namespace fastnce::cuda {
 
@@ -94,18 +95,7 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
         }
       },
       [](int, int) {});
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = first + fragment_row(thread_index() % 32, 2 * h);
-    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + i) * S::DEPTH;
-#pragma unroll
-    for (int d = 0; d < S::DEPTH / 8; ++d)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) to[d * 8 + fragment_column(thread_index() % 32, e)] = dx[d][2 * h + e];
-    if (!out.moment) continue;
-    const float all = quad_sum(moment[h]);
-    if (first_of_quad() && i < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + i] = all;
-  }
+  store_gradient(p, out, split, first, dx, moment);
 }
 
 // A strip times a factor per pair, as float16, to rows of a block that starts at `to`.

@@ -1,6 +1,7 @@
 // backward.cuh for sm_90a: while the products of one tile's weights with its rows are under way, the weights of the next are computed.
 #pragma once
 
+#include "totals.cuh"
 #include "wgmma_walk.cuh"
 
 namespace fastnce::cuda {
@@ -78,6 +79,7 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
       wgmma_wait<1>();
       settle<W::NB>(s);
       weigh_plain(n + 1);
+      wgmma_hold(moment[0] + moment[1]);
       wgmma_wait<0>();
       settle<W::DEPTH / 8>(dx);
       walk.tiles().release(n);
@@ -112,18 +114,7 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
     settle<W::DEPTH / 8>(dx);
     walk.tiles().release(n);
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = first + fragment_row(thread_index() % 32, 2 * h);
-    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + i) * W::DEPTH;
-#pragma unroll
-    for (int d = 0; d < W::DEPTH / 8; ++d)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) to[d * 8 + fragment_column(thread_index() % 32, e)] = dx[d][2 * h + e];
-    if (!out.moment) continue;
-    const float all = quad_sum(moment[h]);
-    if (first_of_quad() && i < r.rows) out.moment[static_cast<int64_t>(split) * r.rows + i] = all;
-  }
+  store_gradient(p, out, split, first, dx, moment);
 }
 
 }  // namespace fastnce::cuda

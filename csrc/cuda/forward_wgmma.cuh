@@ -10,7 +10,8 @@
 
 namespace fastnce::cuda {
 
-// eat(n, products, plain) for every tile; ready(n), before the products that run beside it are issued, waits for what it needs.
+// eat(n, products, plain) for every tile, which returns a number that all of its exponentials are part of; ready(n), before the products
+// that run beside it are issued, waits for what it needs.
 template <class W, class Ready, class Eat>
 FASTNCE_DEVICE void consume(const W& walk, const Ready& ready, const Eat& eat) {
   const int warp = thread_index() / 32, count = walk.order().count, plain = walk.order().plain;
@@ -37,17 +38,17 @@ FASTNCE_DEVICE void consume(const W& walk, const Ready& ready, const Eat& eat) {
     for (; n + 2 < plain; n += 2) {
       ready(n);
       issue(odd, n + 1);
-      eat(n, even, std::true_type{});
+      wgmma_hold(eat(n, even, std::true_type{}));
       done(odd, n + 1);
       ready(n + 1);
       issue(even, n + 2);
-      eat(n + 1, odd, std::true_type{});
+      wgmma_hold(eat(n + 1, odd, std::true_type{}));
       done(even, n + 2);
     }
     ready(n);
     if (n + 1 < plain) {
       issue(odd, n + 1);
-      eat(n, even, std::true_type{});
+      wgmma_hold(eat(n, even, std::true_type{}));
       done(odd, n + 1);
       ready(n + 1);
       eat(n + 1, odd, std::true_type{});
@@ -99,6 +100,7 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
           for (int h = 0; h < 2; ++h) totals[h].template add<W::NB>(c, h, kinds);
         }
         walk.vectors().release(n);
+        return totals[0].negative.total + totals[1].negative.total;
       });
 #pragma unroll
   for (int h = 0; h < 2; ++h) totals[h].template store<W::CONTENT>(r, grid, out, split, rows.i[h]);
@@ -173,6 +175,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
         }
         walk.vectors().release(n);
         walk.sums().fill(n);
+        return totals.total[0] + totals.total[1];
       });
   totals.template store<W::CONTENT>(r, out, rows);
 }

@@ -53,6 +53,10 @@ template <int PENDING>
 FASTNCE_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+// No wait behind this place is moved up before what this value is computed from: it is looked at. Nothing else happens, whatever it is.
+FASTNCE_DEVICE void wgmma_hold(float value) {
+  asm volatile("{\n.reg .pred p;\nsetp.eq.f32 p, %0, 0f7f800000;\n@p nanosleep.u32 0;\n}" ::"f"(value) : "memory");
+}
 // No read of these sums is moved up across this place.
 template <int NB>
 FASTNCE_DEVICE void settle(Strip<NB>& c) {
@@ -91,6 +95,7 @@ template <int PENDING>
 void wgmma_wait() {
   emulator::wgmma_wait(PENDING);
 }
+inline void wgmma_hold(float) {}
 template <int NB>
 void settle(Strip<NB>&) {}
 template <int N>

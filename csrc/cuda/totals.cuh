@@ -1,4 +1,4 @@
-// What the rows of a strip, and its columns, have come to: shared by the mma.sync and the wgmma kernels.
+// What the rows of a strip, and its columns, have come to, and the gradient of the rows: shared by the mma.sync and the wgmma kernels.
 #pragma once
 
 #include "tile.cuh"
@@ -133,6 +133,25 @@ FASTNCE_DEVICE void add_column(const Rules& r, const BothSums& out, int j, const
     atomic_add(out.column + r.columns + j, over(1));
     atomic_add(out.column + 2 * static_cast<int64_t>(r.columns) + j, over(2));
     atomic_add(out.column_count + j, found);
+  }
+}
+
+// The gradient of the two rows of a strip that starts at row `first`, from one split of the columns, and their moments.
+template <int NB>
+FASTNCE_DEVICE void store_gradient(const Problem& p, const RowGradient& out, int split, int first, const Strip<NB>& dx,
+                                   const float (&moment)[2]) {
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = first + fragment_row(lane, 2 * h);
+    float* to = out.dx + (static_cast<int64_t>(split) * p.row_padded + i) * (NB * 8);
+#pragma unroll
+    for (int d = 0; d < NB; ++d)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) to[d * 8 + fragment_column(lane, e)] = dx[d][2 * h + e];
+    if (!out.moment) continue;
+    const float all = quad_sum(moment[h]);
+    if (first_of_quad() && i < p.rules.rows) out.moment[static_cast<int64_t>(split) * p.rules.rows + i] = all;
   }
 }
 
