@@ -21,10 +21,16 @@ def sources(kind: str) -> Path:
     return (inside if inside.is_dir() else Path(__file__).parent.parent / "csrc") / kind
 
 
+def files(kind: str) -> list[Path]:
+    """All that a library is compiled from: csrc/<kind>, and the headers beside it, which both kinds include."""
+    folder = sources(kind)
+    return sorted(path for path in (*folder.glob("*"), *folder.parent.glob("*.h")) if path.suffix in SUFFIXES)
+
+
 @cache
 def digest(kind: str) -> str:
     """sha256 of the sources, and of build.py, which holds the flags."""
-    return digest_of((*sorted(p for p in sources(kind).glob("*") if p.suffix in SUFFIXES), Path(__file__).with_name("build.py")))
+    return digest_of((*files(kind), Path(__file__).with_name("build.py")))
 
 
 def digest_of(files: Iterable[Path]) -> str:

@@ -38,8 +38,7 @@ def emulate(into: Path, sanitize: bool = False) -> Path:
 
     Raises BuildError as build.build does.
     """
-    folder = native.sources("cuda")
-    sources = sorted(path for path in (*folder.iterdir(), *EMULATOR.glob("emulator.*")) if path.suffix in native.SUFFIXES)
+    sources = [*native.files("cuda"), *sorted(EMULATOR.glob("emulator.*"))]
     digest = native.digest_of([*sources, Path(__file__), Path(build.__file__)])
     library = into / f"fastnce-emulated-{digest[:16]}{'-sanitized' if sanitize else ''}.so"
     return build.make(library, into, lambda: _plan(sources, SANITIZED if sanitize else OPTIMISED))

@@ -303,7 +303,7 @@ def test_the_default_wheel_is_pure_and_complete(pretended: Path) -> None:
     assert name.endswith("-py3-none-any.whl") and torch == "False"
     found = {Path(path) for path in zipfile.ZipFile(pretended / name).namelist() if ".dist-info/" not in path}
     modules = {path.relative_to(ROOT) for path in (ROOT / "fastnce").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
-    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*") if path.suffix in native.SUFFIXES}
+    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*") if path.suffix in native.SUFFIXES}
     assert found == modules | {"fastnce" / Path("_csrc") / path for path in sources}
     assert not calls(pretended)
 

@@ -108,9 +108,9 @@ def test_it_is_the_compiled_kernels_that_ran(compiled: None) -> None:
     ("argument", "value", "message"),
     [
         ("x", torch.ones(4, 12), "cannot hold"),
-        ("x", torch.ones(4, 16, dtype=torch.float64), "another dtype"),
+        ("x", torch.ones(4, 16, dtype=torch.float64), "x must be float32, got float64"),
         ("x", torch.ones(16, 4).T, "contiguous"),
-        ("q_label", torch.ones(3, dtype=torch.int64), "q_label has 3 elements, not 4"),
+        ("q_label", torch.ones(3, dtype=torch.int64), "q_label must have 4 elements, got 3"),
         ("mask", torch.ones(2, 2, dtype=torch.bool), "mirror image"),
         ("sums", [torch.ones(4)] * 3, "sums has 3 tensors"),
     ],

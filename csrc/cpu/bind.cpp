@@ -1,16 +1,6 @@
-// The only file that includes torch: schemas, checks of every argument, and torch's threads. Stable ABI, so one library serves torch 2.11
-// and later. Schemas take what fastnce/backends/_native.py has prepared; results are written into tensors that it made.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
-
-#include <optional>
-#include <string>
-#include <vector>
-
+// Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/_native.py has prepared; results are written
+// into tensors that it made. No other unit includes torch.
+#include "../tensors.h"
 #include "problem.h"
 
 namespace {
@@ -20,37 +10,11 @@ using fastnce::Problem;
 using fastnce::Sums;
 using fastnce::Wanted;
 using fastnce::Weights;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
-template <class T>
-constexpr ScalarType scalar_type();
-template <>
-constexpr ScalarType scalar_type<float>() {
-  return ScalarType::Float;
-}
-template <>
-constexpr ScalarType scalar_type<double>() {
-  return ScalarType::Double;
-}
-template <>
-constexpr ScalarType scalar_type<int64_t>() {
-  return ScalarType::Long;
-}
-template <>
-constexpr ScalarType scalar_type<bool>() {
-  return ScalarType::Bool;
-}
-
-// The data of a contiguous tensor of `count` elements.
 template <class T>
 T* data(const Tensor& tensor, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == scalar_type<T>(), "fastnce: ", name, " has another dtype than its kernel reads");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "fastnce: ", name, " must be contiguous");
-  STD_TORCH_CHECK(tensor.numel() == count, "fastnce: ", name, " has ", tensor.numel(), " elements, not ", count);
   STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU");
-  return static_cast<T*>(tensor.data_ptr());
+  return contiguous<T>(tensor, count, name);
 }
 
 template <class T>
@@ -70,7 +34,7 @@ fastnce::Pool threads() {
 }
 
 // flags: two_sided, unshifted, in_tile, exclude_self
-Problem problem(const Tensor& x, const Optional& y, int64_t depth, const std::vector<int64_t>& flags, std::optional<int64_t> offset,
+Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
                 const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude,
                 const Optional& mask) {
   STD_TORCH_CHECK(flags.size() == 4, "fastnce: flags has ", flags.size(), " entries, not 4");
@@ -115,9 +79,9 @@ T* some(const Tensor& tensor, int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : data<T>(tensor, count, name);
 }
 
-void forward(const Tensor& x, const Optional& y, int64_t depth, const std::vector<int64_t>& flags, std::optional<int64_t> offset,
+void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
              const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude, const Optional& mask,
-             double tie, const std::vector<Tensor>& sums) {
+             double tie, const Tensors& sums) {
   const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 11;
   STD_TORCH_CHECK(sums.size() == each * sides_of(p), "fastnce: sums has ", sums.size(), " tensors, not ", each, " a side");
@@ -147,9 +111,9 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const std::vecto
   if (p.m > 0 && p.n > 0) fastnce::best_level().forward(p, sides, threads());
 }
 
-void backward(const Tensor& x, const Optional& y, int64_t depth, const std::vector<int64_t>& flags, std::optional<int64_t> offset,
+void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
               const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude, const Optional& mask,
-              const std::vector<Tensor>& weights, double center, const Optional& dx, const Optional& dy, const Optional& moment) {
+              const Tensors& weights, double center, const Optional& dx, const Optional& dy, const Optional& moment) {
   const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 5;
   STD_TORCH_CHECK(weights.size() == each * sides_of(p), "fastnce: weights has ", weights.size(), " tensors, not ", each, " a side");

@@ -1,27 +1,10 @@
-// The only file that includes torch: schemas, checks of every argument, and torch's stream. Stable ABI, so one library serves torch 2.11
-// and later. Schemas take what fastnce/backends/_gpu has prepared; results are written into tensors that it made.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
-
-#include <optional>
-#include <string>
-#include <utility>
-#include <vector>
-
+// Schemas, and checks of every argument. Schemas take what fastnce/backends/_gpu has prepared; results are written into tensors that it
+// made. No other unit includes torch.
+#include "call.h"
 #include "finalise.h"
 #include "index.h"
-#include "launch.h"
 #include "rows.h"
 #include "wgmma_forms.h"
-
-#ifndef FASTNCE_EMULATED
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-#endif
 
 namespace {
 
@@ -32,119 +15,8 @@ using kernels::Kernel;
 using kernels::Problem;
 using kernels::RawRows;
 using kernels::Real;
-using kernels::Stream;
 using kernels::TileSize;
 using kernels::Weights;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
-using Optional = std::optional<Tensor>;
-
-// ---------------------------------------------------------------- tensors
-
-template <class T>
-constexpr ScalarType TYPE = ScalarType::Undefined;
-template <>
-constexpr ScalarType TYPE<float> = ScalarType::Float;
-template <>
-constexpr ScalarType TYPE<double> = ScalarType::Double;
-template <>
-constexpr ScalarType TYPE<int> = ScalarType::Int;
-template <>
-constexpr ScalarType TYPE<int64_t> = ScalarType::Long;
-template <>
-constexpr ScalarType TYPE<uint16_t> = ScalarType::Half;
-
-const char* name_of(ScalarType type) {
-  constexpr std::pair<ScalarType, const char*> names[] = {
-      {ScalarType::Float, "float32"}, {ScalarType::Double, "float64"}, {ScalarType::Half, "float16"}, {ScalarType::BFloat16, "bfloat16"},
-      {ScalarType::Int, "int32"},     {ScalarType::Long, "int64"},     {ScalarType::Bool, "bool"},    {ScalarType::Byte, "uint8"},
-  };
-  for (const auto& [known, name] : names)
-    if (type == known) return name;
-  return "another dtype";
-}
-
-// What kernels copy in units of 16 bytes, or write in pairs.
-constexpr size_t WIDE = 16;
-// Indices and their sums are int32.
-constexpr int64_t MOST_ROWS = int64_t{1} << 30;
-
-int count_of(int64_t value, int64_t least, int64_t limit, const char* name) {
-  STD_TORCH_CHECK(value >= least && value < limit, "fastnce: ", name, " must be from ", least, " to ", limit - 1, ", got ", value);
-  return static_cast<int>(value);
-}
-
-// j - i; of one that is not there 2^31 - 1.
-int diagonal(int64_t value, const char* name) { return count_of(value, -(int64_t{1} << 31) + 1, int64_t{1} << 31, name); }
-
-// One call of an operator: all its tensors are where the first one is.
-class Call {
- public:
-  explicit Call(const Tensor& first) : device_(first.get_device_index()) {}
-
-  void check(const Tensor& tensor, const char* name) const {
-#ifdef FASTNCE_EMULATED
-    STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU: this is the tests' build of the CUDA kernels for it");
-#else
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device_, "fastnce: ", name,
-                    " must be on the CUDA device of the other tensors");
-#endif
-  }
-
-  // The data of a contiguous tensor of `count` elements.
-  template <class T>
-  T* data(const Tensor& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) const {
-    const ScalarType type = tensor.scalar_type();
-    STD_TORCH_CHECK(type == TYPE<T>, "fastnce: ", name, " must be ", name_of(TYPE<T>), ", got ", name_of(type));
-    STD_TORCH_CHECK(tensor.numel() == count, "fastnce: ", name, " must have ", count, " elements, got ", tensor.numel());
-    STD_TORCH_CHECK(tensor.is_contiguous(), "fastnce: ", name, " must be contiguous");
-    check(tensor, name);
-    void* at = tensor.data_ptr();
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(at) % aligned == 0, "fastnce: ", name, " must be aligned to ", aligned, " bytes");
-    return static_cast<T*>(at);
-  }
-
-  template <class T>
-  T* data(const Optional& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) const {
-    return tensor ? data<T>(*tensor, count, name, aligned) : nullptr;
-  }
-
-  // launch(stream): torch's current stream of the device of the tensors.
-  template <class Launch>
-  void run(const Launch& launch) const {
-#ifdef FASTNCE_EMULATED
-    launch(nullptr);
-#else
-    // The caller has made it torch's current device, and leaves it; the CUDA runtime inside this library is told the same, and threads that
-    // have no context yet get one.
-    cuda(cudaSetDevice(device_));
-    launch(stream_of(device_));
-#endif
-  }
-
- private:
-#ifndef FASTNCE_EMULATED
-  static void cuda(cudaError_t status) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("fastnce: ") + cudaGetErrorString(status));
-  }
-
-  // Not linked, so that the library also loads where torch is a build for the CPU. A tensor on a GPU means that it is loaded.
-  static Stream stream_of(int device) {
-    static const auto ask = [] {
-      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-      return reinterpret_cast<int32_t (*)(int32_t, void**)>(found);
-    }();
-    STD_TORCH_CHECK(ask, "fastnce: libtorch_cuda.so does not say which stream is the current one");
-    Stream stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(ask(device, &stream));
-    return stream;
-  }
-#endif
-  int device_;
-};
 
 // ---------------------------------------------------------------- problems
 
