@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-// Every unit has its own: each library is one unit of these.
+// Internal: one unit of each library includes this.
 namespace {
 
 using torch::headeronly::ScalarType;

@@ -14,7 +14,7 @@ using fastnce::Weights;
 template <class T>
 T* data(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU");
-  return contiguous<T>(tensor, count, name);
+  return contiguous<T>(tensor, count, name, 1);  // the user's own ids may lie anywhere
 }
 
 template <class T>

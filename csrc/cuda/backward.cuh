@@ -7,8 +7,8 @@
 namespace fastnce::cuda {
 
 // The columns' part of unshifted(), once per tile and not once per pair. All threads must come here.
-template <int BN, bool CONTENT>
-FASTNCE_DEVICE void prepare_columns(const Columns<BN>& columns, const Weigher<CONTENT>& weigher) {
+template <int BN, class W>
+FASTNCE_DEVICE void prepare_columns(const Columns<BN>& columns, const W& weigher) {
   if (!weigher.one_exponential) return;
   for (int column = thread_index(); column < BN; column += THREADS) {
     columns.field(FACTOR)[column] *= exp2_fast(-columns.field(BASE)[column]);
@@ -28,7 +28,7 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
   const Rules& r = p.rules;
   const int block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * S::BM;
   const Range tiles = split_range(split, grid.per_split, ceil_div(r.columns, S::BN));
-  auto weigher = Weigher<CONTENT>::load(p, weights);
+  auto weigher = Weigher<CONTENT, S::PARTS>::load(p, weights);
   const int first = i0 + thread_index() / 32 * 16;
   float moment[2] = {};
   float dx[S::DEPTH / 8][4] = {};
@@ -120,7 +120,7 @@ FASTNCE_KERNEL(THREADS, 1)
 weights_block(const Problem p, const Weights weights, const Block out) {
   const Rules& r = p.rules;
   const int across = block_index() % out.across, i0 = out.row0 + block_index() / out.across * S::BM, first = out.column0 + across * S::BN;
-  auto weigher = Weigher<CONTENT>::load(p, weights);
+  auto weigher = Weigher<CONTENT, S::PARTS>::load(p, weights);
   Rows rows[S::MT];
   load_strips<S>(rows, p, i0, weigher.row_multiplier());
   for_each_tile<S>(

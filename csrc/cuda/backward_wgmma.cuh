@@ -25,7 +25,7 @@ FASTNCE_KERNEL(WGMMA_THREADS, 1)
 wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map, const Problem p, const Grid grid,
                     const Weights weights, const RowGradient out) {
   const Rules& r = p.rules;
-  auto weigher = Weigher<W::CONTENT>::load(p, weights);
+  auto weigher = Weigher<W::CONTENT, 1>::load(p, weights);
   // Both kernels of two-sided weights are launched, and the range of the logits decides here which of them has something to do.
   if (!weigher.serves(TERMS{})) return;
   const int warp = thread_index() / 32, block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * W::BM;

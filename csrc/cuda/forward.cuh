@@ -24,7 +24,7 @@ forward_rows(const Problem p, const Grid grid, const RowSums out) {
       [&](int, int j0, Strip<S::NB>(&c)[S::MT], const Columns<S::BN>& columns, const char*) {
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
-          to_logits<S::NB>(c[mt], rows[mt], columns, largest);
+          to_logits<S::NB, false>(c[mt], rows[mt], columns, largest);
           const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows[mt], i0, S::BM, j0, columns);
 #pragma unroll
           for (int h = 0; h < 2; ++h) totals[mt][h].template add<S::NB>(c[mt], h, kinds);
@@ -59,7 +59,9 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
   // Where the keys are the queries a tile on the diagonal holds its own mirror image.
   const auto counts_columns = [&](int n) { return !(out.symmetric && steps.begin + n / PARTS_OF_TILE == 0); };
   Rows rows[S::MT];
-  load_strips<S>(rows, p, i0, valid(p.scale) * LOG2E);
+  constexpr bool QUICK = S::PARTS == 1;
+  const float largest = valid(p.scale) * LOG2E;
+  load_strips<S>(rows, p, i0, QUICK ? largest : 1.0f);
   BothTotals totals[S::MT];
   for_each_tile<S>(
       p, column_vectors<FIELDS>(p, nullptr), shared_memory(), i0, (steps.end - steps.begin) * PARTS_OF_TILE,
@@ -69,7 +71,7 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
         float by_column[2 * S::NB] = {};
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
-          to_logits<S::NB>(c[mt], rows[mt], columns);
+          to_logits<S::NB, QUICK>(c[mt], rows[mt], columns, largest);
           const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows[mt], i0, S::BM, j0, columns);
           totals[mt].template add<S::NB>(c[mt], [&](int h, int k) { return has(kinds.negative[h], k); }, by_column);
           static_assert(!CONTENT || S::MT == 1);

@@ -10,8 +10,8 @@
 
 namespace fastnce::cuda {
 
-// eat(n, products, plain) for every tile, which returns a number that all of its exponentials are part of; ready(n), before the products
-// that run beside it are issued, waits for what it needs.
+// eat(n, products, plain) takes every tile; of a plain one it returns a number that all of its exponentials are part of. ready(n), before
+// the products that run beside it are issued, waits for what it needs.
 template <class W, class Ready, class Eat>
 FASTNCE_DEVICE void consume(const W& walk, const Ready& ready, const Eat& eat) {
   const int warp = thread_index() / 32, count = walk.order().count, plain = walk.order().plain;
@@ -90,7 +90,7 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
       walk, [&](int n) { walk.vectors().wait_full(n); },
       [&](int n, Strip<W::NB>& c, auto plain) {
         const Columns<W::BN> columns = walk.columns(n);
-        to_logits<W::NB>(c, rows, columns, largest);
+        to_logits<W::NB, false>(c, rows, columns, largest);
         if constexpr (plain.value) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) totals[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });
@@ -152,7 +152,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
       },
       [&](int n, Strip<W::NB>& c, auto plain) {
         const Columns<W::BN> columns = walk.columns(n);
-        to_logits<W::NB>(c, rows, columns);
+        to_logits<W::NB, true>(c, rows, columns, 1.0f);
         const auto at = [&](int which, int column) -> float& { return walk.sum(n, which, warp - PRODUCER_WARPS, column); };
         if constexpr (plain.value) {
           float by_column[2 * W::NB] = {};

@@ -53,7 +53,7 @@ template <int PENDING>
 FASTNCE_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// No wait behind this place is moved up before what this value is computed from: it is looked at. Nothing else happens, whatever it is.
+// No wait behind this place is moved up before what this value is computed from: an instruction that does nothing depends on it.
 FASTNCE_DEVICE void wgmma_hold(float value) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.f32 p, %0, 0f7f800000;\n@p nanosleep.u32 0;\n}" ::"f"(value) : "memory");
 }

@@ -55,7 +55,7 @@ retrieval(const Problem p, const Grid grid, const Retrieval out) {
       [&](int, int j0, Strip<S::NB>(&c)[S::MT], const Columns<S::BN>& columns, const char*) {
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
-          to_logits<S::NB>(c[mt], rows[mt], columns);
+          to_logits<S::NB, true>(c[mt], rows[mt], columns, 1.0f);
           const Kinds kinds = classify<S::NB, true>(r, rows[mt], j0, columns);
 #pragma unroll
           for (int h = 0; h < 2; ++h)

@@ -150,30 +150,24 @@ FASTNCE_DEVICE bool has(uint32_t pairs, int c) { return pairs >> c & 1; }
 
 // ---------------------------------------------------------------- logits
 
-// t in place of the products; rows.alpha is log2(e) scale a.
-template <int NB, class Columns>
-FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& columns) {
-#pragma unroll
-  for (int nb = 0; nb < NB; ++nb)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float beta = columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e));
-      s[nb][e] = s[nb][e] * beta * rows.alpha[e / 2];
-    }
-}
-
-// t for sums that weights are divided by, in any range, and for these weights; rows.alpha is a, largest is log2(e) scale. The same number
-// from both ends of a pair: multiplied in another order it is off by u scale, which at temperature 0.005 is ten times the error of the
-// gradient.
+// t where the order of the factors is no matter: in range and in one part, where it is far below the rounding of the input, and for ranks.
+// rows.alpha is log2(e) scale a.
+FASTNCE_DEVICE float quick_logit(float product, float beta, float alpha) { return product * beta * alpha; }
+// t for sums that weights are divided by, and for these weights, in two parts or in any range; rows.alpha is a, largest is log2(e) scale.
+// The same number from both ends of a pair: multiplied in another order it is off by u scale, which at temperature 0.005 is ten times the
+// error of the gradient.
 FASTNCE_DEVICE float logit(float product, float beta, float alpha, float largest) { return product * (beta * alpha) * largest; }
 
-template <int NB, class Columns>
+// t in place of the products.
+template <int NB, bool QUICK, class Columns>
 FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& columns, float largest) {
 #pragma unroll
   for (int nb = 0; nb < NB; ++nb)
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      s[nb][e] = logit(s[nb][e], columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), rows.alpha[e / 2], largest);
+    for (int e = 0; e < 4; ++e) {
+      const float beta = columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), alpha = rows.alpha[e / 2];
+      s[nb][e] = QUICK ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
+    }
 }
 
 // ---------------------------------------------------------------- statistics
@@ -279,7 +273,7 @@ struct Terms {};
 struct AnyTerms {};
 
 // Turns the products of a strip into its weights.
-template <bool CONTENT>
+template <bool CONTENT, int PARTS>
 struct Weigher {
   Coefficients row[2];
   bool of_rows, of_columns, one_exponential, in_tile;
@@ -298,7 +292,7 @@ struct Weigher {
   }
   FASTNCE_DEVICE bool serves(AnyTerms) const { return true; }
 
-  FASTNCE_DEVICE float row_multiplier() const { return one_exponential ? largest : 1.0f; }
+  FASTNCE_DEVICE float row_multiplier() const { return PARTS == 1 && one_exponential ? largest : 1.0f; }
 
   FASTNCE_DEVICE void load_rows(const Problem& p, const Weights& w, const Rows& rows) {
 #pragma unroll
@@ -319,7 +313,8 @@ struct Weigher {
         const int h = e / 2, at = nb * 8 + fragment_column(thread_index() % 32, e);
         const bool positive = CONTENT && has(kinds.positive[h], 2 * nb + e % 2);
         const float beta = columns.real(BETA, at);
-        const float t = ONE_EXPONENTIAL ? s[nb][e] * beta * rows.alpha[h] : logit(s[nb][e], beta, rows.alpha[h], largest);
+        const float alpha = rows.alpha[h];
+        const float t = PARTS == 1 && ONE_EXPONENTIAL ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
         Coefficients column{};
         if constexpr (COLUMNS) column = column_coefficients(columns, at, in_tile);
         float w;
