@@ -3,8 +3,9 @@
 Stock, it multiplies and adds the bit patterns of bfloat16, truncates float32 to bfloat16 where hardware rounds, ignores input_precision
 and keeps what ex2.approx.ftz flushes. Importing this module replaces those operations:
 
-    tl.dot      bf16 and fp16: exact products, summed in float32. fp32: operands truncated to tf32 (Triton rounds none of them before the
-                mma), split in two for "tf32x3", whole for "ieee"
+    tl.dot      bf16 and fp16: exact products, 16 of them added to the float32 sum at a time, and every such sum rounded towards zero
+                (so do tensor cores: Ootomo and Yokota, arXiv 2203.03341). fp32: operands truncated to tf32 (Triton rounds none of them
+                before the mma), split in two for "tf32x3", whole for "ieee"
     casts       float32 to bfloat16 to nearest even; bfloat16 widens exactly. Arithmetic on bfloat16 raises: cast to float32 first
     tl.exp2     0 for float32 results below 2^-126; tl.rsqrt: inf for arguments below it
     tl.maximum, tl.minimum drop a NaN, as max.f32 does
@@ -73,13 +74,26 @@ def round_tf32(x: Array) -> Array:
     return np.where(np.isfinite(x), ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32), x)
 
 
+# Products that a tensor core adds in one instruction; in float64 their sum is as good as exact.
+STEP = 16
+
+
+def add_products(total: Array, a: Array, b: Array) -> Array:
+    """total + a b in float32, from float32 operands whose products are exact."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(0, a.shape[-1], STEP):
+        exact = total + np.matmul(a[..., k : k + STEP], b[..., k : k + STEP, :])
+        total = exact.astype(np.float32)
+        total = np.where(np.abs(total) > np.abs(exact), np.nextafter(total, np.float32(0)), total)
+    return total
+
+
 def _dot(self: Builder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, input_precision: Any, *rest: Any) -> TensorHandle:
     dtype, precision = a.dtype.scalar, input_precision.name
-    if dtype == tl.bfloat16:
-        product = np.matmul(widen_bf16(a.data), widen_bf16(b.data))
-    elif dtype == tl.float16:
-        product = np.matmul(a.data.astype(np.float32), b.data.astype(np.float32))
-    elif dtype == tl.float32 and precision == "TF32":
+    if dtype in (tl.bfloat16, tl.float16):
+        wide = [widen_bf16(x.data) if dtype == tl.bfloat16 else x.data.astype(np.float32) for x in (a, b)]
+        return TensorHandle(add_products(acc.data.astype(np.float32), *wide).astype(acc.data.dtype), acc.dtype.scalar)
+    if dtype == tl.float32 and precision == "TF32":
         product = np.matmul(truncate_tf32(a.data), truncate_tf32(b.data))
     elif dtype == tl.float32 and precision == "TF32x3":
         high_a, high_b = round_tf32(a.data), round_tf32(b.data)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch._dynamo.utils
-from problems import PROBLEMS
+from problems import PROBLEMS, of
 from problems import Problem as Case
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -274,7 +274,7 @@ def test_repeats_are_bitwise(name: str) -> None:
 
 def test_uninitialised_memory_is_never_read() -> None:
     """Deterministic mode fills torch.empty with nan."""
-    p = next(p for p in PROBLEMS if p.why.startswith("clip captions:"))
+    p = of("clip captions:")
     q, k, scale, bias = p.tensors()
     torch.use_deterministic_algorithms(True)
     try:

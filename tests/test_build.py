@@ -296,6 +296,11 @@ def wheel(pretended: Path, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", code], cwd=copy, env=os.environ | environment, capture_output=True, text=True)
 
 
+def test_a_library_is_of_its_shared_header_too() -> None:
+    for kind in native.KINDS:
+        assert native.sources(kind).parent / "tensors.h" in native.files(kind)
+
+
 def test_the_default_wheel_is_pure_and_complete(pretended: Path) -> None:
     """Every module, every source, and nothing else."""
     done = wheel(pretended, FASTNCE_BUILD="")

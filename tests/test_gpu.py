@@ -22,7 +22,7 @@ import oracle
 import pytest
 import test_statistics
 import torch
-from problems import PROBLEMS, Problem
+from problems import PROBLEMS, Problem, of
 from torch import Tensor
 
 import fastnce
@@ -184,30 +184,26 @@ def test_problems(p: Problem, dtype: torch.dtype, deterministic: bool, place: Pl
         test_statistics.check(p, dtype, place.backend)
 
 
-def grown(start: str, **new: Any) -> Problem:
-    return next(p for p in PROBLEMS if p.why.startswith(start))._replace(**new)
-
-
 LARGE = (
-    grown("simclr:", why="simclr 128", m=4098, offset=2049, d=128),
-    grown("simclr:", why="simclr 200: D is no power of two, padded in the tile", m=3002, offset=1501, d=200),
-    grown("simclr:", why="simclr 768: longer than a tile holds", m=3002, offset=1501, d=768),
-    grown("simclr solved", why="solved 256: small losses at a low temperature", m=2050, offset=1025, d=256),
-    grown("low temperature: 1/200", why="running maximum 128", m=3002, offset=1501, d=128),
-    grown("two partners", why="two partners 64: positives in tiles that are no neighbours", m=2500, offset=777, d=64),
-    grown("queue:", why="queue 128: every size ragged", m=1025, n_keys=5003, d=128),
-    grown("gathered", why="gathered 512: rows of another rank", m=1031, n_keys=4099, d=512, offset=2063),
-    grown("clip:", why="clip 256: both directions", m=3001, n_keys=3001, d=256),
-    grown("clip:", why="clip 300: both directions, long rows", m=3001, n_keys=3001, d=300),
-    grown("clip captions, aligned", why="captions 96: ids and the diagonal", m=2003, n_keys=2003, d=96, labels=400),
-    grown("supcon:", why="supcon 128: labels in every tile", m=3003, d=128, labels=100),
-    grown("supcon one view", why="supcon one view 320", m=1001, n_keys=3003, d=320, labels=100),
-    grown("mask:", why="mask 64: read tile by tile", m=3003, d=64, mask=(1001, 1001)),
-    grown("mask and ids", why="everything 96: mask, ids, labels", m=1003, n_keys=2004, d=96, mask=(1003, 501), excludes=60, labels=80),
-    grown("excluded symmetric", why="excluded 128", m=2050, offset=1025, d=128, excludes=200),
-    grown("excluded labels", why="excluded labels 384", m=1501, n_keys=1501, d=384, labels=100, excludes=100),
-    grown("not normalized, large", why="not normalized 128: logits of hundreds of nats", m=1501, n_keys=2003, d=128, scale=3.0),
-    grown("cone", why="cone 128: all similarities near 0.99", m=2003, n_keys=2003, d=128),
+    of("simclr:", why="simclr 128", m=4098, offset=2049, d=128),
+    of("simclr:", why="simclr 200: D is no power of two, padded in the tile", m=3002, offset=1501, d=200),
+    of("simclr:", why="simclr 768: longer than a tile holds", m=3002, offset=1501, d=768),
+    of("simclr solved", why="solved 256: small losses at a low temperature", m=2050, offset=1025, d=256),
+    of("low temperature: 1/200", why="running maximum 128", m=3002, offset=1501, d=128),
+    of("two partners", why="two partners 64: positives in tiles that are no neighbours", m=2500, offset=777, d=64),
+    of("queue:", why="queue 128: every size ragged", m=1025, n_keys=5003, d=128),
+    of("gathered", why="gathered 512: rows of another rank", m=1031, n_keys=4099, d=512, offset=2063),
+    of("clip:", why="clip 256: both directions", m=3001, n_keys=3001, d=256),
+    of("clip:", why="clip 300: both directions, long rows", m=3001, n_keys=3001, d=300),
+    of("clip captions, aligned", why="captions 96: ids and the diagonal", m=2003, n_keys=2003, d=96, labels=400),
+    of("supcon:", why="supcon 128: labels in every tile", m=3003, d=128, labels=100),
+    of("supcon one view", why="supcon one view 320", m=1001, n_keys=3003, d=320, labels=100),
+    of("mask:", why="mask 64: read tile by tile", m=3003, d=64, mask=(1001, 1001)),
+    of("mask and ids", why="everything 96: mask, ids, labels", m=1003, n_keys=2004, d=96, mask=(1003, 501), excludes=60, labels=80),
+    of("excluded symmetric", why="excluded 128", m=2050, offset=1025, d=128, excludes=200),
+    of("excluded labels", why="excluded labels 384", m=1501, n_keys=1501, d=384, labels=100, excludes=100),
+    of("not normalized, large", why="not normalized 128: logits of hundreds of nats", m=1501, n_keys=2003, d=128, scale=3.0),
+    of("cone", why="cone 128: all similarities near 0.99", m=2003, n_keys=2003, d=128),
 )
 
 

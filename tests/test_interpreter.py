@@ -319,6 +319,14 @@ def test_products_of_half_precision_are_exact_and_summed_in_float32(dtype: torch
     assert not torch.equal(exact.to(dtype).double(), exact)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_products_are_rounded_towards_zero(sign: int) -> None:
+    a = torch.full((16, 16), 2.0**-13, dtype=torch.float16)
+    a[:, 0] = 1
+    # 1 + 15 2^-26 lies between 1 + 2^-23 and 1 + 2^-22, nearer to the latter.
+    assert torch.equal(product(a * sign, a.T.contiguous()), torch.full((16, 16), sign * (1 + 2.0**-23)))
+
+
 def test_float32_operands_are_truncated_split_or_whole() -> None:
     eye = torch.eye(16)
     x = torch.full((16, 16), 1 + 2.0**-11 + 2.0**-23)  # to 10 bits: truncated 1, rounded 1 + 2^-10

@@ -8,7 +8,7 @@ import budget
 import oracle
 import pytest
 import torch
-from problems import PROBLEMS, Problem
+from problems import PROBLEMS, Problem, of
 from torch import Tensor
 
 from fastnce import contrastive_stats, merge
@@ -129,7 +129,7 @@ def test_metrics(p: Problem, backend: str, small_tiles: int) -> None:
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
     """Every subset of (q, k, scale, bias) gives the same gradients as all of them."""
-    p = next(p for p in PROBLEMS if p.why.startswith("clip:"))
+    p = of("clip:")
     _, whole = run(p, torch.float64, "cpu")
     for subset in range(1, 16):
         leaves = [t.requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(p.tensors())]
@@ -145,7 +145,7 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
 @pytest.mark.parametrize("cut", [0, 1, 23, 69, 70])
 def test_merge_of_disjoint_keys(cut: int) -> None:
     """Splitting the keys anywhere and merging gives the whole: values, gradients and metrics."""
-    p = next(p for p in PROBLEMS if p.why.startswith("mask and ids"))._replace(mask=None, n_keys=70, excludes=9)
+    p = of("mask and ids", mask=None, n_keys=70, excludes=9)
     q, k, scale, _ = (None if t is None else t.requires_grad_() for t in p.tensors())
     call, best = p.call(), None
     whole = contrastive_stats(q, k, scale=scale, metrics=True, **call)

@@ -7,19 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import budget
+import numpy as np
 import oracle
 import pytest
 import test_statistics as whole_suite
 import torch
-from interpreter import Checked
-from problems import PROBLEMS, Problem
+from interpreter import Checked, add_products
+from problems import PROBLEMS, Problem, of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
 from fastnce import contrastive_stats, norms, tiles
 from fastnce.backends import triton as backend
-from fastnce.backends._gpu import host
+from fastnce.backends._gpu import gradients, host
 from fastnce.backends.triton import kernels_rows, launches
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem as Asked
@@ -101,6 +102,25 @@ def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, determini
         assert a is b is None or torch.equal(a, b)
 
 
+def on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
+    """gradients._product as a GPU has it, torch's matrix product on a CPU being better."""
+    zeros = np.zeros((len(a), b.shape[1]), np.float32)
+    return torch.from_numpy(add_products(zeros, a.float().numpy(), b.float().numpy()))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
+@pytest.mark.parametrize("p", [of("queue", m=50, n_keys=2000, d=64), of("cone", d=1024)], ids=["columns", "depth"])
+def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor cores round every sum towards zero, here too: 375 times in a row that is twice the budget of a gradient, and along 1,024
+    columns of rows that are alike twice that of a logit."""
+    monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
+    if blocks:
+        monkeypatch.setattr(tiles, "GPU_WHOLE", 0)
+        monkeypatch.setattr(tiles, "GPU_DEPTHS", ())
+        monkeypatch.setattr(gradients, "_product", on_tensor_cores)
+    whole_suite.check(p, torch.float32, "triton")
+
+
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles that a GPU runs, where a problem is smaller than one of them, and where it ends in the middle of the second."""
@@ -164,12 +184,10 @@ def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("exclude", [False, True], ids=["plain", "exclude ids"])
-def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, launched: list[str]) -> None:
+def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: list[str]) -> None:
     """MoCo: backward has nothing to do over the tiles, and gives the gradients that keys with a gradient give."""
-    p = next(p for p in PROBLEMS if p.why.startswith("queue"))._replace(excludes=5 if exclude else 0, scale=20.0)
     upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
-    for dtype in DTYPES:
+    for dtype in dtypes:
         exact = [t if t is None else t.double().requires_grad_() for t in p.tensors(dtype)]
         negatives = contrastive_stats(exact[0], exact[1], scale=exact[2], backend="reference", **p.call()).lse_neg
         dq, dscale = torch.autograd.grad(negatives, (exact[0], exact[2]), upstream.double())
@@ -188,10 +206,23 @@ def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, l
         assert budget.relative(grads[1], dscale) <= budget.scalar_budget(dtype, budget.relative(dense_dscale, dscale))
 
 
+QUEUE = of("queue", scale=20.0)
+
+
+@pytest.mark.parametrize("exclude", [False, True], ids=["plain", "exclude ids"])
+def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, launched: list[str]) -> None:
+    check_kept_output(QUEUE._replace(excludes=5 if exclude else 0), DTYPES, launched)
+
+
+def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
+    check_kept_output(QUEUE._replace(m=50, n_keys=2000, d=64), (torch.float32,), launched)
+
+
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_only_what_is_asked_for_gets_a_gradient(family: str) -> None:
     """Subsets of (q, k, scale, bias), bit by bit, give the gradients of all of them, whichever passes are left out."""
-    p = next(p for p in PROBLEMS if p.why.startswith("clip captions:"))
+    p = of("clip captions:")
     rows = p._replace(two_sided=False)
     for problem, subsets in ((p, (1, 2, 4, 6, 8, 13)), (rows, (1, 2, 4, 9, 14))):
         _, whole = whole_suite.run(problem, torch.float32, "triton")
@@ -242,7 +273,7 @@ def test_rows_of_any_length(length: float, dtype: torch.dtype, family: str) -> N
 
 def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
     """The error then is that of float16's 11 bits: above that of two parts, within what TF32 may cost."""
-    p = next(p for p in PROBLEMS if p.why.startswith("in-batch"))
+    p = of("in-batch")
     exact, _, _ = whole_suite.exact_run(p, torch.float32)
     errors = {}
     for precision in ("highest", "high"):

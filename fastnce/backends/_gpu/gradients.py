@@ -121,12 +121,22 @@ def _blocked(run: _Run) -> _Found:
 
 
 def _accumulate(out: Tensor, w: Tensor, rows: Tensor) -> None:
-    """out += w rows; (parts, m, n) by (n, parts, depth). The product of the two low halves is below float32's rounding."""
-    for a, b in [(0, 0)] if len(w) == 1 else [(1, 0), (0, 1), (0, 0)]:
-        if out.is_cuda:
-            out += torch.mm(w[a], rows[:, b], out_dtype=torch.float32)
-        else:
-            out.addmm_(w[a].float(), rows[:, b].float())
+    """out += w rows; (parts, m, n) by (n, parts, depth). The product of the two low halves is below float32's rounding.
+
+    In two parts tensor cores sum GPU_SUM columns at a time: they round towards zero, which over thousands is more than float32 may lose.
+    """
+    if len(w) == 2:
+        out += _product(w[1], rows[:, 0])
+        out += _product(w[0], rows[:, 1])
+    columns = w.shape[2]
+    step = columns if len(w) == 1 else tiles.GPU_SUM
+    for n in range(0, columns, step):
+        out += _product(w[0, :, n : n + step], rows[n : n + step, 0])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 sums of products of float16 numbers."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _from_output(run: _Run, grad: SideGrad, rows: Side) -> _Found:

@@ -47,6 +47,16 @@ def product(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
 
 
 @triton.jit
+def accumulate(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
+    """The same for a sum over many tiles. Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a
+    thousand more than float32 may lose. In two parts only the sums of a tile are theirs."""
+    if PARTS == 2:
+        # The last of the three products starts from the others: with one that starts from 0 the compiler would merge this addition.
+        return acc + product(a, a_low, b, b_low, tl.zeros(acc.shape, tl.float32), PARTS)
+    return product(a, a_low, b, b_low, acc, PARTS)
+
+
+@triton.jit
 def halves(w, PARTS: tl.constexpr):
     """float32 numbers as (high, low) float16: the one rounding down, after every sum that cancels."""
     high = w.to(tl.float16)
@@ -73,8 +83,29 @@ def logits(x, x_low, X, Y, i0, j0, depth, PARTS: tl.constexpr, DP: tl.constexpr,
         for column in range(0, depth, BD):
             a, a_low = operand(X, i0, column, depth, PARTS, BM, BD)
             y, y_low = operand(Y, j0, column, depth, PARTS, BN, BD)
-            acc = product(a, a_low, tl.trans(y), tl.trans(y_low), acc, PARTS)
+            acc = accumulate(a, a_low, tl.trans(y), tl.trans(y_low), acc, PARTS)
     return acc
+
+
+# t = <x~_i, y~_j> pair_factor row_factor_i. In two parts a_i b_j comes first, so that a pair has one t from both of its ends: weights are
+# divided by sums over rows and over columns, and in another order t is off by u scale, ten times the error of the gradient at temperature
+# 0.005. In one part that is far below the rounding of the input, and costs a multiplication per pair.
+
+
+@triton.jit
+def pair_factor(a, beta, PARTS: tl.constexpr):
+    factor = beta[None, :]
+    if PARTS == 2:
+        factor = a[:, None] * factor
+    return factor
+
+
+@triton.jit
+def row_factor(a, scale, PARTS: tl.constexpr):
+    largest = valid(scale) * LOG2E
+    if PARTS == 2:
+        return tl.zeros_like(a) + largest
+    return a * largest
 
 
 @triton.jit
@@ -146,7 +177,7 @@ def classes(
 
 @triton.jit
 def _running(u, alpha, top, total):
-    """One tile into the log-sum (top, total) = total 2^top of each row; what is left out of it is -inf in u. alpha > 0."""
+    """One tile into the log-sum (top, total) = total 2^top of each row; what is left out of it is -inf in u. t = u alpha, alpha > 0."""
     new = tl.maximum(top, tl.max(u, 1) * alpha)
     # A row without any pair so far: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
     base = tl.where(new == -float("inf"), 0.0, new)
@@ -172,7 +203,8 @@ def forward_rows(
     split = tl.program_id(0) % splits
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
-    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    a = tl.load(A + i)
+    alpha = row_factor(a, scale, PARTS)
     lo = split * per_split
     hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
     hi = tl.where((tl.load(bound) <= UNSHIFTED) & (always == 0), lo, hi)
@@ -192,7 +224,7 @@ def forward_rows(
         j0 = tile * BN
         j = j0 + tl.arange(0, BN)
         beta = tl.load(B + j)
-        u = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * beta[None, :]
+        u = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * pair_factor(a, beta, PARTS)
         if IN_TILE or q_exclude is not None:
             positive, negative = classes(
                 i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
@@ -210,7 +242,7 @@ def forward_rows(
         if out is not None:
             y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
             g, g_low = halves(e * (finite(beta) * lifted)[None, :], PARTS)
-            acc = product(g, g_low, y, y_low, acc * shrink[:, None], PARTS)
+            acc = accumulate(g, g_low, y, y_low, acc * shrink[:, None], PARTS)
             # Where e is 0 t may be -inf.
             mean = mean * shrink + tl.sum(tl.where(e > 0.0, e * u, 0.0), 1) * alpha
     inside = i < rows
@@ -256,7 +288,8 @@ def forward_both(
     steps = tl.where(symmetric != 0, half, tiles)
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
-    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
+    a = tl.load(A + i)
+    alpha = row_factor(a, scale, PARTS)
     lo = split * per_split
     hi = tl.minimum(lo + per_split, steps)
     unshifted = tl.load(bound) <= UNSHIFTED
@@ -273,7 +306,7 @@ def forward_both(
         tile = tl.where(tile >= tiles, tile - tiles, tile)
         j0 = tile * BN
         j = j0 + tl.arange(0, BN)
-        t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * tl.load(B + j)[None, :] * alpha[:, None]
+        t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * pair_factor(a, tl.load(B + j), PARTS) * alpha[:, None]
         e = tl.exp2(t)
         # Where the keys are the queries a tile on the diagonal holds its own mirror image.
         counted = j < tl.where((symmetric != 0) & (step == 0), 0, columns)

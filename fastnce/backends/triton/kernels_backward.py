@@ -6,6 +6,7 @@ import triton.language as tl
 from fastnce.backends.triton.kernels import (
     RUNTIME,
     UNSHIFTED,
+    accumulate,
     classes,
     finite,
     halves,
@@ -13,9 +14,10 @@ from fastnce.backends.triton.kernels import (
     needs_mask,
     operand,
     outside,
+    pair_factor,
     product,
+    row_factor,
 )
-from fastnce.backends.triton.kernels_rows import LOG2E, valid
 
 
 @triton.jit
@@ -88,10 +90,8 @@ def backward_rows(
     split = tl.program_id(0) % splits
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
-    alpha = tl.load(A + i)
-    largest = valid(scale) * LOG2E
-    if ROWS:
-        alpha *= largest
+    a = tl.load(A + i)
+    alpha = row_factor(a, scale, PARTS)
     unshifted = tl.load(bound) <= UNSHIFTED
     tiles = tl.cdiv(columns, BN)
     lo = split * per_split
@@ -107,12 +107,7 @@ def backward_rows(
         beta = tl.load(B + j)
         y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
         s = product(x, x_low, tl.trans(y), tl.trans(y_low), tl.zeros([BM, BN], tl.float32), PARTS)
-        if ROWS:
-            t = s * beta[None, :] * alpha[:, None]
-        else:
-            # As the forward pass multiplied for the columns, by whose sums these weights are divided. In the other order t is another
-            # number, by u scale: at temperature 0.005 ten times the error of the gradient.
-            t = s * alpha[:, None] * (beta * largest)[None, :]
+        t = s * pair_factor(a, beta, PARTS) * alpha[:, None]
         positive = t == t
         if IN_TILE or q_exclude is not None:
             positive, negative = classes(
@@ -129,7 +124,7 @@ def backward_rows(
         if moment is not None:
             about += tl.sum(w * (t - middle), 1)
         g, g_low = halves(w * finite(beta)[None, :], PARTS)
-        acc = product(g, g_low, y, y_low, acc, PARTS)
+        acc = accumulate(g, g_low, y, y_low, acc, PARTS)
     to = (split.to(tl.int64) * row_padded + i)[:, None] * DP
     tl.store(dx + to + tl.arange(0, DP)[None, :], acc)
     if moment is not None:
@@ -160,7 +155,7 @@ def weights_block(
     a = tl.load(A + i)
     beta = tl.load(B + j)
     s = logits(A, A, X, Y, i0, j0, depth, PARTS, 0, BM, BN, BD)
-    t = s * beta[None, :] * (a * (valid(scale) * LOG2E))[:, None]
+    t = s * pair_factor(a, beta, PARTS) * row_factor(a, scale, PARTS)[:, None]
     positive = t == t
     if IN_TILE or q_exclude is not None:
         positive, negative = classes(
