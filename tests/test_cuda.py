@@ -7,10 +7,11 @@ program: tests/native/emulator.h. The passes over rows and vectors are in test_c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import budget
+import gpu_promises
 import pytest
 import test_statistics as whole_suite
 import torch
@@ -228,39 +229,11 @@ def test_the_first_of_equal_columns_is_the_hardest(multiprocessors: int, family:
 # What is read and what is written -------------------------------------------------------------------------------------------------------
 
 
-def inside_nan(x: Tensor) -> Tensor:
-    """The same numbers as a view into a larger storage that is nan everywhere else."""
-    around = torch.full((x.shape[0] + 5, x.shape[1] + 9), torch.nan, dtype=x.dtype)
-    view = around[3:-2, 4:-5]
-    view.copy_(x)
-    return view
-
-
-def every_other(x: Tensor) -> Tensor:
-    """A view of every other row, from an address that is aligned to nothing wider than an element."""
-    around = torch.full((2 * x.shape[0] * (x.shape[1] + 1) + 1,), torch.nan, dtype=x.dtype)
-    view = around.as_strided(x.shape, (2 * (x.shape[1] + 1), 1), 1)
-    view.copy_(x)
-    return view
-
-
 @cases(("mma", FLOAT), ("wgmma", BFLOAT), ("long", HALF))
 @pytest.mark.parametrize("p", [of("in-batch"), of("simclr:"), of("clip captions:"), of("mask and ids"), of("one column")], ids=str)
 def test_nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, family: str) -> None:
-    """Bit for bit what a contiguous copy gives, in the gradients too."""
-    tensors, found = p.tensors(dtype), []
-    views: list[Callable[[Tensor], Tensor]] = [lambda x: x, inside_nan, every_other, lambda x: x.T.contiguous().T]
-    for view in views:
-        q, k = (None if t is None else view(t.clone()).requires_grad_() for t in tensors[:2])
-        stats = contrastive_stats(q, k, scale=tensors[2], bias=tensors[3], backend="cuda", **p.call() | {"two_sided": False})
-        some = torch.isfinite(stats.lse_neg) & torch.isfinite(stats.lse_pos)
-        value = (stats.lse_neg[some] * 0.3).sum() + (stats.lse_pos[some] * 2 - stats.pos[some]).sum()
-        grads = torch.autograd.grad(value, [t for t in (q, k) if t is not None])
-        found.append([stats.lse_neg, stats.lse_pos, *grads])
-    for other in found[1:]:
-        # Sums that blocks add to memory: here they run one after the other, but in a circle its two kinds of sums meet in any order.
-        for a, b in zip(found[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=budget.gradient_budget(dtype, 0.0) if p.symmetric else 0.0, atol=0.0)
+    # Blocks run one after the other here, but in a circle its two kinds of sums meet in any order.
+    gpu_promises.nothing_beside_a_view_is_read(p, dtype, "cuda", rtol=budget.gradient_budget(dtype, 0.0) if p.symmetric else 0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
@@ -275,34 +248,13 @@ def test_kernels_write_what_their_schema_says_and_nothing_else(p: Problem, famil
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e19], ids=["nan", "inf", "too long"])
 @cases(("mma", FLOAT), ("wgmma", BFLOAT), ("long", FLOAT))
 def test_a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, dtype: torch.dtype, family: str) -> None:
-    q, k = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    q[3, 5] = k[20, 2] = bad
-    ids = torch.arange(80)
-    ids[17] = ids[40 + 20] = 99  # query 17 does not meet the bad key
-    q.requires_grad_()
-    found = contrastive_stats(q, k, scale=5.0, q_exclude_ids=ids[:40], k_exclude_ids=ids[40:], backend="cuda")
-    expected = torch.ones(40, dtype=torch.bool)
-    expected[17] = False
-    assert torch.equal(found.lse_neg.isnan(), expected)
-    (grad,) = torch.autograd.grad(found.lse_neg.sum(), q)
-    assert torch.equal(grad.isnan().any(1), expected)
-    for scale in (-1.0, 0.0, torch.nan, torch.inf):
-        assert contrastive_stats(q, k.nan_to_num(), scale=torch.tensor(scale), backend="cuda").lse_neg.isnan().all()
+    gpu_promises.a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad, dtype, "cuda")
 
 
 @cases(("mma", FLOAT), ("wgmma", HALF))
-def test_only_what_is_asked_for_gets_a_gradient(dtype: torch.dtype, family: str) -> None:
-    """Subsets of (q, k, scale, bias), bit by bit, give the gradients of all of them, whichever passes are left out."""
-    for p in (of("clip captions:"), of("clip:"), of("clip:", two_sided=False)):
-        _, whole = whole_suite.run(p, dtype, "cuda")
-        for subset in (1, 2, 4, 8, 13):
-            leaves = [t.requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(p.tensors(dtype))]
-            found = contrastive_stats(leaves[0], leaves[1], scale=leaves[2], bias=leaves[3], backend="cuda", **p.call())
-            real = [v for side in (found, found.columns) if side is not None for v in side[:3]]
-            asked = [t for t in leaves if t.requires_grad]
-            upstream = [g.to(v.dtype) for g, v in zip(whole_suite.upstream(p, real), real, strict=True)]
-            for grad, t in zip(torch.autograd.grad(real, asked, upstream), asked, strict=True):
-                torch.testing.assert_close(grad, whole[[x is t for x in leaves].index(True)], rtol=2e-6, atol=1e-7)
+@pytest.mark.parametrize("p", [of("clip captions:"), of("clip:"), of("clip:", two_sided=False)], ids=["ids", "columns", "rows"])
+def test_only_what_is_asked_for_gets_a_gradient(p: Problem, dtype: torch.dtype, family: str) -> None:
+    gpu_promises.only_what_is_asked_for_gets_a_gradient(p, (1, 2, 4, 8, 13), dtype, "cuda")
 
 
 # The package ----------------------------------------------------------------------------------------------------------------------------
@@ -310,29 +262,7 @@ def test_only_what_is_asked_for_gets_a_gradient(dtype: torch.dtype, family: str)
 
 @pytest.mark.parametrize("family", ["mma", "long"], indirect=True)
 def test_every_loss_through_the_public_functions(family: str) -> None:
-    g = torch.Generator().manual_seed(0)
-    a, b, queue = (torch.randn(24, 10, generator=g) for _ in range(3))
-    labels = torch.arange(24) % 5
-
-    def losses(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
-        return [
-            fastnce.info_nce(x, y, temperature=0.1, backend=name),
-            fastnce.info_nce(x, y, queue.to(x.dtype), temperature=0.1, symmetric=False, backend=name),
-            fastnce.nt_xent(x, y, temperature=0.02, backend=name),
-            fastnce.sup_con(torch.stack([x, y], 1), labels, backend=name),
-            fastnce.clip_loss(x, y, 100.0, -10.0, backend=name),
-            fastnce.moco_loss(x, y.detach(), queue.to(x.dtype), backend=name),
-        ]
-
-    found = {}
-    for name, dtype in (("cuda", FLOAT), ("cpu", FLOAT), ("reference", torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in (a, b)]
-        values = losses(*leaves, name)
-        found[name] = [torch.stack(values).detach(), *torch.autograd.grad(sum(values), leaves)]
-    mine, theirs, exact = found.values()
-    torch.testing.assert_close(mine[0].double(), exact[0], rtol=3e-6, atol=1e-7)
-    for grad, other, e in zip(mine[1:], theirs[1:], exact[1:], strict=True):
-        assert budget.relative(grad, e) <= budget.gradient_budget(FLOAT, budget.relative(other, e))
+    gpu_promises.losses_are_within_the_budget("cuda")
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)

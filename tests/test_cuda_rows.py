@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import budget
+import gpu_promises
 import pytest
 import test_statistics as whole_suite
 import torch
 from problems import PROBLEMS, Problem
 from torch import Tensor
 
-import fastnce
 from fastnce import tiles
 from fastnce.backends._gpu import host, limits, rows
 from fastnce.norms import EPS, LARGEST
@@ -236,32 +236,11 @@ def test_loss_of_one_positive(count: int) -> None:
 @pytest.mark.parametrize("length", [1e-13, 1e-12, 1e-6, 1.0, 1e6, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_any_length(length: float, dtype: torch.dtype) -> None:
-    """Finite for 1e-12 <= |x| <= 1e18, ordinary rows keep their budget beside such a row, and a shorter one counts as zero."""
-    z = torch.nn.functional.normalize(random(40, 16), dim=1)
-    z[7] *= 1.01 * length if length < 1 else 0.99 * length
-    z = z.to(dtype).requires_grad_()
-    exact = z.detach().double().requires_grad_()
-    mine, ref = (fastnce.nt_xent(x, temperature=0.1, reduction="none", backend=b) for x, b in ((z, "cuda"), (exact, "reference")))
-    assert budget.row_error(mine, ref.detach()) <= budget.row_budget(dtype, 0.0, 10.0)
-    others = torch.arange(40) != 7
-    (grad,), (expected,) = torch.autograd.grad(mine.sum(), z), torch.autograd.grad(ref.sum(), exact)
-    assert budget.relative(grad[others], expected[others]) <= budget.gradient_budget(dtype, 0.0) * 2
-    if length < 1e-12:
-        assert not grad[7].any()
+    gpu_promises.rows_may_be_of_any_length(length, dtype, "cuda")
 
 
 def test_elements_beyond_two_to_the_31() -> None:
-    """Rows that lie 2^28 elements apart: an int32 product of index and stride wraps at row 8. The pages between them are never touched."""
-    count, apart, d = 12, 2**28, 8
-    storage = torch.UntypedStorage(2 * ((count - 1) * apart + d))
-    view = torch.tensor([], dtype=torch.bfloat16).set_(storage, 0, (count, d), (apart, 1))
-    values = random(count, d, dtype=torch.bfloat16)
-    view.copy_(values)
-    losses = []
-    for z in (view.requires_grad_(), values.requires_grad_()):
-        loss = fastnce.info_nce(z, z.detach(), temperature=0.2, backend="cuda")
-        losses.append((loss, torch.autograd.grad(loss, z)[0]))
-    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+    gpu_promises.elements_may_lie_beyond_two_to_the_31("cuda")
 
 
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.why.startswith(("clip:", "simclr:", "mask and"))], ids=str)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import budget
+import gpu_promises
 import numpy as np
 import oracle
 import pytest
@@ -158,30 +159,15 @@ def test_metrics(p: Problem, family: str) -> None:
         torch.testing.assert_close(chosen, side.hardest_logit[some].double(), rtol=0, atol=tolerance)
 
 
-def inside_nan(x: Tensor) -> Tensor:
-    """The same numbers as a view into a larger storage that is nan everywhere else."""
-    around = torch.full((x.shape[0] + 5, x.shape[1] + 9), torch.nan, dtype=x.dtype)
-    view = around[3:-2, 4:-5]
-    view.copy_(x)
-    return view
+def checked() -> Checked:
+    return Checked(arguments=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
-    """Bit for bit what a contiguous copy gives, in the gradients too."""
-    tensors, found = p.tensors(torch.bfloat16), []
-    for view in (lambda x: x, inside_nan, lambda x: x.T.contiguous().T):
-        q, k = (None if t is None else view(t.clone()).requires_grad_() for t in tensors[:2])
-        with Checked(arguments=True):
-            stats = contrastive_stats(q, k, scale=tensors[2], bias=tensors[3], backend="triton", **p.call() | {"two_sided": False})
-            some = torch.isfinite(stats.lse_neg) & torch.isfinite(stats.lse_pos)
-            value = (stats.lse_neg[some] * 0.3).sum() + (stats.lse_pos[some] * 2 - stats.pos[some]).sum()
-            grads = torch.autograd.grad(value, [t for t in (q, k) if t is not None])
-        found.append([stats.lse_neg, stats.lse_pos, *grads])
-    for other in found[1:]:
-        # Sums of the unshifted kernel are added in the order in which its programs run, and here they run one after the other.
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    # Sums of the unshifted kernel are added in the order in which its programs run, and here they run one after the other.
+    gpu_promises.nothing_beside_a_view_is_read(p, torch.bfloat16, "triton", checked)
 
 
 def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: list[str]) -> None:
@@ -220,55 +206,22 @@ def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], mo
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
-def test_only_what_is_asked_for_gets_a_gradient(family: str) -> None:
-    """Subsets of (q, k, scale, bias), bit by bit, give the gradients of all of them, whichever passes are left out."""
-    p = of("clip captions:")
-    rows = p._replace(two_sided=False)
-    for problem, subsets in ((p, (1, 2, 4, 6, 8, 13)), (rows, (1, 2, 4, 9, 14))):
-        _, whole = whole_suite.run(problem, torch.float32, "triton")
-        for subset in subsets:
-            leaves = [t.requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(problem.tensors(torch.float32))]
-            found = contrastive_stats(leaves[0], leaves[1], scale=leaves[2], bias=leaves[3], backend="triton", **problem.call())
-            real = [v for side in (found, found.columns) if side is not None for v in side[:3]]
-            asked = [t for t in leaves if t.requires_grad]
-            upstream = [g.float() for g in whole_suite.upstream(problem, real)]
-            for grad, t in zip(torch.autograd.grad(real, asked, upstream), asked, strict=True):
-                torch.testing.assert_close(grad, whole[[x is t for x in leaves].index(True)], rtol=2e-6, atol=1e-7)
+@pytest.mark.parametrize(("two_sided", "subsets"), [(True, (1, 2, 4, 6, 8, 13)), (False, (1, 2, 4, 9, 14))], ids=["both sides", "rows"])
+def test_only_what_is_asked_for_gets_a_gradient(two_sided: bool, subsets: tuple[int, ...], family: str) -> None:
+    p = of("clip captions:", two_sided=two_sided)
+    gpu_promises.only_what_is_asked_for_gets_a_gradient(p, subsets, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e19], ids=["nan", "inf", "too long"])
 def test_a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, family: str) -> None:
-    q, k = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(0))
-    q[3, 5] = k[20, 2] = bad
-    ids = torch.arange(80)
-    ids[17] = ids[40 + 20] = 99  # query 17 does not meet the bad key
-    q.requires_grad_()
-    found = contrastive_stats(q, k, scale=5.0, q_exclude_ids=ids[:40], k_exclude_ids=ids[40:], backend="triton")
-    expected = torch.ones(40, dtype=torch.bool)
-    expected[17] = False
-    assert torch.equal(found.lse_neg.isnan(), expected)
-    (grad,) = torch.autograd.grad(found.lse_neg.sum(), q)
-    assert torch.equal(grad.isnan().any(1), expected)
-    for scale in (-1.0, 0.0, torch.nan, torch.inf):
-        assert contrastive_stats(q, k.nan_to_num(), scale=torch.tensor(scale), backend="triton").lse_neg.isnan().all()
+    gpu_promises.a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("length", [1e-13, 1e-12, 1e-6, 1.0, 1e6, 1e18])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_any_length(length: float, dtype: torch.dtype, family: str) -> None:
-    """Finite for 1e-12 <= |x| <= 1e18, ordinary rows keep their budget beside such a row, and a shorter one counts as zero."""
-    z = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    z[7] *= 1.01 * length if length < 1 else 0.99 * length
-    z = z.to(dtype).requires_grad_()
-    exact = z.detach().double().requires_grad_()
-    mine, ref = (fastnce.nt_xent(x, temperature=0.1, reduction="none", backend=b) for x, b in ((z, "triton"), (exact, "reference")))
-    assert budget.row_error(mine, ref.detach()) <= budget.row_budget(dtype, 0.0, 10.0)
-    others = torch.arange(40) != 7
-    (grad,), (expected,) = torch.autograd.grad(mine.sum(), z), torch.autograd.grad(ref.sum(), exact)
-    assert budget.relative(grad[others], expected[others]) <= budget.gradient_budget(dtype, 0.0) * 2
-    if length < 1e-12:
-        assert not grad[7].any()
+    gpu_promises.rows_may_be_of_any_length(length, dtype, "triton")
 
 
 def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
@@ -288,45 +241,12 @@ def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
 
 
 def test_elements_beyond_two_to_the_31(family: str) -> None:
-    """Rows that lie 2^28 elements apart: an int32 product of index and stride wraps at row 8. The pages between them are never touched."""
-    rows, apart, d = 12, 2**28, 8
-    storage = torch.UntypedStorage(2 * ((rows - 1) * apart + d))
-    view = torch.tensor([], dtype=torch.bfloat16).set_(storage, 0, (rows, d), (apart, 1))
-    values = torch.randn(rows, d, generator=torch.Generator().manual_seed(0)).bfloat16()
-    view.copy_(values)
-    losses = []
-    for z in (view.requires_grad_(), values.requires_grad_()):
-        with Checked(arguments=True):
-            loss = fastnce.info_nce(z, z.detach(), temperature=0.2, backend="triton")
-            losses.append((loss, torch.autograd.grad(loss, z)[0]))
-    assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+    gpu_promises.elements_may_lie_beyond_two_to_the_31("triton", checked)
 
 
 def test_every_loss_through_the_public_functions(family: str) -> None:
-    """backend="triton" takes CPU tensors here; values and gradients are those of the CPU backend."""
-    g = torch.Generator().manual_seed(0)
-    a, b, queue = (torch.randn(24, 10, generator=g) for _ in range(3))
-    labels = torch.arange(24) % 5
-
-    def losses(x: Tensor, y: Tensor, name: str) -> list[Tensor]:
-        return [
-            fastnce.info_nce(x, y, temperature=0.1, backend=name),
-            fastnce.info_nce(x, y, queue, temperature=0.1, symmetric=False, backend=name),
-            fastnce.nt_xent(x, y, temperature=0.02, backend=name),
-            fastnce.sup_con(torch.stack([x, y], 1), labels, backend=name),
-            fastnce.clip_loss(x, y, 100.0, -10.0, backend=name),
-            fastnce.moco_loss(x, y.detach(), queue, backend=name),
-        ]
-
-    found = {}
-    for name in ("triton", "cpu"):
-        leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-        values = losses(*leaves, name)
-        found[name] = [values, *torch.autograd.grad(sum(values), leaves)]
-    for mine, theirs in zip(found["triton"][0], found["cpu"][0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=3e-6, atol=1e-7)
-    for mine, theirs in zip(found["triton"][1:], found["cpu"][1:], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+    """backend="triton" takes CPU tensors here."""
+    gpu_promises.losses_are_within_the_budget("triton")
 
 
 def test_one_row_and_none(family: str) -> None:
