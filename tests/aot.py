@@ -37,6 +37,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -207,15 +208,27 @@ class Instruction(NamedTuple):
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
 
 
+def cuobjdump(*arguments: str | Path, **options: Any) -> str:
+    """Of Triton, or of the toolkit."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = program if program.is_file() else shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError(f"no cuobjdump: neither {program} nor on PATH")
+    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True, **options).stdout
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Those in what cuobjdump -sass prints."""
+    return [Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in LINE.finditer(text)]
+
+
 def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
     """The kernel's instructions, and its REG and STACK."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([program, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    sass = [Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in LINE.finditer(text)]
-    return sass, {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
+        text = cuobjdump("-sass", "-res-usage", file.name)
+    return instructions(text), {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
 def count(sass: Sequence[Instruction], *prefixes: str) -> int:
@@ -336,11 +349,15 @@ def variants(launches: list[Launch]) -> list[str]:
 COLUMNS = ("arch", "kernel", "variant", "tile", "warps", "stages", "regs", "smem", "blocks", "mma", "mufu", "loop", "seconds", "verdict")
 
 
+def aligned(table: list[list[str]]) -> list[str]:
+    """A line per row, columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
 def text(rows: list[Found]) -> str:
     """The rows as a table for a terminal, then what did not compile."""
-    table = [list(COLUMNS)] + [[str(getattr(row, name)) for name in COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines = aligned([list(COLUMNS)] + [[str(getattr(row, name)) for name in COLUMNS] for row in rows])
     errors = [f"\n{row.arch} {row.kernel} {row.variant} {row.tile}\n{row.error}" for row in rows if row.error]
     wrong = sum(row.verdict != "ok" for row in rows)
     return "\n".join([*lines, *errors, f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} not ok"])
@@ -382,10 +399,10 @@ def markdown(runs: dict[str, list[Found]]) -> str:
     return "\n".join(lines)
 
 
-def regenerate(page: str, region: str) -> str:
+def regenerate(page: str, region: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with this between its markers."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{region}\n{end}{rest.split(end)[1]}"
 
 
 def sources() -> str:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,7 +43,6 @@ WGMMA = "wgmma_"
 COUNTED = {name: (name,) for name in ("HMMA", "HGMMA", "MUFU", "LDSM", "UTMALDG", "LDL", "STL")} | {"ATOM": ("RED.", "REDG", "ATOM")}
 # The loops wait once per tile: forward kernels for each of two, backward kernels for each of two products.
 WAITS = 2
-WGMMA_KERNELS = ("wgmma_forward_rows", "wgmma_forward_both", "wgmma_backward_rows")
 # Of a plain tile's exponentials, the part that has to stand between its neighbour's products and the wait for them. What is left to ptxas
 # ends up behind the wait, or not, with any change of the code around it.
 OVERLAP = 2 / 3
@@ -74,29 +72,19 @@ class Found(NamedTuple):
 # What is in the library ---------------------------------------------------------------------------------------------------------------
 
 
-def cuobjdump(*arguments: str | Path, **options: Any) -> str:
-    """Of Triton, or of the toolkit."""
-    program = Path(aot.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = program if program.is_file() else shutil.which("cuobjdump")
-    if found is None:
-        raise FileNotFoundError(f"no cuobjdump: neither {program} nor on PATH")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True, **options).stdout
-
-
 def kernels(text: str) -> dict[str, list[aot.Instruction]]:
     """Name -> instructions, from what cuobjdump -sass prints."""
     parts = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
-    lines = {name: aot.LINE.finditer(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    return {name: [aot.Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in found] for name, found in lines.items()}
+    return {name: aot.instructions(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def disassemble(library: Path) -> tuple[dict[tuple[str, str], list[aot.Instruction]], set[str]]:
     """(architecture, name) -> instructions; names of the kernels that are there as PTX."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        cuobjdump("-xelf", "all", "-xptx", "all", library.resolve(), cwd=folder)
+        aot.cuobjdump("-xelf", "all", "-xptx", "all", library.resolve(), cwd=folder)
         # The longest first, so that the last does not run alone.
         cubins = sorted(Path(folder).glob("*.cubin"), key=lambda path: -path.stat().st_size)
-        texts = pool.map(lambda path: kernels(cuobjdump("-sass", path)), cubins)
+        texts = pool.map(lambda path: kernels(aot.cuobjdump("-sass", path)), cubins)
         # fastnce-cuda-....7.sm_90a.cubin
         sass = {(path.suffixes[-2][1:], name): found for path, text in zip(cubins, texts, strict=True) for name, found in text.items()}
         ptx = {name for path in Path(folder).glob("*.ptx") for name in re.findall(r"\.entry (\w+)", path.read_text())}
@@ -207,8 +195,7 @@ def text(rows: list[Found]) -> str:
     for row in rows:
         numbers = [row.regs, row.stack, row.spills, *(row.counts.get(name, 0) for name in COUNTED)]
         lines.append([row.kernel, row.form, row.arch, *map(str, numbers), percent(row.overlap), row.verdict])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(aot.aligned(lines))
 
 
 def percent(part: float | None) -> str:
@@ -233,12 +220,6 @@ def markdown(rows: list[Found], version: str) -> str:
     return "\n".join(lines)
 
 
-def regenerate(page: str, region: str) -> str:
-    """The page with this between its markers."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{region}\n{END}{rest.split(END)[1]}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", type=Path, help="by default the one that is built of these sources")
@@ -257,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{library.name}, {version}: {len(rows)} kernels, {len(wrong)} not ok")
     if page := options.write or options.check:
         before = page.read_text()
-        after = regenerate(before, markdown(rows, version))
+        after = aot.regenerate(before, markdown(rows, version), BEGIN, END)
         if options.write:
             page.write_text(after)
         elif before != after:
