@@ -19,6 +19,7 @@ import fastnce
 from fastnce import build, native
 from fastnce.__main__ import _compiled
 
+ROOT = Path(__file__).resolve().parent.parent
 SOMEBODY = 54321  # a user, and a group, that nobody is
 
 
@@ -317,6 +318,44 @@ def test_sources_that_cannot_be_read(folder: Path, library: Path, monkeypatch: p
     monkeypatch.setattr(native, "digest", gone)
     losses()
     assert native.objection("cpu") == native.not_built("cpu")
+
+
+# ---------------------------------------------------------------- the tests themselves
+
+AS_ANY_TEST = """
+import os, conftest
+from fastnce import native
+from fastnce.backends import _native
+import torch
+print(native.library_path("cpu"), _native.serves(torch.device("cpu"), torch.float32))
+print(*(os.environ[name] for name in ("FASTNCE_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")), sep="\\n")
+"""
+
+
+def test_no_test_meets_what_the_user_has_built(compiled_library: Path, tmp_path: Path) -> None:
+    """A library that could be loaded, in the user's cache: it is neither found nor touched, and all that tests keep lies elsewhere."""
+    cache = tmp_path / "home" / ".cache" / "fastnce"
+    cache.mkdir(parents=True, mode=0o755)
+    (tmp_path / "temporary").mkdir()
+    for file in (compiled_library, native.record_of(compiled_library)):
+        shutil.copy(file, cache)
+    assert native.fault(cache / compiled_library.name) is None
+    before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "home").rglob("*"))
+    places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
+    given = ("FASTNCE_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in given} | places
+    said = subprocess.run([sys.executable, "-c", AS_ANY_TEST], env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    first, *folders = said.splitlines()
+    assert first == "None False" and {Path(folder).parent.parent for folder in folders} == {tmp_path / "temporary"}
+    assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "home").rglob("*")) == before
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_backends_name_is_tested_in_both_forms(backend: str, form: str) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        fastnce.nt_xent(torch.randn(30, 8), backend=backend)
+    compiled = "fastnce_cpu::forward" in {event.name for event in seen.events()}
+    assert compiled == (form == "compiled") and (backend, form) != ("reference", "compiled")
 
 
 # ---------------------------------------------------------------- two in one process
