@@ -1,5 +1,7 @@
 // Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/_native.py has prepared; results are written
 // into tensors that it made. No other unit includes torch.
+#include <algorithm>
+
 #include "../tensors.h"
 #include "problem.h"
 
@@ -12,15 +14,18 @@ using fastnce::Wanted;
 using fastnce::Weights;
 
 template <class T>
-T* data(const Tensor& tensor, int64_t count, const char* name) {
+T* data(const Tensor& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
   STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU");
-  return contiguous<T>(tensor, count, name, 1);  // the user's own ids may lie anywhere
+  return contiguous<T>(tensor, count, name, aligned);
 }
 
 template <class T>
-T* data(const Optional& tensor, int64_t count, const char* name) {
-  return tensor ? data<T>(*tensor, count, name) : nullptr;
+T* data(const Optional& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
+  return tensor ? data<T>(*tensor, count, name, aligned) : nullptr;
 }
+
+// The user's own may lie anywhere.
+const int64_t* ids(const Optional& tensor, int64_t count, const char* name) { return data<int64_t>(tensor, count, name, 1); }
 
 fastnce::Pool threads() {
   const int count = static_cast<int>(torch::stable::get_num_threads());
@@ -40,7 +45,8 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   STD_TORCH_CHECK(flags.size() == 4, "fastnce: flags has ", flags.size(), " entries, not 4");
   STD_TORCH_CHECK(x.dim() == 2 && (!y || (y->dim() == 2 && y->size(1) == x.size(1))), "fastnce: x and y must be matrices of equal width");
   const int64_t m = x.size(0), n = y ? y->size(0) : m, pitch = x.size(1);
-  STD_TORCH_CHECK(pitch % fastnce::PITCH == 0 && depth <= pitch, "fastnce: rows of ", pitch, " floats cannot hold ", depth, " columns");
+  STD_TORCH_CHECK(pitch % fastnce::PITCH == 0 && depth >= 0 && depth <= pitch, "fastnce: rows of ", pitch, " floats cannot hold ", depth,
+                  " columns");
   Problem p{};
   p.m = m;
   p.n = n;
@@ -53,13 +59,14 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   p.unshifted = flags[1];
   p.in_tile = flags[2];
   STD_TORCH_CHECK(!(p.symmetric && mask), "fastnce: a mask need not be its own mirror image: give y");
+  STD_TORCH_CHECK(!(p.symmetric && (p.two_sided || k_label || k_exclude)), "fastnce: without y there is no second side");
   p.rules.exclude_self = flags[3];
   p.rules.has_offset = offset.has_value();
-  p.rules.offset = offset.value_or(0);
-  p.rules.q_label = data<int64_t>(q_label, m, "q_label");
-  p.rules.k_label = p.symmetric ? p.rules.q_label : data<int64_t>(k_label, n, "k_label");
-  p.rules.q_exclude = data<int64_t>(q_exclude, m, "q_exclude");
-  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : data<int64_t>(k_exclude, n, "k_exclude");
+  p.rules.offset = std::clamp(offset.value_or(0), -m, n);  // beyond these no pair is aligned, and indices leave int64
+  p.rules.q_label = ids(q_label, m, "q_label");
+  p.rules.k_label = p.symmetric ? p.rules.q_label : ids(k_label, n, "k_label");
+  p.rules.q_exclude = ids(q_exclude, m, "q_exclude");
+  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : ids(k_exclude, n, "k_exclude");
   STD_TORCH_CHECK(!p.rules.q_label == !p.rules.k_label && !p.rules.q_exclude == !p.rules.k_exclude, "fastnce: ids of one side only");
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
@@ -103,12 +110,21 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& 
     found.hardest_t = some<float>(at[9], rows, "hardest_t");
     found.hardest = some<int64_t>(at[10], rows, "hardest");
     found.tie = static_cast<float>(tie);
-    if (rows == 0) return;
+  }
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(sums).check();
+  if (p.m == 0 || p.n == 0) return;  // of which side nothing is collected only a row can tell
+  for (int side = 0; side < sides_of(p); ++side) {
+    const Sums& s = sides[side];
+    const Metrics &found = s.metrics, &first = sides[0].metrics;
     STD_TORCH_CHECK(p.unshifted || (s.top_negative && (!p.in_tile || s.top_positive)), "fastnce: a running maximum needs its tensor");
     STD_TORCH_CHECK(!p.in_tile || s.positive, "fastnce: positives by content need their tensor");
-    STD_TORCH_CHECK(!found.rank || (found.pos_max && found.hardest_t && found.hardest), "fastnce: metrics need all of their tensors");
+    const bool all = found.pos_max && found.rank && found.hardest_t && found.hardest;
+    const bool none = !found.pos_max && !found.threshold && !found.rank && !found.hardest_t && !found.hardest;
+    STD_TORCH_CHECK(all || none, "fastnce: metrics need all of their tensors");
+    STD_TORCH_CHECK(!found.rank == !first.rank && !found.threshold == !first.threshold,
+                    "fastnce: metrics must be of both sides or of none");
   }
-  if (p.m > 0 && p.n > 0) fastnce::best_level().forward(p, sides, threads());
+  fastnce::best_level().forward(p, sides, threads());
 }
 
 void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
@@ -116,6 +132,7 @@ void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers&
               const Tensors& weights, double center, const Optional& dx, const Optional& dy, const Optional& moment) {
   const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 5;
+  STD_TORCH_CHECK(!(p.symmetric && dy), "fastnce: without y there is no dy");
   STD_TORCH_CHECK(weights.size() == each * sides_of(p), "fastnce: weights has ", weights.size(), " tensors, not ", each, " a side");
   Weights sides[2] = {};
   for (int side = 0; side < sides_of(p); ++side) {
@@ -129,6 +146,7 @@ void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers&
   wanted.dy = p.symmetric ? wanted.dx : data<float>(dy, p.n * p.pitch, "dy");
   wanted.moment = data<double>(moment, p.m, "moment");
   wanted.center = static_cast<float>(center);
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask, weights).writes(dx, dy, moment).check();
   if (p.m > 0 && p.n > 0) fastnce::best_level().backward(p, sides, wanted, threads());
 }
 
