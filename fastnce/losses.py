@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce import checks, small, stats
+from fastnce import checks, hints, relations, small, stats
 from fastnce.formulas import Loss, Reduction, answer, l_in, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
@@ -50,7 +50,7 @@ def info_nce(
                                          positives (SupCon's L_out)
     exclude_query_ids, exclude_key_ids   integers: keys with the query's id are no negatives (copies of the same document); its own
                                          positive_key row is kept. Key ids are one per key met: in-batch keys, then unpaired negatives.
-                                         Negative ids match nothing
+                                         Negative ids match nothing. Row i of positive_key is a positive whatever the ids are
     in_batch       None: only without negative_keys; True: in-batch negatives and negative_keys; False: negative_keys only
     symmetric      mean of query -> key and key -> query (M = N, no negative_keys), as CLIP
     return_stats   also RetrievalStats
@@ -83,12 +83,16 @@ def info_nce(
     if negatives is None and not use_batch:
         raise ValueError(f"{where}: in_batch=False needs negative_keys: there would be nothing to compare with")
     if in_batch_keys < rows or (in_batch_keys != rows and not use_batch):
+        few = in_batch_keys < rows
+        remedy = "so each query needs one" if few else f"and the others are no negatives: positive_key[:{rows}], or in_batch=True"
         raise ValueError(
             f"{where}: query is {tuple(query.shape)} and positive_key is {tuple(positive_key.shape)}; "
-            "row i of positive_key is the positive of query i, so each query needs one"
+            f"row i of positive_key is the positive of query i, {remedy}"
         )
     if symmetric and (in_batch_keys != rows or negatives is not None):
-        raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys")
+        given = f"got {rows} queries, {in_batch_keys} keys and {'no ' if negatives is None else ''}negative_keys"
+        raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys, {given}")
+    hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.1, query)
     weight = checks.weights(where, weight, rows, query)
 
@@ -96,9 +100,17 @@ def info_nce(
     paired = shared is None and rows == in_batch_keys
     met = (in_batch_keys if use_batch else 0) + (0 if shared is None else shared.shape[0])
     if not use_batch and shared is None and any(v is not None for v in (query_ids, key_ids, exclude_query_ids, exclude_key_ids)):
-        raise ValueError(f"{where}: ids relate queries to in-batch or unpaired keys, and there are none here")
-    label = checks.id_pair(where, "query_ids", query_ids, "key_ids", key_ids, query, rows, met, paired)
-    exclude = checks.id_pair(where, "exclude_query_ids", exclude_query_ids, "exclude_key_ids", exclude_key_ids, query, rows, met, paired)
+        raise ValueError(
+            f"{where}: ids relate queries to in-batch or unpaired keys, and there are none here; in_batch=True adds the former"
+        )
+    of = ("query", "positive_key" if shared is None else "positive_key + negative_keys" if use_batch else "negative_keys")
+    names, excluding = ("query_ids", "key_ids"), ("exclude_query_ids", "exclude_key_ids")
+    label = relations.id_pair(where, names, (query_ids, key_ids), of, query, (rows, met), paired)
+    exclude = relations.id_pair(where, excluding, (exclude_query_ids, exclude_key_ids), of, query, (rows, met), paired)
+    hints.negative_ids(where, names, label)
+    hints.negative_ids(where, excluding, exclude)
+    if use_batch and label[1] is not None:
+        hints.partners(where, names, label[0], label[1][:rows])
 
     def part(ids: Tensor | None, keys: slice) -> Tensor | None:
         return None if ids is None else ids[keys]
@@ -175,7 +187,8 @@ def nt_xent(
     checks.reduction(where, reduction, rows)
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
         weight = torch.cat([weight, weight])
-    weight = checks.weights(where, weight, rows, z)
+    weight = checks.weights(where, weight, rows, z, rows // 2)
+    hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.5, z)
     problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
@@ -194,6 +207,7 @@ def sup_con(
     reduction: Reduction = "mean",
     *,
     no_positive: Literal["zero", "skip", "error"] = "zero",
+    unlabelled: Literal["alone", "own_views"] = "alone",
     scale: float | Tensor | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
@@ -205,10 +219,11 @@ def sup_con(
         variant="out": log sum_{C_i} exp s - mean_{P_i} s        "in": log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
 
     features      (B, V, D): V views of B examples, or (N, D): one view; s = cos / temperature
-    labels        integers (B,) or (N,): equal labels are positives; a negative label matches nothing, not even
-                  the example's other views
-    mask          bool (B, B) or (N, N) instead of labels: mask[i, j] makes example j a positive of example i. Without both, the other
-                  views of the same example are its positives (SimCLR)
+    labels        integers (B,) or (N,): equal labels are positives, and a negative label is none
+    mask          bool (B, B) or (N, N) instead of labels: mask[i, j] makes example j a positive of example i; mask[i, i] its own other
+                  views. Without both, the other views of the same example are its positives (SimCLR), of which there must be one
+    unlabelled    an example with a negative label: "alone": nothing is its positive, not even its other views;
+                  "own_views": those are, as without labels. It is a negative of all others either way
     views         "all": every view of every example is an anchor; "one": only view 0 is
     no_positive   an anchor without positives "zero": counts as 0 in the mean (SupContrast); "skip": leaves it (PML);
                   "error": ValueError, at the price of reading one value back from the device
@@ -228,20 +243,28 @@ def sup_con(
     checks.choice(where, "variant", variant, ("out", "in"))
     checks.choice(where, "views", views, ("all", "one"))
     checks.choice(where, "no_positive", no_positive, ("zero", "skip", "error"))
+    checks.choice(where, "unlabelled", unlabelled, ("alone", "own_views"))
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
     anchors = examples * (1 if views == "one" else n_views)
     checks.reduction(where, reduction, anchors)
-    labels = checks.ids(where, "labels", labels, examples, features, "features")
-    mask = checks.mask(where, "mask", mask, features, (examples, examples))
+    labels = relations.labels(where, labels, features)
+    mask = relations.mask(where, "mask", mask, features, (examples, examples))
+    relations.some_positive(where, features, labels, mask)
     # Row v * B + b of z is view v of example b.
     z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, features.shape[-1])
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (examples,):
         weight = weight.repeat(anchors // max(examples, 1))
-    weight = checks.weights(where, weight, anchors, features)
+    weight = checks.weights(where, weight, anchors, features, examples)
+    hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.1, features)
     if labels is None and mask is None:
+        hints.views_second(where, features)
         labels = torch.arange(examples, device=features.device)
+    elif labels is not None and unlabelled == "own_views":
+        labels = _with_own_labels(labels)
+    else:
+        hints.negative_ids(where, ("labels",), (labels,))
     pairs = Pairs(exclude_self=True, q_label=None if labels is None else labels.repeat(n_views), mask=mask)
     if views == "one" and n_views > 1:
         label = pairs.q_label
@@ -258,7 +281,17 @@ def sup_con(
     if no_positive == "skip":
         counted = some.to(values.dtype)
         weight = counted if weight is None else weight * counted
-    return answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
+    result = answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
+    hints.anchors(where, found.n_pos, n_views, mask is not None, no_positive == "skip")
+    return result
+
+
+def _with_own_labels(labels: Tensor) -> Tensor:
+    """Each negative label replaced by one that no other example has. Any int64 may be in use, so the others are renumbered, from 0 or 1 to
+    at most their number."""
+    ranked, order = labels.sort()
+    numbers = torch.empty_like(labels).scatter(0, order, (ranked != ranked.roll(1)).cumsum(0))
+    return numbers.where(labels >= 0, len(labels) + 1 + torch.arange(len(labels), device=labels.device))
 
 
 def clip_loss(
@@ -270,6 +303,9 @@ def clip_loss(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
+    exclude_image_ids: Tensor | None = None,
+    exclude_text_ids: Tensor | None = None,
+    aligned: bool | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
     return_stats: bool = False,
@@ -277,12 +313,22 @@ def clip_loss(
 ) -> Loss:
     """CLIP's symmetric loss: mean over i of (log sum_j exp s_ij + log sum_j exp s_ji) / 2 - s_ii,  s = logit_scale * cos + logit_bias.
 
-    image, text            (N, D) each: row i of one belongs to row i of the other. With ids the numbers of rows may differ
+    image, text            (N, D) each: row i of one belongs to row i of the other. With image_ids and text_ids the numbers of rows may
+                           differ, (M, D) and (N, D)
     logit_scale            1 / temperature (exp of CLIP's parameter, as open_clip passes it), float or one-element tensor, differentiable
     logit_bias             added to every logit, float or one-element tensor; it cancels in this loss
-    image_ids, text_ids    integers: equal ids belong together (several captions of one image), in addition to equal rows where the
-                           numbers are equal; the value is then L_out in both directions. One alone serves both sides
+    image_ids, text_ids    integers: equal ids belong together, as positives; the value is then L_out in both directions. Copies stay
+                           among the candidates
+    exclude_image_ids, exclude_text_ids   integers: pairs with equal ids are no negatives, in both directions; the pair of row i and row i
+                           stays. For an image whose row is copied for each of its captions, and for texts that occur twice.
+                           Ids of one side serve both where rows are aligned. A negative id matches nothing
+    aligned                whether row i belongs to row i beside what image_ids and text_ids say. None: where there are as many images as
+                           texts, and ids must then agree on each row; False: positives by ids alone, of both sides (shuffled texts)
     weight                 (N,) per pair
+
+        clip_loss(image[i], text, scale, exclude_image_ids=i)      image i[n] of caption n is copied: its other captions are left out
+        clip_loss(image, text, scale, image_ids=ids, text_ids=i)   M images, N captions: all captions of an image are its positives
+
     Both directions come from one pass over the logits. Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats;
     reduction="none": (N,). With M images and N texts: the mean (sum) of the two directions' means (sums).
     Radford et al. 2021 (arXiv:2103.00020), figure 3.
@@ -298,27 +344,33 @@ def clip_loss(
     checks.some_keys(where, "text", text, rows)
     checks.some_keys(where, "image", image, columns)
     checks.reduction(where, reduction, min(rows, columns))
-    label = checks.id_pair(where, "image_ids", image_ids, "text_ids", text_ids, image, rows, columns, rows == columns)
-    if rows != columns and (label[0] is None or reduction == "none" or weight is not None):
-        raise ValueError(
-            f"{where}: image is {tuple(image.shape)} and text is {tuple(text.shape)}; without image_ids and text_ids, or with weight or "
-            "reduction='none', row i of one belongs to row i of the other"
-        )
+    checks.choice(where, "aligned", aligned, (None, True, False))
+    paired = rows == columns if aligned is None else aligned
+    names, excluding, of = ("image_ids", "text_ids"), ("exclude_image_ids", "exclude_text_ids"), ("image", "text")
+    label = relations.id_pair(where, names, (image_ids, text_ids), of, image, (rows, columns), paired)
+    exclude = relations.id_pair(where, excluding, (exclude_image_ids, exclude_text_ids), of, image, (rows, columns), paired)
+    relations.alignment(where, image, text, aligned, label, exclude[0] is not None, reduction == "none" or weight is not None)
+    hints.negative_ids(where, names, label)
+    hints.negative_ids(where, excluding, exclude)
     weight = checks.weights(where, weight, rows, image)
     scale = checks.scalar(where, "logit_scale", logit_scale, image)
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
-    pairs = Pairs(False, 0 if rows == columns else None, *label)
+    hints.logit_scale(where, logit_scale, normalize)
+    pairs = Pairs(False, 0 if paired else None, *label, *exclude)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
     assert found.columns is not None
     by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
-    if rows == columns:
+    if paired:
         loss = reduced((by_row + by_column) / 2, weight, reduction, image)
     else:
         loss = (reduced(by_row, None, reduction, image) + reduced(by_column, None, reduction, image)) / 2
-    return answer(where, loss, found, scale, bias, return_stats)
+    result = answer(where, loss, found, scale, bias, return_stats)
+    for kind, side, other in (("images", found, "text"), ("texts", found.columns, "image")):
+        hints.without_positive(where, side.n_pos, kind, f" and count 0: no {other} has their id")
+    return result
 
 
 def moco_loss(
@@ -354,6 +406,7 @@ def moco_loss(
     checks.some_keys(where, "queue", negatives, q.shape[0])
     checks.reduction(where, reduction, q.shape[0])
     weight = checks.weights(where, weight, q.shape[0], q)
+    hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.07, q)
     found = one_positive(q, k, scale, normalize, return_stats)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)

@@ -153,6 +153,7 @@ class SupConLoss(_Loss):
         reduction: Reduction = "mean",
         *,
         no_positive: Literal["zero", "skip", "error"] = "zero",
+        unlabelled: Literal["alone", "own_views"] = "alone",
         scale: float | Tensor | None = None,
         normalize: bool = True,
         return_stats: bool = False,
@@ -164,6 +165,7 @@ class SupConLoss(_Loss):
             views=views,
             reduction=reduction,
             no_positive=no_positive,
+            unlabelled=unlabelled,
             scale=scale,
             normalize=normalize,
             return_stats=return_stats,
@@ -202,10 +204,25 @@ class ClipLoss(_Loss):
         *,
         image_ids: Tensor | None = None,
         text_ids: Tensor | None = None,
+        exclude_image_ids: Tensor | None = None,
+        exclude_text_ids: Tensor | None = None,
+        aligned: bool | None = None,
         weight: Tensor | None = None,
     ) -> Loss:
         scale = self.logit_scale() if logit_scale is None else logit_scale
-        return losses.clip_loss(image, text, scale, logit_bias, image_ids=image_ids, text_ids=text_ids, weight=weight, **self._given())
+        return losses.clip_loss(
+            image,
+            text,
+            scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            exclude_image_ids=exclude_image_ids,
+            exclude_text_ids=exclude_text_ids,
+            aligned=aligned,
+            weight=weight,
+            **self._given(),
+        )
 
 
 class MoCoLoss(_Loss):

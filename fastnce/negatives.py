@@ -94,7 +94,7 @@ def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
     checks.features(where, query=query, values=values)
     checks.some_keys(where, "values", values, query.shape[0])
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
-    ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
+    ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1", "one where each query begins, and the end")
     assert ends is not None
     if checks.free_to_read(ends) and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
         raise ValueError(f"{where}: offsets must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")

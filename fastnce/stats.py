@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import backends, checks, ops
+from fastnce import backends, checks, hints, ops, relations
 from fastnce.norms import compute_dtype, inverse_norms, valid_scale
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side
@@ -89,7 +89,7 @@ def contrastive_stats(
         rows, columns = q.shape[0], k.shape[0]
         checks.some_keys(where, "k", k, rows)
     symmetric = k is None
-    checks.integer(where, "offset", offset)
+    offset = checks.integer(where, "offset", offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:
@@ -102,8 +102,9 @@ def contrastive_stats(
     k_exclude = checks.ids(where, "k_exclude_ids", k_exclude_ids, columns, q, "k")
     for one, other in (("labels", (q_label, k_label)), ("exclude_ids", (q_exclude, k_exclude))):
         if not symmetric and (other[0] is None) != (other[1] is None):
-            raise ValueError(f"{where}: q_{one} and k_{one} go together: give both")
-    mask = checks.mask(where, "positive_mask", positive_mask, q)
+            missing = f"q_{one}" if other[0] is None else f"k_{one}"
+            raise ValueError(f"{where}: q_{one} and k_{one} go together: give both; {missing} is missing")
+    mask = relations.mask(where, "positive_mask", positive_mask, q)
     if symmetric and mask is not None and offset is not None:
         raise ValueError(f"{where}: positive_mask and offset together need k; without, put the partners into the mask")
     threshold = checks.threshold(where, threshold, rows, q)
@@ -111,10 +112,15 @@ def contrastive_stats(
         raise ValueError(f"{where}: threshold counts ranks of rows against other keys: it needs metrics=True, k, and two_sided=False")
     checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
     pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
+    hints.temperature(where, None, scale, normalize)
+    hints.negative_ids(where, ("q_labels", "k_labels"), (q_label, k_label))
+    hints.negative_ids(where, ("q_exclude_ids", "k_exclude_ids"), (q_exclude, k_exclude))
     scale = checks.scalar(where, "scale", scale, q)
     bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
     found = compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
-    checks.something_to_compare(where, found.lse_neg, found.n_pos)
+    hints.something_to_compare(where, found.lse_neg, found.n_pos)
+    remedy = "; offset, labels or positive_mask say which pairs are positive" if offset is q_label is mask is None else ""
+    hints.without_positive(where, found.n_pos, "rows", f": pos is 0 there and lse_pos -inf{remedy}")
     return _rounded(found, compute_dtype(q.dtype))
 
 
