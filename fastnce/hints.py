@@ -72,10 +72,11 @@ def _number(given: object) -> float | None:
 
 
 def negative_ids(where: str, names: tuple[str, ...], given: tuple[Tensor | None, ...]) -> None:
-    """Ids below -1 look like hashes, whose sign means nothing; and ids that are all negative do nothing."""
+    """Ids below -1 look like hashes, whose sign means nothing; and ids that are all negative do nothing. `given` are the caller's own."""
     for name, ids in zip(names, given, strict=True):
         if ids is None or not checks.debugging(ids) or ids.numel() == 0:
             continue
+        ids = ids.to(torch.int64)  # where torch can compare
         count = int((ids < 0).sum())
         if count and (count == len(ids) or int(ids.min()) < -1):
             remedy = f"{name} & (2**63 - 1) makes ids of hashes; -1 says on purpose that a row has none"

@@ -107,8 +107,7 @@ def info_nce(
     names, excluding = ("query_ids", "key_ids"), ("exclude_query_ids", "exclude_key_ids")
     label = relations.id_pair(where, names, (query_ids, key_ids), of, query, (rows, met), paired)
     exclude = relations.id_pair(where, excluding, (exclude_query_ids, exclude_key_ids), of, query, (rows, met), paired)
-    hints.negative_ids(where, names, label)
-    hints.negative_ids(where, excluding, exclude)
+    hints.negative_ids(where, (*names, *excluding), (query_ids, key_ids, exclude_query_ids, exclude_key_ids))
     if use_batch and label[1] is not None:
         hints.partners(where, names, label[0], label[1][:rows])
 
@@ -350,8 +349,7 @@ def clip_loss(
     label = relations.id_pair(where, names, (image_ids, text_ids), of, image, (rows, columns), paired)
     exclude = relations.id_pair(where, excluding, (exclude_image_ids, exclude_text_ids), of, image, (rows, columns), paired)
     relations.alignment(where, image, text, aligned, label, exclude[0] is not None, reduction == "none" or weight is not None)
-    hints.negative_ids(where, names, label)
-    hints.negative_ids(where, excluding, exclude)
+    hints.negative_ids(where, (*names, *excluding), (image_ids, text_ids, exclude_image_ids, exclude_text_ids))
     weight = checks.weights(where, weight, rows, image)
     scale = checks.scalar(where, "logit_scale", logit_scale, image)
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)

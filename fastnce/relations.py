@@ -29,8 +29,8 @@ def id_pair(
             f"{where}: {names[given[0] is not None]} is missing: with {sizes[0]} queries and {sizes[1]} keys both {names[0]} and "
             f"{names[1]} are needed, because row i of one does not belong to row i of the other"
         )
-    first, second = (given[1] if given[0] is None else given[0]), (given[0] if given[1] is None else given[1])
-    return checks.ids(where, names[0], first, sizes[0], like, of[0]), checks.ids(where, names[1], second, sizes[1], like, of[1])
+    first, second = (checks.ids(where, names[i], given[i], sizes[i], like, of[i]) for i in (0, 1))
+    return second if first is None else first, first if second is None else second
 
 
 def labels(where: str, value: object, features: Tensor) -> Tensor | None:
@@ -81,9 +81,10 @@ def mask(where: str, name: str, value: object, like: Tensor, shape: tuple[int, i
 def some_positive(where: str, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
     """One view of each example, and nothing that says which examples belong together, leave every anchor of sup_con without a positive."""
     if (features.dim() == 2 or features.shape[1] == 1) and labels is mask is None and features.shape[0] > 0:
+        whole = "; where rows are [view 0; view 1], use nt_xent(features)" if features.dim() == 2 else ""
         raise ValueError(
             f"{where}: features is {tuple(features.shape)}, one view of each example, without labels or mask: no row has a positive. "
-            "Give labels or mask, or several views, torch.stack([a, b], dim=1); where rows are [view 0; view 1], use nt_xent(features)"
+            f"Give labels or mask, or several views, torch.stack([a, b], dim=1){whole}"
         )
 
 
