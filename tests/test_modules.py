@@ -313,6 +313,8 @@ def test_a_twin_hands_on_ids_labels_masks_and_scales() -> None:
     q, k, n, ids = rows(6, 5), rows(6, 5, seed=1), rows(6, 3, 5, seed=2), torch.arange(6) // 2
     mask, alone = ids[:, None] == ids, torch.tensor([0, 0, 1, 1, 2, 3])
     documents = {"exclude_query_ids": ids, "exclude_key_ids": ids.flip(0)}
+    clip_documents = {"exclude_image_ids": ids, "exclude_text_ids": ids.flip(0)}
+    shuffled = {"image_ids": ids, "text_ids": ids.flip(0), "aligned": False}
     scales = {"logit_scale": 3.0, "logit_bias": torch.tensor(-1.0)}
     for found, expected in (
         (InfoNCE()(q, k, query_ids=ids, key_ids=ids.flip(0)), info_nce(q, k, query_ids=ids, key_ids=ids.flip(0))),
@@ -322,7 +324,10 @@ def test_a_twin_hands_on_ids_labels_masks_and_scales() -> None:
         (SupConLoss()(q, ids), sup_con(q, ids)),
         (SupConLoss()(q, mask=mask), sup_con(q, mask=mask)),
         (SupConLoss(no_positive="skip")(q, alone), sup_con(q, alone) * 6 / 4),
+        (SupConLoss(unlabelled="own_views")(n, ids - 1), sup_con(n, ids - 1, unlabelled="own_views")),
         (ClipLoss()(q, k, image_ids=ids, text_ids=ids), clip_loss(q, k, LogitScale()(), image_ids=ids, text_ids=ids)),
+        (ClipLoss()(q, k, **clip_documents), clip_loss(q, k, LogitScale()(), **clip_documents)),
+        (ClipLoss()(q, k, **shuffled), clip_loss(q, k, LogitScale()(), **shuffled)),
         (ClipLoss()(q, k, **scales), clip_loss(q, k, **scales)),
         (ClipLoss(init_scale=2.0)(q, k), clip_loss(q, k, LogitScale(2.0)())),
         (ClipLoss(init_scale=2.0, max_scale=2.0)(q, k), clip_loss(q, k, LogitScale(2.0, 2.0)())),
