@@ -44,7 +44,7 @@ def temperature(where: str, temperature: object, scale: object, normalize: bool)
     """A temperature that looks like a scale, or the other way round. Rows that are not normalised have logits of any size."""
     name, given = ("temperature", temperature) if scale is None else ("scale", scale)
     number = _number(given) if normalize and checks.debugging() else None
-    if number is None or not number > 0:
+    if number is None or not 0 < number < torch.inf:
         return
     if scale is None and number > 1 / _FLAT:
         _warn(where, name, f"temperature is {number:g}, which looks like a scale; scale = 1 / temperature: give scale={number:g}")

@@ -245,6 +245,8 @@ def sup_con(
     checks.choice(where, "unlabelled", unlabelled, ("alone", "own_views"))
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
+    if mask is not None and unlabelled == "own_views":
+        raise ValueError(f"{where}: unlabelled='own_views' is about labels, and there is a mask: mask.fill_diagonal_(True) says the same")
     anchors = examples * (1 if views == "one" else n_views)
     checks.reduction(where, reduction, anchors)
     labels = relations.labels(where, labels, features)

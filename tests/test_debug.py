@@ -185,6 +185,8 @@ def test_what_looks_right_is_quiet(name: str) -> None:
         entry, given = ENTRIES[name], ENTRIES[name].arguments()
         for number in (0.01, 0.07, 0.5, 1.0, 5.0) if entry.scale == "temperature" else (5.0, 14.3, 100.0):
             assert warned(lambda number=number: entry.function(**(given | {entry.scale: number})))[1] == []
+            if entry.scale == "temperature":
+                assert warned(lambda number=number: entry.function(**given, scale=1 / number))[1] == []
         far = {entry.scale: 30.0 if entry.scale == "temperature" else 0.1, "normalize": False}
         assert warned(lambda: entry.function(**(given | far)))[1] == []
         for ids in ([3, -1, 3, -1, 4, 4], [2**63 - 1, 5, 2**63 - 1, -1, 5, 5]):
