@@ -220,7 +220,7 @@ def sup_con(
     features      (B, V, D): V views of B examples, or (N, D): one view; s = cos / temperature
     labels        integers (B,) or (N,): equal labels are positives, and a negative label is none
     mask          bool (B, B) or (N, N) instead of labels: mask[i, j] makes example j a positive of example i; mask[i, i] its own other
-                  views. Without both, the other views of the same example are its positives (SimCLR), of which there must be one
+                  views. Without both, the other views of the same example are its positives (SimCLR): there must be some
     unlabelled    an example with a negative label: "alone": nothing is its positive, not even its other views;
                   "own_views": those are, as without labels. It is a negative of all others either way
     views         "all": every view of every example is an anchor; "one": only view 0 is

@@ -168,6 +168,9 @@ def test_sup_con_whose_unlabelled_examples_keep_their_views(n_views: int, varian
     same(found, lambda: fastnce.sup_con(x, mask=alone[:, None] == alone, **options), x)
     module = fastnce.SupConLoss(unlabelled="own_views", **options)
     same(lambda: module(x, labels), lambda: fastnce.sup_con(x, alone, **options), x)
+    # As many different labels as there is room for: none of them may become that of the unlabelled example.
+    crowded = lambda: fastnce.sup_con(x, torch.arange(-1, 7), unlabelled="own_views", **options)  # noqa: E731
+    same(crowded, lambda: fastnce.sup_con(x, torch.arange(8), **options), x)
     kept = found().view(-1, 8)
     assert kept[:, labels < 0].any() == (n_views > 1)
     torch.testing.assert_close(kept[:, labels >= 0], fastnce.sup_con(x, labels, **options).view(-1, 8)[:, labels >= 0])

@@ -284,6 +284,13 @@ def test_what_a_message_says_was_missing_is_missing() -> None:
         lambda: clip_loss(A, B, 9.0, image_ids=ids, text_ids=LABELS): "image_ids batch_size (6) to match image batch_size (16)",
         lambda: clip_loss(A[:6], B, 9.0): "without image_ids and text_ids",
         lambda: clip_loss(A[:6], B, 9.0, image_ids=ids, text_ids=LABELS, reduction="none"): "weight and reduction='none' are",
+        lambda: clip_loss(A, B, 9.0, aligned=False, image_ids=LABELS, text_ids=LABELS, weight=torch.ones(16)): "weight and reduction",
+        lambda: clip_loss(
+            A[:6], B, 9.0, image_ids=ids, text_ids=LABELS, exclude_image_ids=ids, exclude_text_ids=LABELS
+        ): "exclude_image_ids and exclude_text_ids leave only the pair of row i and row i, and by ids alone",
+        lambda: clip_loss(
+            A, B, 9.0, aligned=False, image_ids=LABELS, text_ids=LABELS, exclude_image_ids=LABELS, exclude_text_ids=LABELS
+        ): "exclude_image_ids and exclude_text_ids leave only the pair of row i and row i, and by ids alone",
         lambda: clip_loss(A, B, 9.0, aligned=False, image_ids=LABELS): "text_ids is missing",
         lambda: clip_loss(A, B, 9.0, aligned=False): "give both of them, or ...without aligned=False",
         lambda: clip_loss(A[:6], B, 9.0, aligned=True, image_ids=ids, text_ids=LABELS): "as many of both",
