@@ -1,19 +1,19 @@
-"""torch.library operators and the autograd.Function over them. No arithmetic.
+"""torch.library operators and their derivatives. No arithmetic.
 
-The construction is the one that refuses every derivative it cannot give: a second derivative raises instead of silently dropping terms
-(which a plain autograd.Function, or once_differentiable, would do) and forward-mode raises instead of returning zeros (which custom_op with
+The operators themselves are differentiable: whoever calls one, in a traced graph or by hand, gets its gradient or an error, never a silent
+zero. The construction refuses every derivative it cannot give: a second derivative raises instead of dropping terms (which a plain
+autograd.Function, or once_differentiable, would do) and forward mode raises instead of returning zeros (which custom_op with
 register_autograd would do).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends
 from fastnce.backends._gpu import rows
@@ -74,112 +74,180 @@ class Arguments(NamedTuple):
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
-    learning = torch.is_grad_enabled() and problem.q.requires_grad
-    problem = problem._replace(frozen=learning and problem.k is not None and not problem.k.requires_grad)
-    arguments = Arguments.of(problem, backend)
-    if torch.compiler.is_compiling():
-        # Dynamo traces neither a Function that defines jvp nor one whose inputs need no gradient.
-        tensors = (problem.q, problem.k, problem.scale, problem.bias)
-        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        flat = _Statistics.apply(*arguments) if differentiable else torch.ops.fastnce.forward(*arguments)
-    else:
-        flat = _RefusesForwardMode.apply(*arguments)
+    # Where no gradient is recorded nobody will ask for one; elsewhere the operator finds out who will.
+    arguments = Arguments.of(problem._replace(frozen=torch.is_grad_enabled()), backend)
+    flat = torch.ops.fastnce.forward(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
 
 
-class _Statistics(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*flat: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.fastnce.forward(*flat))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        args = Arguments(*inputs)
-        per_side = FIELDS if args.metrics else WITHOUT_METRICS
-        ctx.per_side, ctx.flags = per_side, inputs[_TENSORS:]
-        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
-        ctx.save_for_backward(*inputs[:_TENSORS], *vectors)
-        ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
-        differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
-        wanted = list(ctx.needs_input_grad[:4])
-        found = torch.ops.fastnce.backward(differentiable, list(vectors), wanted, *tensors, *ctx.flags)
-        if torch.is_grad_enabled():
-            found = _FirstOrderOnly.apply(*found, *tensors[:4])
-        given = tuple(g if wanted[i] else None for i, g in enumerate(found))
-        return given + (None,) * (len(ctx.needs_input_grad) - len(given))
+# Derivatives ----------------------------------------------------------------------------------------------------------------------------
+#
+# An operator's Autograd kernel runs wherever the operator runs: in eager mode, in each level of torch.func's transforms, and where AOT
+# autograd traces what Dynamo has left alone. It applies a Function, whose forward hands the call to the next level below. (Called by
+# Dynamo, a Function would have to trust requires_grad, which is False there for tensors of a torch.func transform.)
 
 
-class _RefusesForwardMode(_Statistics):
-    """The same with a message of our own for forward mode."""
+class _Below(NamedTuple):
+    """The rest of a dispatch: the operator's kernels under this one, with the modes that this level was called in. A Function turns those
+    off for its own level, and the levels below would lose their derivatives."""
+
+    operator: Any
+    keys: Any
+    backward_mode: bool
+    forward_mode: bool
+
+    def __call__(self, *args: Any) -> Any:
+        with (
+            torch.set_grad_enabled(self.backward_mode),
+            torch.autograd.forward_ad._set_fwd_grad_enabled(self.forward_mode),
+            torch._C._AutoDispatchBelowAutograd(),
+        ):
+            return self.operator.redispatch(self.keys & torch._C._after_autograd_keyset, *args)
+
+
+class _Derivative(_SingleLevelFunction):
+    """A Function of one level, below the torch.func transforms that autograd.Function.apply would look for. forward mode raises."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError("fastnce: forward-mode derivatives (jvp) are not implemented; use reverse mode (backward, func.grad)")
 
-
-# Function.apply binds its arguments through inspect.signature at every call: 20 us, unless the answer is stored where it looks first.
-_Statistics.forward.__signature__ = inspect.signature(_Statistics.forward)  # type: ignore[attr-defined]
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity on the gradients; differentiating it once more raises. The inputs are arguments so that it is part of their graph."""
-
-    generate_vmap_rule = True
+    @staticmethod
+    def keep(ctx: Any, *tensors: Tensor | None) -> None:
+        """Save tensors for backward. save_for_backward watches for changes by their version; tensors of inference mode have none, and it
+        refuses them: the context holds those as they are."""
+        ctx.unwatched = [t if t is not None and t.is_inference() else None for t in tensors]
+        ctx.save_for_backward(*(None if u is not None else t for t, u in zip(tensors, ctx.unwatched, strict=True)))
 
     @staticmethod
-    def forward(dq: Tensor, dk: Tensor, dscale: Tensor, dbias: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in (dq, dk, dscale, dbias))
+    def kept(ctx: Any) -> list[Any]:
+        return [t if u is None else u for t, u in zip(ctx.saved_tensors, ctx.unwatched, strict=True)]
+
+
+class _Statistics(_Derivative):
+    @staticmethod
+    def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, ...]:
+        output = tuple(below(*flat))
+        per_side = FIELDS if Arguments(*flat).metrics else WITHOUT_METRICS
+        ctx.per_side, ctx.flags = per_side, flat[_TENSORS:]
+        vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
+        _Derivative.keep(ctx, *flat[:_TENSORS], *vectors)
+        ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
+        return output
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = _Derivative.kept(ctx)
+        tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
+        differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
+        wanted = list(ctx.needs_input_grad[1:5])
+        found = torch.ops.fastnce.backward(differentiable, vectors, wanted, *tensors, *ctx.flags)
+        given = tuple(g if wanted[i] else None for i, g in enumerate(found))
+        return (None, *given) + (None,) * (len(ctx.needs_input_grad) - 1 - len(given))
+
+
+class _Log1pLoss(_Derivative):
+    """log(1 + exp(lse_neg - pos)) of every row, by one launch each way instead of three."""
+
+    @staticmethod
+    def forward(ctx: Any, below: _Below, lse_neg: Tensor, pos: Tensor) -> Tensor:
+        _Derivative.keep(ctx, lse_neg, pos)
+        return below(lse_neg, pos)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+        found = torch.ops.fastnce.log1p_loss_backward(*_Derivative.kept(ctx), grad)
+        return None, found, -found
+
+
+class _Gradients(_Derivative):
+    """What an operator for a gradient returns; differentiating it once more raises. Lists among the arguments come flat, `lengths` says
+    how: a Function sees only tensors of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, below: _Below, lengths: Sequence[int | None], *flat: Any) -> Any:
+        rest = iter(flat)
+        return below(*(next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
-            "write the loss as dense torch operations where you need it"
-        )
+        raise _no_second_derivative()
 
 
-class _Log1pLoss(torch.autograd.Function):
-    """log(1 + exp(lse_neg - pos)) of every row, by one launch each way instead of three."""
+def _single_level(function: type[_Derivative], *args: Any) -> Any:
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Under a transform torch wants to hear that somebody knows what a Function of a single level is.
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return function.apply(*args)
+
+
+def _below(operator: Any, keys: Any) -> _Below:
+    return _Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+
+
+def _differentiable_forward(keys: Any, *flat: Any) -> list[Tensor]:
+    args = Arguments(*flat)
+    if torch.is_grad_enabled():
+        # Under a transform the levels below may ask for the gradient of k too.
+        alone = args.k is not None and args.q.requires_grad and not args.k.requires_grad
+        args = args._replace(frozen=args.frozen and alone and not torch._C._are_functorch_transforms_active())
+    return list(_single_level(_Statistics, _below(torch.ops.fastnce.forward.default, keys), *args))
+
+
+def _differentiable_log1p_loss(keys: Any, lse_neg: Tensor, pos: Tensor) -> Tensor:
+    found: Tensor = _single_level(_Log1pLoss, _below(torch.ops.fastnce.log1p_loss.default, keys), lse_neg, pos)
+    return found
+
+
+def _once(operator: Any) -> Callable[..., Any]:
+    """The Autograd kernel of an operator that is a gradient itself."""
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        lists = [isinstance(a, list | tuple) for a in args]
+        lengths = [len(a) if many else None for a, many in zip(args, lists, strict=True)]
+        flat = [x for a, many in zip(args, lists, strict=True) for x in (a if many else [a])]
+        return _single_level(_Gradients, _below(operator, keys), lengths, *flat)
+
+    return kernel
+
+
+def _no_second_derivative() -> RuntimeError:
+    return RuntimeError(
+        "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+        "write the loss as dense torch operations where you need it"
+    )
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity on a gradient; differentiating it once more raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(lse_neg: Tensor, pos: Tensor) -> Tensor:
-        return torch.ops.fastnce.log1p_loss(lse_neg, pos)
+    def forward(grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        found = first_order_only(torch.ops.fastnce.log1p_loss_backward(*ctx.saved_tensors, grad))
-        return found, -found
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise _no_second_derivative()
+
+
+def first_order_only(grad: Tensor) -> Tensor:
+    """A gradient as it is; differentiating it once more raises."""
+    return _FirstOrderOnly.apply(grad) if torch.is_grad_enabled() else grad
 
 
 def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
     """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
     served = not torch.compiler.is_compiling() and rows.compiled(lse_neg)
-    return _Log1pLoss.apply(lse_neg, pos) if served else None
-
-
-def first_order_only(grad: Tensor) -> Tensor:
-    """A gradient as it is; differentiating it once more raises."""
-    if not torch.is_grad_enabled():
-        return grad
-    nothing = grad.new_empty(0)
-    return _FirstOrderOnly.apply(grad, nothing, nothing, nothing)[0]
+    return torch.ops.fastnce.log1p_loss(lse_neg, pos) if served else None
 
 
 def _forward(*flat: Any) -> list[Tensor]:
@@ -244,6 +312,9 @@ for _name, _run, _fake in (
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
 ):
+    _operator = getattr(torch.ops.fastnce, _name)
+    _derivative = {"forward": _differentiable_forward, "log1p_loss": _differentiable_log1p_loss}.get(_name) or _once(_operator.default)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
+    _library.impl(_name, _derivative, "Autograd", with_keyset=True)
     torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(getattr(torch.ops.fastnce, _name)), lib=_library)
+    torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(_operator), lib=_library)
