@@ -27,11 +27,17 @@ _PROBLEM = (
     "bool frozen, str backend"
 )
 _TENSORS = 10  # of the arguments above, the first are tensors
+# One argument per vector, not lists of them: for the batched gradients of torch.autograd (is_grads_batched), torch repeats an operator by
+# itself where no argument is a list of tensors.
+_GRADS, _STATS = (
+    ", ".join(f"Tensor? {side}_{field}" for side in ("rows", "columns") for field in fields)
+    for fields in (SideGrad._fields, Side._fields[:WITHOUT_METRICS])
+)
 
 _library = torch.library.Library("fastnce", "DEF")
 _library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    f"backward(Tensor[] grads, Tensor[] stats, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"backward({_GRADS}, {_STATS}, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -70,6 +76,26 @@ class Arguments(NamedTuple):
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
         flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen)
         return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
+
+
+class Request(NamedTuple):
+    """What backward is asked: vectors of the rows, then of the columns, which are None where not two_sided."""
+
+    grads: Sequence[Tensor]
+    stats: Sequence[Tensor]
+    wanted: Sequence[bool]
+    of: Arguments
+
+    @staticmethod
+    def read(flat: Sequence[Any]) -> Request:
+        grads, stats = 2 * DIFFERENTIABLE, 2 * WITHOUT_METRICS
+        return Request(flat[:grads], flat[grads : grads + stats], flat[grads + stats], Arguments(*flat[grads + stats + 1 :]))
+
+    def flat(self) -> list[Any]:
+        def two(vectors: Sequence[Tensor], per_side: int) -> list[Tensor | None]:
+            return [*vectors, *[None] * (2 * per_side - len(vectors))]
+
+        return [*two(self.grads, DIFFERENTIABLE), *two(self.stats, WITHOUT_METRICS), self.wanted, *self.of]
 
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
@@ -141,7 +167,8 @@ class _Statistics(_Derivative):
         tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[1:5])
-        found = torch.ops.fastnce.backward(differentiable, vectors, wanted, *tensors, *ctx.flags)
+        request = Request(differentiable, vectors, wanted, Arguments(*tensors, *ctx.flags))
+        found = torch.ops.fastnce.backward(*request.flat())
         given = tuple(g if wanted[i] else None for i, g in enumerate(found))
         return (None, *given) + (None,) * (len(ctx.needs_input_grad) - 1 - len(given))
 
@@ -161,13 +188,11 @@ class _Log1pLoss(_Derivative):
 
 
 class _Gradients(_Derivative):
-    """What an operator for a gradient returns; differentiating it once more raises. Lists among the arguments come flat, `lengths` says
-    how: a Function sees only tensors of its own."""
+    """What an operator for a gradient returns; differentiating it once more raises."""
 
     @staticmethod
-    def forward(ctx: Any, below: _Below, lengths: Sequence[int | None], *flat: Any) -> Any:
-        rest = iter(flat)
-        return below(*(next(rest) if n is None else [next(rest) for _ in range(n)] for n in lengths))
+    def forward(ctx: Any, below: _Below, *args: Any) -> Any:
+        return below(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -176,12 +201,12 @@ class _Gradients(_Derivative):
 
 def _single_level(function: type[_Derivative], *args: Any) -> Any:
     if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return function.apply(*args)  # type: ignore[attr-defined]
     # Under a transform torch wants to hear that somebody knows what a Function of a single level is.
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return function.apply(*args)
+        return function.apply(*args)  # type: ignore[attr-defined]
 
 
 def _below(operator: Any, keys: Any) -> _Below:
@@ -204,14 +229,7 @@ def _differentiable_log1p_loss(keys: Any, lse_neg: Tensor, pos: Tensor) -> Tenso
 
 def _once(operator: Any) -> Callable[..., Any]:
     """The Autograd kernel of an operator that is a gradient itself."""
-
-    def kernel(keys: Any, *args: Any) -> Any:
-        lists = [isinstance(a, list | tuple) for a in args]
-        lengths = [len(a) if many else None for a, many in zip(args, lists, strict=True)]
-        flat = [x for a, many in zip(args, lists, strict=True) for x in (a if many else [a])]
-        return _single_level(_Gradients, _below(operator, keys), lengths, *flat)
-
-    return kernel
+    return lambda keys, *args: _single_level(_Gradients, _below(operator, keys), *args)
 
 
 def _no_second_derivative() -> RuntimeError:
@@ -257,8 +275,8 @@ def _forward(*flat: Any) -> list[Tensor]:
     return [vector for side in found for vector in side if vector is not None]
 
 
-def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    args = Arguments(*flat)
+def _backward(*given: Any) -> tuple[Tensor, ...]:
+    grads, stats, wanted, args = Request.read(given)
     problem = args.problem()
     with no_autocast(args.q):
         found = backends.BACKENDS[args.backend].backward(
@@ -283,8 +301,8 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     return out
 
 
-def _fake_backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    args = Arguments(*flat)
+def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
+    _, _, wanted, args = Request.read(given)
     like = (args.q, args.k, args.scale, args.scale)
     return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
 
