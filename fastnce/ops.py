@@ -153,9 +153,14 @@ class _Derivative(_SingleLevelFunction):
 class _Statistics(_Derivative):
     @staticmethod
     def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, ...]:
-        output = tuple(below(*flat))
-        per_side = FIELDS if Arguments(*flat).metrics else WITHOUT_METRICS
-        ctx.per_side, ctx.flags = per_side, flat[_TENSORS:]
+        args = Arguments(*flat)
+        if below.backward_mode:
+            # Under a transform the levels below may ask for the gradient of k too.
+            alone = args.k is not None and args.q.requires_grad and not args.k.requires_grad
+            args = args._replace(frozen=args.frozen and alone and not torch._C._are_functorch_transforms_active())
+        output = tuple(below(*args))
+        per_side = FIELDS if args.metrics else WITHOUT_METRICS
+        ctx.per_side, ctx.flags = per_side, args[_TENSORS:]
         vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
         _Derivative.keep(ctx, *flat[:_TENSORS], *vectors)
         ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
@@ -199,37 +204,18 @@ class _Gradients(_Derivative):
         raise _no_second_derivative()
 
 
-def _single_level(function: type[_Derivative], *args: Any) -> Any:
-    if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)  # type: ignore[attr-defined]
-    # Under a transform torch wants to hear that somebody knows what a Function of a single level is.
-    from torch._functorch.autograd_function import enable_single_level_autograd_function
+def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[..., Any]:
+    def kernel(keys: Any, *args: Any) -> Any:
+        below = _Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+        if not torch._C._are_functorch_transforms_active():
+            return derivative.apply(below, *args)  # type: ignore[attr-defined]
+        # Under a transform torch wants to hear that somebody knows what a Function of a single level is.
+        from torch._functorch.autograd_function import enable_single_level_autograd_function
 
-    with enable_single_level_autograd_function():
-        return function.apply(*args)  # type: ignore[attr-defined]
+        with enable_single_level_autograd_function():
+            return derivative.apply(below, *args)  # type: ignore[attr-defined]
 
-
-def _below(operator: Any, keys: Any) -> _Below:
-    return _Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
-
-
-def _differentiable_forward(keys: Any, *flat: Any) -> list[Tensor]:
-    args = Arguments(*flat)
-    if torch.is_grad_enabled():
-        # Under a transform the levels below may ask for the gradient of k too.
-        alone = args.k is not None and args.q.requires_grad and not args.k.requires_grad
-        args = args._replace(frozen=args.frozen and alone and not torch._C._are_functorch_transforms_active())
-    return list(_single_level(_Statistics, _below(torch.ops.fastnce.forward.default, keys), *args))
-
-
-def _differentiable_log1p_loss(keys: Any, lse_neg: Tensor, pos: Tensor) -> Tensor:
-    found: Tensor = _single_level(_Log1pLoss, _below(torch.ops.fastnce.log1p_loss.default, keys), lse_neg, pos)
-    return found
-
-
-def _once(operator: Any) -> Callable[..., Any]:
-    """The Autograd kernel of an operator that is a gradient itself."""
-    return lambda keys, *args: _single_level(_Gradients, _below(operator, keys), *args)
+    return kernel
 
 
 def _no_second_derivative() -> RuntimeError:
@@ -324,15 +310,14 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _run, _fake in (
-    ("forward", _forward, _fake_forward),
-    ("backward", _backward, _fake_backward),
-    ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
-    ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
+for _name, _run, _fake, _derivative in (
+    ("forward", _forward, _fake_forward, _Statistics),
+    ("backward", _backward, _fake_backward, _Gradients),
+    ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
+    ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):
     _operator = getattr(torch.ops.fastnce, _name)
-    _derivative = {"forward": _differentiable_forward, "log1p_loss": _differentiable_log1p_loss}.get(_name) or _once(_operator.default)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _derivative, "Autograd", with_keyset=True)
+    _library.impl(_name, _autograd_kernel(_operator.default, _derivative), "Autograd", with_keyset=True)
     torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(_operator), lib=_library)
