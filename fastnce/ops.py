@@ -40,6 +40,7 @@ _library.define(
     f"backward({_GRADS}, {_STATS}, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -197,11 +198,16 @@ class _Gradients(_Derivative):
 
     @staticmethod
     def forward(ctx: Any, below: _Below, *args: Any) -> Any:
+        _Derivative.keep(ctx, *(x if isinstance(x, Tensor) else None for x in args))
         return below(*args)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise _no_second_derivative()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Raised by an operator, which a traced graph meets when it runs: AOT autograd traces the second derivative of every gradient that
+        # leaves the graph, whether or not somebody will ask for it.
+        asked = torch.stack([(g != 0).any() for g in grads]).any()
+        wanted = zip(_Derivative.kept(ctx), ctx.needs_input_grad[1:], strict=True)
+        return (None, *(torch.ops.fastnce.second_derivative(asked, x) if want else None for x, want in wanted))
 
 
 def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[..., Any]:
@@ -216,13 +222,6 @@ def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[.
             return derivative.apply(below, *args)  # type: ignore[attr-defined]
 
     return kernel
-
-
-def _no_second_derivative() -> RuntimeError:
-    return RuntimeError(
-        "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
-        "write the loss as dense torch operations where you need it"
-    )
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -274,6 +273,20 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
 
 
+def _second_derivative(asked: Tensor, x: Tensor) -> Tensor:
+    """0 for x unless asked: what came down for a gradient that was not differentiated is 0, and so is what goes on. Otherwise it raises."""
+    if not asked.is_meta and bool(asked):
+        raise _no_second_derivative()
+    return torch.zeros_like(x)
+
+
+def _no_second_derivative() -> RuntimeError:
+    return RuntimeError(
+        "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+        "write the loss as dense torch operations where you need it"
+    )
+
+
 def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     problem, out = args.problem(), []
@@ -303,6 +316,8 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
+        if isinstance(runs[0], Tensor):
+            return torch.stack(runs), 0
         stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
         kind = type(runs[0])
         return kind(stacked), kind([0] * len(stacked))
@@ -313,6 +328,7 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _run, _fake, _derivative in (
     ("forward", _forward, _fake_forward, _Statistics),
     ("backward", _backward, _fake_backward, _Gradients),
+    ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):
