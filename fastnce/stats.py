@@ -205,7 +205,7 @@ def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, normalize: bool, rows:
     keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
     """
     dtype = compute_dtype(q.dtype)
-    q, keys, scale = q.to(dtype), keys.to(dtype), valid_scale(scale)
+    q, keys, scale = checks.savable(q.to(dtype)), checks.savable(keys.to(dtype)), valid_scale(scale)
     if normalize:
         q = q * inverse_norms(q)[:, None]
     # Not bmm: under autocast it, or its backward, would round to half precision.
