@@ -15,23 +15,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fastnce import backends
+from fastnce import backends, listed
 from fastnce.backends._gpu import rows
-from fastnce.norms import no_autocast, vector_dtype
+from fastnce.norms import compute_dtype, no_autocast, vector_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
 
 _PROBLEM = (
     "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
-    "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, "
-    "bool frozen, str backend"
+    "Tensor? mask, Tensor? threshold, Tensor? q_wide, Tensor? k_wide, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
+    "bool metrics, bool frozen, str backend"
 )
-_TENSORS = 10  # of the arguments above, the first are tensors
+_TENSORS = 12  # of the arguments above, the first are tensors
+_WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
 
 _library = torch.library.Library("fastnce", "DEF")
 _library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
     f"backward(Tensor[] grads, Tensor[] stats, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "listed(Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, "
+    "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,6 +61,8 @@ class Arguments(NamedTuple):
     k_exclude: Tensor | None
     mask: Tensor | None
     threshold: Tensor | None
+    q_wide: Tensor | None
+    k_wide: Tensor | None
     offset: int | None
     exclude_self: bool
     two_sided: bool
@@ -64,11 +76,11 @@ class Arguments(NamedTuple):
         p, rules = problem, problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
         flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
-        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, rules.offset, *flags, backend)
+        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, p.q_wide, p.k_wide, rules.offset, *flags, backend)
 
     def problem(self) -> Problem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
-        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen)
+        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen, self.q_wide, self.k_wide)
         return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
 
 
@@ -112,8 +124,11 @@ class _Statistics(torch.autograd.Function):
         found = torch.ops.fastnce.backward(differentiable, list(vectors), wanted, *tensors, *ctx.flags)
         if torch.is_grad_enabled():
             found = _FirstOrderOnly.apply(*found, *tensors[:4])
-        given = tuple(g if wanted[i] else None for i, g in enumerate(found))
-        return given + (None,) * (len(ctx.needs_input_grad) - len(given))
+        given = [g if wanted[i] else None for i, g in enumerate(found)] + [None] * (len(ctx.needs_input_grad) - len(found))
+        for feature, wide in enumerate(_WIDE):
+            if tensors[wide] is not None:
+                given[wide], given[feature] = given[feature], None
+        return tuple(given)
 
 
 class _RefusesForwardMode(_Statistics):
@@ -182,6 +197,88 @@ def first_order_only(grad: Tensor) -> Tensor:
     return _FirstOrderOnly.apply(grad, nothing, nothing, nothing)[0]
 
 
+# Logits that are listed one by one
+
+
+class Listed(NamedTuple):
+    """The arguments of the operator fastnce::listed, and the last ones of its backward."""
+
+    q: Tensor
+    keys: Tensor
+    rows: Tensor | None
+    scale: Tensor
+    q_wide: Tensor | None
+    keys_wide: Tensor | None
+    normalize: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gradients are of: stand-ins where there are any."""
+        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
+
+
+def listed_logits(arguments: Listed) -> Tensor:
+    """The differentiable logits of listed.forward."""
+    s, _ = (_Listed if torch.compiler.is_compiling() else _ListedRefusesForwardMode).apply(*arguments)
+    return s
+
+
+class _Listed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.fastnce.listed(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output, *inputs[:-1])
+        ctx.normalize = inputs[-1]
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        s, r, q, keys, rows, scale, q_wide, keys_wide = ctx.saved_tensors
+        arguments = Listed(q, keys, rows, scale, q_wide, keys_wide, ctx.normalize)
+        wanted = [ctx.needs_input_grad[n] for n in (0, 1, 3)]
+        found = torch.ops.fastnce.listed_backward(grad, s, r, wanted, *arguments)
+        if torch.is_grad_enabled():
+            found = _FirstOrderOnly.apply(*found, s.new_empty(0), q, keys, scale)
+        dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=False))
+        dq, dq_wide = (dq, None) if q_wide is None else (None, dq)
+        dkeys, dkeys_wide = (dkeys, None) if keys_wide is None else (None, dkeys)
+        return dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
+
+
+class _ListedRefusesForwardMode(_Listed):
+    jvp = staticmethod(_RefusesForwardMode.jvp)
+
+
+def _listed(*flat: Any) -> tuple[Tensor, Tensor]:
+    a = Listed(*flat)
+    with no_autocast(a.q):
+        return listed.forward(a.q, a.keys, a.rows, a.scale, a.normalize)
+
+
+def _fake_listed(*flat: Any) -> tuple[Tensor, Tensor]:
+    a = Listed(*flat)
+    s = a.keys.new_empty(a.keys.shape[:-1], dtype=compute_dtype(a.q.dtype))
+    return s, s.new_empty(s.shape if a.normalize else 0)
+
+
+def _listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    a = Listed(*flat)
+    q, keys, _ = a.differentiable
+    with no_autocast(a.q):
+        found = listed.backward(grad, s, r, a.q, a.keys, a.rows, a.scale, a.normalize, wanted, (q.dtype, keys.dtype))
+    return tuple(a.q.new_empty(0) if g is None else g for g in found)
+
+
+def _fake_listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    a = Listed(*flat)
+    return tuple(t.new_empty(t.shape) if want else a.q.new_empty(0) for t, want in zip(a.differentiable, wanted, strict=True))
+
+
 def _forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     with no_autocast(args.q):
@@ -217,7 +314,8 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
 
 def _fake_backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
     args = Arguments(*flat)
-    like = (args.q, args.k, args.scale, args.scale)
+    wide = [t if w is None else w for t, w in ((args.q, args.q_wide), (args.k, args.k_wide))]
+    like = (*wide, args.scale, args.scale)
     return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
 
 
@@ -241,6 +339,8 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _run, _fake in (
     ("forward", _forward, _fake_forward),
     ("backward", _backward, _fake_backward),
+    ("listed", _listed, _fake_listed),
+    ("listed_backward", _listed_backward, _fake_listed_backward),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
 ):
