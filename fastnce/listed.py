@@ -16,10 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
+from fastnce.norms import compute_dtype, inverse, inverse_norms, valid_scale, vector_dtype
 
 
 def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -28,21 +29,22 @@ def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normali
     q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
     a key of row M is nobody's: its logit is 0
     """
-    q_hat, _ = _queries(q, normalize)
+    q_hat, _ = _unit(q, normalize)
     scale = valid_scale(scale)
     if _shared(keys):
-        k_hat, r = _queries(keys[0], normalize)
-        s = (q_hat[:-1] @ k_hat[:-1].T) * scale
+        k_hat, r = _unit(keys[0], normalize)
+        s = (q_hat @ k_hat.T) * scale
         return s, s.new_empty(0) if r is None else r.expand(s.shape).contiguous()
     s = q_hat.new_empty(keys.shape[:-1])
-    r = torch.empty_like(s) if normalize else s.new_empty(0)
+    norms = torch.empty_like(s) if normalize else s.new_empty(0)
     for piece in _pieces(q_hat, keys, rows, False):
-        dots = piece.dots()
+        s[piece.at] = piece.dots()
         if normalize:
-            r[piece.at] = inverse_norms(piece.keys)
-            dots *= r[piece.at]
-        s[piece.at] = dots
-    return s.mul_(scale), r
+            norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
+    if not normalize:
+        return s.mul_(scale), norms
+    r = inverse(norms)
+    return s.mul_(r).mul_(scale), r
 
 
 def backward(
@@ -58,14 +60,15 @@ def backward(
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dL/d(q, keys, scale), the first two in these dtypes, from g = dL/ds and the results of forward."""
-    q_hat, r_q = _queries(q, normalize)
+    q_hat, r_q = _unit(q, normalize)
     due = g * valid_scale(scale)
     dscale = ((g * s).sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
     # Row M is nobody's. One query's sum over a list of any length is in float64: the order of index_put is that of the list.
-    dq_hat = q_hat.new_zeros(q_hat.shape, dtype=q_hat.dtype if rows is None else vector_dtype(q))
+    shape, dtype = (q.shape, q_hat.dtype) if rows is None else ((len(q) + 1, q.shape[1]), vector_dtype(q))
+    dq_hat = q_hat.new_zeros(shape if wanted[0] else 0, dtype=dtype)
     dkeys = keys.new_empty(keys.shape, dtype=dtypes[1]) if wanted[1] else None
-    if dkeys is None and _shared(keys):
-        dq_hat[:-1] = due @ _queries(keys[0], normalize)[0][:-1]
+    if wanted[0] and dkeys is None and _shared(keys):
+        dq_hat = due @ _unit(keys[0], normalize)[0]
     elif wanted[0] or dkeys is not None:
         by_key, radial = (due * r, g * s) if normalize else (due, None)
         for piece in _pieces(q_hat, keys, rows, dkeys is not None):
@@ -83,10 +86,9 @@ def backward(
                 dkeys[at] = due[at][..., None] * piece.queries
     if not wanted[0]:
         return None, dkeys, dscale
-    dq = dq_hat[:-1].to(q_hat.dtype)
+    dq = dq_hat[: len(q)].to(q_hat.dtype)
     if r_q is not None:
-        unit = q_hat[:-1]
-        dq = r_q[:, None] * (dq - unit * (unit * dq).sum(1, keepdim=True))
+        dq = dq.addcmul_(q_hat, (q_hat * dq).sum(1, keepdim=True).neg_()).mul_(r_q[:, None])
     return dq.to(dtypes[0]), dkeys, dscale
 
 
@@ -130,6 +132,8 @@ def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) ->
         return _Piece(at, own, queries, scratch, batched)
 
     if rows is not None:
+        # Row M, for keys that are nobody's.
+        q_hat = F.pad(q_hat, (0, 0, 0, 1))
         for start in range(0, len(keys), max(most, 1)):
             own = slice(start, start + most)
             yield piece((own,), q_hat[rows[own]])
@@ -143,16 +147,11 @@ def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) ->
             yield piece((some, slice(k, k + across)), q_hat[some, None])
 
 
-def _queries(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Normalised rows and a row of zeros behind them, for keys that are nobody's; inverse norms."""
-    dtype = compute_dtype(x.dtype)
-    padded = x.new_zeros((len(x) + 1, x.shape[1]), dtype=dtype)
-    padded[:-1] = x
-    if not normalize:
-        return padded, None
-    r = inverse_norms(padded[:-1])
-    padded[:-1] *= r[:, None]
-    return padded, r
+def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Normalised rows in the inner precision, inverse norms; without normalize the rows as they are."""
+    x = x.to(compute_dtype(x.dtype))
+    r = inverse_norms(x) if normalize else None
+    return x if r is None else x * r[:, None], r
 
 
 def _shared(keys: Tensor) -> bool:
