@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype
+from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -187,7 +187,13 @@ def weights(where: str, value: object, rows: int, like: Tensor) -> Tensor | None
     if x.shape != (rows,):
         raise ValueError(f"{where}: weight must have shape ({rows},), one per anchor, got {tuple(x.shape)}")
     same_device(where, features=like, weight=x)
-    return x.to(compute_dtype(like.dtype))
+    return savable(x.to(compute_dtype(like.dtype)))
+
+
+def savable(x: Tensor) -> Tensor:
+    """x, or a copy where torch's own operations could not save it for backward: tensors made in inference mode."""
+    refused = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()
+    return x.clone() if refused else x
 
 
 def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = True) -> Tensor:
@@ -197,7 +203,7 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
     """
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        return torch.full((), _number(where, name, value, dtype, positive), dtype=dtype, device=like.device)
+        return _filled(_number(where, name, value, dtype, positive), like)
     if value.numel() != 1:
         raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
     if not value.dtype.is_floating_point:
@@ -212,8 +218,9 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
 def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
-    # 1 / temperature must be a number too.
-    number, largest = float(value), torch.finfo(dtype).max
+    # 1 / temperature must be a number too. Not float(value) of a float: where torch.compile traces one as a symbol, that makes a constant
+    # of it.
+    number, largest = value if isinstance(value, int | float) else float(value), torch.finfo(dtype).max
     if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
@@ -229,8 +236,18 @@ def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | No
         return scalar(where, "scale", scale, like)
     if isinstance(temperature, Tensor):
         return scalar(where, "temperature", temperature, like).reciprocal()
+    return _filled(_number(where, "temperature", temperature, compute_dtype(like.dtype), True), like, inverse=True)
+
+
+def _filled(number: float, like: Tensor, inverse: bool = False) -> Tensor:
+    """A Python number, or 1 over it, as a 0-dim tensor in the dtype of the logits."""
     dtype = compute_dtype(like.dtype)
-    return torch.full((), 1.0 / _number(where, "temperature", temperature, dtype, True), dtype=dtype, device=like.device)
+    if torch.compiler.is_compiling():
+        # A float that changes from step to step is a symbol here. Arithmetic between it and a tensor keeps it one; torch.full, and in torch
+        # 2.11 also 1.0 / number, would compile once for each value.
+        one = torch.ones((), dtype=vector_dtype(like), device=like.device)
+        return (one / number if inverse else one * number).to(dtype)
+    return torch.full((), 1.0 / number if inverse else number, dtype=dtype, device=like.device)
 
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:

@@ -7,11 +7,9 @@ precision. Gradients go to the stand-in, are added there, and are rounded once o
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from fastnce import ops
 from fastnce.norms import compute_dtype
 
 
@@ -25,31 +23,7 @@ def shared(*uses: Tensor) -> list[Tensor | None]:
     for n, x in enumerate(uses):
         same = [m for m, other in enumerate(uses) if other is x]
         if same[0] == n and len(same) > 1 and x.dtype != compute_dtype(x.dtype):
-            stand_in = (_Wide if torch.compiler.is_compiling() else _WideWithForwardMode).apply(x)
+            stand_in = ops.wide(x)
             for m in same:
                 found[m] = stand_in.view_as(stand_in)
     return found
-
-
-class _Wide(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.dtype, ctx.wide = inputs[0].dtype, output.dtype
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to(ctx.dtype)
-
-
-class _WideWithForwardMode(_Wide):
-    """The same for forward mode, which the operators refuse in their own words. Dynamo traces no Function that defines jvp."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return tangent.to(ctx.wide)

@@ -73,7 +73,7 @@ def test_opcheck(p: Case, metrics: bool) -> None:
     grads = [torch.randn_like(v) for i, v in enumerate(out) if i % per_side < 3]
     stats = [v for i, v in enumerate(out) if i % per_side < 6]
     for wanted in ([True, k is not None, True, bias is not None], [True, False, False, False]):
-        torch.library.opcheck(torch.ops.fastnce.backward.default, (grads, stats, wanted, *flat))
+        torch.library.opcheck(torch.ops.fastnce.backward.default, tuple(ops.Request(grads, stats, wanted, flat).flat()))
 
 
 def fresh_counters() -> Counter[str]:
