@@ -124,6 +124,16 @@ def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) ->
         raise ValueError(f"{where}: {value!r} is not a valid value for {name}; use one of {', '.join(map(repr, allowed))}")
 
 
+def negative_mode(where: str, value: object) -> None:
+    """unpaired or paired; ragged negatives are told by their type."""
+    if value == "ragged":
+        raise ValueError(
+            f"{where}: 'ragged' is not a valid value for negative_mode; negatives are ragged where negative_keys is a tuple "
+            "(values (T, D), offsets (M + 1,)), and negative_mode then says nothing: leave it out"
+        )
+    choice(where, "negative_mode", value, ("unpaired", "paired"))
+
+
 def reduction(where: str, value: str, rows: int) -> None:
     """none, mean or sum; a mean needs at least one row."""
     choice(where, "reduction", value, REDUCTIONS)

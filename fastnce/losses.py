@@ -13,6 +13,7 @@ from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 from fastnce.queue import NegativeQueue
+from fastnce.wide import shared as shared_uses
 
 
 def info_nce(
@@ -51,7 +52,8 @@ def info_nce(
     exclude_query_ids, exclude_key_ids   integers: keys with the query's id are no negatives (copies of the same document); its own
                                          positive_key row is kept. Key ids are one per key met: in-batch keys, then unpaired negatives.
                                          Negative ids match nothing. Row i of positive_key is a positive whatever the ids are
-    in_batch       None: only without negative_keys; True: in-batch negatives and negative_keys; False: negative_keys only
+    in_batch       None: only without negative_keys; True: in-batch negatives and negative_keys, of which there may be none (keys[:0],
+                   values (0, D)); False: negative_keys only
     symmetric      mean of query -> key and key -> query (M = N, no negative_keys), as CLIP
     return_stats   also RetrievalStats
     backend        "auto", "cpu", "reference"
@@ -68,9 +70,9 @@ def info_nce(
     checks.features(where, query=query, positive_key=positive_key)
     rows, in_batch_keys = query.shape[0], positive_key.shape[0]
     checks.reduction(where, reduction, rows)
-    checks.choice(where, "negative_mode", negative_mode, ("unpaired", "paired"))
+    checks.negative_mode(where, negative_mode)
     stats.check_backend(where, backend)
-    negatives = Negatives.of(where, negative_keys, negative_mode, query)
+    negatives = Negatives.of(where, negative_keys, negative_mode, query, may_be_none=in_batch is True)
     if negatives is None:
         query, positive_key = checks.one_dtype(where, query=query, positive_key=positive_key)
     else:
@@ -80,6 +82,9 @@ def info_nce(
         checks.values(where, normalize, **{negatives.name: keys})
     checks.values(where, normalize, query=query, positive_key=positive_key)
     use_batch = negatives is None if in_batch is None else in_batch
+    none = negatives.keys if use_batch and negatives is not None and negatives.keys.numel() == 0 else None
+    if none is not None:
+        negatives = None
     if negatives is None and not use_batch:
         raise ValueError(f"{where}: in_batch=False needs negative_keys: there would be nothing to compare with")
     if in_batch_keys < rows or (in_batch_keys != rows and not use_batch):
@@ -95,6 +100,9 @@ def info_nce(
     hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.1, query)
     weight = checks.weights(where, weight, rows, query)
+    # A loss of one part, against positive_key, or of two.
+    wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
+    first, second = wide[:2], wide[2:]
 
     shared = negatives.keys if negatives is not None and negatives.kind == "unpaired" else None
     paired = shared is None and rows == in_batch_keys
@@ -116,15 +124,20 @@ def info_nce(
 
     def problem(k: Tensor, keys: slice, offset: int | None, two_sided: bool, threshold: Tensor | None) -> Problem:
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
-        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold)
+        wide = first if offset == 0 else second
+        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *wide)
+
+    def with_none(loss: Tensor) -> Tensor:
+        """The loss; it depends on negatives that are none with a gradient of their shape."""
+        return loss if none is None else loss + none.sum(dtype=loss.dtype)
 
     if use_batch:
         in_batch_problem = problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None)
         if negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend, reduction, weight)) is not None:
-            return loss
+            return with_none(loss)
         found = stats.compute(where, in_batch_problem, backend)
     else:
-        found = one_positive(query, positive_key, scale, normalize, return_stats)
+        found = one_positive(query, positive_key, first, scale, normalize, return_stats)
     before = in_batch_keys if use_batch else 0
     if shared is not None:
         also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
@@ -136,12 +149,12 @@ def info_nce(
             also = stats.compute(where, problem(shared, slice(before, met), None, False, best), backend)
         found = stats.merge(found, also, before)
     elif negatives is not None:
-        found = stats.merge(found, negatives.statistics(query, scale, normalize, found.pos_max), before)
+        found = stats.merge(found, negatives.statistics(query, second, scale, normalize, found.pos_max), before)
     values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
         values = (values + l_out(found.columns, label[0] is None)) / 2
-    return answer(where, reduced(values, weight, reduction, query), found, scale, None, return_stats)
+    return answer(where, with_none(reduced(values, weight, reduction, query)), found, scale, None, return_stats)
 
 
 def nt_xent(
@@ -174,14 +187,15 @@ def nt_xent(
         if z0.shape[0] % 2:
             raise ValueError(f"{where}: z0 is {tuple(z0.shape)}; without z1 it holds two views, [view 0; view 1]: an even number of rows")
         checks.values(where, normalize, z0=z0)
-        z = z0
+        z, wide = z0, None
     else:
         checks.features(where, z0=z0, z1=z1)
         z0, z1 = checks.one_dtype(where, z0=z0, z1=z1)
         if z0.shape != z1.shape:
             raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
         checks.values(where, normalize, z0=z0, z1=z1)
-        z = torch.cat([z0, z1])
+        z, (wide, other) = torch.cat([z0, z1]), shared_uses(z0, z1)
+        wide = None if wide is None or other is None else torch.cat([wide, other])
     rows = z.shape[0]
     checks.reduction(where, reduction, rows)
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
@@ -189,7 +203,7 @@ def nt_xent(
     weight = checks.weights(where, weight, rows, z, rows // 2)
     hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.5, z)
-    problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats)
+    problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats, q_wide=wide)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
@@ -270,7 +284,9 @@ def sup_con(
     if views == "one" and n_views > 1:
         label = pairs.q_label
         pairs = pairs._replace(q_label=None if label is None else label[:examples], k_label=label)
-        problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, return_stats)
+        q_wide, k_wide = shared_uses(z, z)
+        wide = (None if q_wide is None else q_wide[:examples], k_wide)
+        problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, return_stats, None, False, *wide)
     else:
         problem = Problem(z, None, scale, None, pairs, False, normalize, return_stats)
     found = stats.compute(where, problem, backend)
@@ -357,7 +373,7 @@ def clip_loss(
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
     hints.logit_scale(where, logit_scale, normalize)
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
-    problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats)
+    problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats, None, False, *shared_uses(image, text))
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
@@ -408,7 +424,8 @@ def moco_loss(
     weight = checks.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, 0.07, q)
-    found = one_positive(q, k, scale, normalize, return_stats)
-    problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)
+    wide = shared_uses(q, k, q, negatives)
+    found = one_positive(q, k, wide[:2], scale, normalize, return_stats)
+    problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max, False, *wide[2:])
     found = stats.merge(found, stats.compute(where, problem, backend))
     return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, q), found, scale, None, return_stats)

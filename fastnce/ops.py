@@ -15,18 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
-from fastnce import backends
+from fastnce import backends, listed
 from fastnce.backends._gpu import rows
-from fastnce.norms import no_autocast, vector_dtype
+from fastnce.norms import compute_dtype, no_autocast, vector_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
 
 _PROBLEM = (
     "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
-    "Tensor? mask, Tensor? threshold, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, bool metrics, "
-    "bool frozen, str backend"
+    "Tensor? mask, Tensor? threshold, Tensor? q_wide, Tensor? k_wide, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
+    "bool metrics, bool frozen, str backend"
 )
-_TENSORS = 10  # of the arguments above, the first are tensors
+_TENSORS = 12  # of the arguments above, the first are tensors
+_WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
+_LISTED = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 # One argument per vector, not lists of them: for the batched gradients of torch.autograd (is_grads_batched), torch repeats an operator by
 # itself where no argument is a list of tensors.
 _GRADS, _STATS = (
@@ -41,6 +43,12 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("wide(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"listed({_LISTED}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {_LISTED}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -58,6 +66,8 @@ class Arguments(NamedTuple):
     k_exclude: Tensor | None
     mask: Tensor | None
     threshold: Tensor | None
+    q_wide: Tensor | None
+    k_wide: Tensor | None
     offset: int | None
     exclude_self: bool
     two_sided: bool
@@ -71,12 +81,34 @@ class Arguments(NamedTuple):
         p, rules = problem, problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
         flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
-        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, rules.offset, *flags, backend)
+        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, p.q_wide, p.k_wide, rules.offset, *flags, backend)
 
     def problem(self) -> Problem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
-        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen)
+        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen, self.q_wide, self.k_wide)
         return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor | None]:
+        """What the gradients of the features are of: their stand-ins, where there are any."""
+        return self.q if self.q_wide is None else self.q_wide, self.k if self.k_wide is None else self.k_wide
+
+
+class Listed(NamedTuple):
+    """The arguments of fastnce::listed, and the last ones of its backward."""
+
+    q: Tensor
+    keys: Tensor
+    rows: Tensor | None
+    scale: Tensor
+    q_wide: Tensor | None
+    keys_wide: Tensor | None
+    normalize: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gradients are of: stand-ins, where there are any."""
+        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
 
 
 class Request(NamedTuple):
@@ -105,6 +137,18 @@ def statistics(problem: Problem, backend: str) -> list[Side]:
     arguments = Arguments.of(problem._replace(frozen=torch.is_grad_enabled()), backend)
     flat = torch.ops.fastnce.forward(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
+
+
+def wide(x: Tensor) -> Tensor:
+    """A number expanded to the shape of x, in the inner precision. Its gradient, cast to the dtype of x, is that of x: see wide.py."""
+    found: Tensor = torch.ops.fastnce.wide(x)
+    return found
+
+
+def listed_logits(arguments: Listed) -> Tensor:
+    """The differentiable logits of listed.forward."""
+    s: Tensor = torch.ops.fastnce.listed(*arguments)[0]
+    return s
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------------------------
@@ -175,8 +219,43 @@ class _Statistics(_Derivative):
         wanted = list(ctx.needs_input_grad[1:5])
         request = Request(differentiable, vectors, wanted, Arguments(*tensors, *ctx.flags))
         found = torch.ops.fastnce.backward(*request.flat())
-        given = tuple(g if wanted[i] else None for i, g in enumerate(found))
-        return (None, *given) + (None,) * (len(ctx.needs_input_grad) - 1 - len(given))
+        given = [g if wanted[i] else None for i, g in enumerate(found)] + [None] * (len(ctx.needs_input_grad) - 1 - len(found))
+        for feature, wide in enumerate(_WIDE):
+            if tensors[wide] is not None:
+                given[wide], given[feature] = given[feature], None
+        return None, *given
+
+
+class _Wide(_Derivative):
+    @staticmethod
+    def forward(ctx: Any, below: _Below, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return below(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
+
+
+class _Listed(_Derivative):
+    @staticmethod
+    def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, Tensor]:
+        s, r = below(*flat)
+        ctx.normalize = flat[-1]
+        _Derivative.keep(ctx, s, r, *flat[:-1])
+        ctx.mark_non_differentiable(r)
+        return s, r
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        s, r, *tensors = _Derivative.kept(ctx)
+        arguments = Listed(*tensors, ctx.normalize)  # type: ignore[call-arg]
+        wanted = [ctx.needs_input_grad[n] for n in (1, 2, 4)]
+        found = torch.ops.fastnce.listed_backward(grad, s, r, wanted, *arguments)
+        dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=True))
+        dq, dq_wide = (dq, None) if arguments.q_wide is None else (None, dq)
+        dkeys, dkeys_wide = (dkeys, None) if arguments.keys_wide is None else (None, dkeys)
+        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
 class _Log1pLoss(_Derivative):
@@ -302,8 +381,37 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
 
 def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
     _, _, wanted, args = Request.read(given)
-    like = (args.q, args.k, args.scale, args.scale)
+    like = (*args.differentiable, args.scale, args.scale)
     return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape)
+
+
+def _listed(*flat: Any) -> tuple[Tensor, Tensor]:
+    a = Listed(*flat)
+    with no_autocast(a.q):
+        return listed.forward(a.q, a.keys, a.rows, a.scale, a.normalize)
+
+
+def _fake_listed(*flat: Any) -> tuple[Tensor, Tensor]:
+    a = Listed(*flat)
+    s = a.keys.new_empty(a.keys.shape[:-1], dtype=compute_dtype(a.q.dtype))
+    return s, s.new_empty(s.shape if a.normalize else 0)
+
+
+def _listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    a = Listed(*flat)
+    q, keys, _ = a.differentiable
+    with no_autocast(a.q):
+        found = listed.backward(grad, s, r, a.q, a.keys, a.rows, a.scale, a.normalize, wanted, (q.dtype, keys.dtype))
+    return tuple(a.q.new_empty(0) if g is None else g for g in found)
+
+
+def _fake_listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    a = Listed(*flat)
+    return tuple(t.new_empty(t.shape) if want else a.q.new_empty(0) for t, want in zip(a.differentiable, wanted, strict=True))
 
 
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,10 +424,10 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
-        if isinstance(runs[0], Tensor):
+        kind = type(runs[0])
+        if kind is Tensor:
             return torch.stack(runs), 0
         stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
-        kind = type(runs[0])
         return kind(stacked), kind([0] * len(stacked))
 
     return rule
@@ -329,6 +437,9 @@ for _name, _run, _fake, _derivative in (
     ("forward", _forward, _fake_forward, _Statistics),
     ("backward", _backward, _fake_backward, _Gradients),
     ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
+    ("wide", _wide, _wide, _Wide),
+    ("listed", _listed, _fake_listed, _Listed),
+    ("listed_backward", _listed_backward, _fake_listed_backward, _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):

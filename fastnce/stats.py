@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import backends, checks, hints, ops, relations
-from fastnce.norms import compute_dtype, inverse_norms, valid_scale
+from fastnce.norms import compute_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side
+from fastnce.wide import shared
 
 
 class ContrastiveStats(NamedTuple):
@@ -117,7 +118,9 @@ def contrastive_stats(
     hints.negative_ids(where, names, (q_label, k_label, q_exclude, k_exclude))
     scale = checks.scalar(where, "scale", scale, q)
     bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
-    found = compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
+    q_wide, k_wide = (None, None) if k is None else shared(q, k)
+    problem = Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold, q_wide=q_wide, k_wide=k_wide)
+    found = compute(where, problem, backend)
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     remedy = "; offset, labels or positive_mask say which pairs are positive" if offset is q_label is mask is None else ""
     hints.without_positive(where, found.n_pos, "rows", f": pos is 0 there and lse_pos -inf{remedy}")
@@ -135,7 +138,8 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     if problem.symmetric and pairs.mask is not None:
         # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
-        problem = problem._replace(k=problem.q.clone(), pairs=pairs)
+        q_wide, k_wide = shared(problem.q, problem.q)
+        problem = problem._replace(k=problem.q.clone(), pairs=pairs, q_wide=q_wide, k_wide=k_wide)
     found = [_public(side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
@@ -197,17 +201,3 @@ def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
     """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
     found = ops.log1p_loss(lse_neg, pos)
     return softplus(lse_neg - pos) if found is None else found
-
-
-def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, normalize: bool, rows: Tensor | None = None) -> Tensor:
-    """Logits of pairs that are listed one by one, so that there are no more of them than key rows: O(keys) memory, plain autograd.
-
-    keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
-    """
-    dtype = compute_dtype(q.dtype)
-    q, keys, scale = checks.savable(q.to(dtype)), checks.savable(keys.to(dtype)), valid_scale(scale)
-    if normalize:
-        q = q * inverse_norms(q)[:, None]
-    # Not bmm: under autocast it, or its backward, would round to half precision.
-    s = (keys * (q[:, None] if rows is None else q[rows])).sum(-1)
-    return s * (scale * inverse_norms(keys) if normalize else scale)

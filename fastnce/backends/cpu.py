@@ -105,9 +105,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
         if dy is not None and not on_diagonal:
             # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
             dy[j] += product(w.T.contiguous(), work.x[i].T)
+    depth, (dq_dtype, dk_dtype) = problem.q.shape[1], problem.gradient_dtypes
     return Gradients(
-        None if dx is None else _project(dx, work.x, work.r_x, work.root, problem.q),
-        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root, problem.keys),
+        None if dx is None else _project(dx, work.x, work.r_x, work.root, depth, dq_dtype),
+        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root, depth, dk_dtype),
         None if moment is None else (moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
         due.to(problem.scale.dtype) if wanted.bias else None,
     )
@@ -401,14 +402,14 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
 
 
-def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, rows: Tensor) -> Tensor:
+def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
     """From dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q. dx is overwritten."""
     if r is None:
         dx.mul_((root / LOG2E).to(dx.dtype))
     else:
         radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
         dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E)).to(dx.dtype)[:, None])
-    return dx[:, : rows.shape[1]].to(rows.dtype).contiguous()
+    return dx[:, :depth].to(dtype).contiguous()
 
 
 def _native_backward(

@@ -45,9 +45,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     dk_hat = problem.scale * (w.T @ q_hat)
     # Where k is q each pair was just counted from both of its ends.
     half = 0.5 if problem.symmetric else 1.0
+    dq_dtype, dk_dtype = problem.gradient_dtypes
     return Gradients(
-        _project(dq_hat, q_hat, r_q).to(problem.q.dtype) if wanted.q else None,
-        _project(dk_hat, k_hat, r_k).to(problem.keys.dtype) if wanted.k else None,
+        _project(dq_hat, q_hat, r_q).to(dq_dtype) if wanted.q else None,
+        _project(dk_hat, k_hat, r_k).to(dk_dtype) if wanted.k else None,
         half * (w * (q_hat @ k_hat.T)).sum() if wanted.scale else None,
         half * w.sum() if wanted.bias else None,
     )
