@@ -131,8 +131,8 @@ struct Lanes {
     if constexpr (SHIFTED) {
       Vec best = top;
       for (int v = 0; v < COUNT; ++v) best = larger(best, t[v * stride]);
-      // Nothing yet: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
-      const Vec base = best == NONE ? Vec{} : best;
+      // Nothing yet, or inf already: inf - inf would be nan. From any finite base 2^-inf is 0, and a sum with 2^inf in it is large.
+      const Vec base = best - best == Vec{} ? best : Vec{};
       total *= exp2(top - base);
       for (int v = 0; v < COUNT; ++v) total += exp2(t[v * stride] - base);
       top = best;
@@ -142,16 +142,17 @@ struct Lanes {
   }
 };
 
-// One lane's sum into a running sum in double.
+// One sum into a running sum in double.
 template <bool SHIFTED>
-FASTNCE_INLINE void merge(float total, float top, double* sum, float* highest) {
+FASTNCE_INLINE void merge(double total, float top, double* sum, float* highest) {
   if constexpr (!SHIFTED) {
     *sum += total;
   } else {
     if (top == NONE) return;
     const float best = std::isnan(top) || top > *highest ? top : *highest;
-    const double old = *highest == NONE ? 0.0 : *sum * std::exp2(static_cast<double>(*highest) - best);
-    *sum = old + total * std::exp2(static_cast<double>(top) - best);
+    const double base = std::isinf(best) ? 0.0 : best;
+    const double old = *highest == NONE ? 0.0 : *sum * std::exp2(*highest - base);
+    *sum = old + total * std::exp2(top - base);
     *highest = best;
   }
 }
@@ -408,33 +409,30 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
 }
 
 // c (rows, VECTORS vectors) += a b. a is (rows, depth), or its transpose where BY_COLUMN; b is (depth, ldb) in order.
+//
+// The product is summed from zero and then added: were every one of its terms added to the running total of thousands of columns, each
+// would lose what is rounded off a number of that size, and errors would grow with the square root of their number.
 template <int VECTORS, bool BY_COLUMN>
 static void add_product(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  int64_t row = 0;
-  for (; row + MR <= rows; row += MR) {
+  for (int64_t row = 0; row < rows; row += MR) {
     const float* lines[MR];
-    for (int m = 0; m < MR; ++m) lines[m] = a + (row + m) * lda;
-    Vec block[MR][VECTORS];
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) block[m][v] = load(c + (row + m) * ldc + v * LANES);
+    for (int m = 0; m < MR; ++m) lines[m] = a + std::min(row + m, rows - 1) * lda;
+    Vec block[MR][VECTORS] = {};
     multiply<VECTORS, BY_COLUMN>(depth, lines, a + row, lda, b, ldb, block);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
+    const auto add = [&](int m) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) store(c + (row + m) * ldc + v * LANES, block[m][v]);
-  }
-  if (row == rows) return;
-  const float* lines[MR];
-  for (int m = 0; m < MR; ++m) lines[m] = a + std::min(row + m, rows - 1) * lda;
-  Vec block[MR][VECTORS] = {};
-  multiply<VECTORS, BY_COLUMN>(depth, lines, a + row, lda, b, ldb, block);
-  for (int m = 0; row + m < rows; ++m)
-    for (int v = 0; v < VECTORS; ++v) {
-      float* at = c + (row + m) * ldc + v * LANES;
-      store(at, load(at) + block[m][v]);
+      for (int v = 0; v < VECTORS; ++v) {
+        float* at = c + (row + m) * ldc + v * LANES;
+        store(at, load(at) + block[m][v]);
+      }
+    };
+    if (row + MR <= rows) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) add(m);
+    } else {
+      for (int m = 0; row + m < rows; ++m) add(m);
     }
+  }
 }
 
 // c (rows, pitch) += a b for all columns of b (depth, pitch), a panel of NR columns at a time, copied to lie in order.
