@@ -154,13 +154,13 @@ def id_pair(
 
 
 def mask(where: str, name: str, value: object, like: Tensor, shape: tuple[int, int] | None = None) -> Tensor | None:
-    """A boolean matrix of positives; None stays None."""
+    """A boolean matrix of positives, of this shape or, repeated, of any that has a place for every pair; None stays None."""
     if value is None:
         return None
     x = a_tensor(where, name, value)
     if x.dtype != torch.bool:
         raise TypeError(f"{where}: {name} must have dtype torch.bool, got {x.dtype} ({name}.bool())")
-    if x.dim() != 2 or (0 in x.shape if shape is None else x.shape != shape):
+    if x.dim() != 2 or (0 in x.shape and like.shape[0] > 0 if shape is None else x.shape != shape):
         wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, one row and column per example"
         raise ValueError(f"{where}: {name} must be {wanted}, got shape {tuple(x.shape)}")
     same_device(where, features=like, **{name: x})
@@ -273,7 +273,11 @@ def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | No
     return x.detach().to(compute_dtype(like.dtype))
 
 
-def integer(where: str, name: str, value: object) -> None:
-    """Raise unless value is an integer or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
-        raise TypeError(f"{where}: {name} must be an integer, got {type(value).__name__} {value}")
+def offset(where: str, value: object) -> None:
+    """Raise unless value is an integer between two rows that there may be, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{where}: offset must be an integer, got {type(value).__name__} {value}")
+    if not -_LARGEST_COUNT <= value <= _LARGEST_COUNT:
+        raise ValueError(f"{where}: offset is {value}; as there are at most 2^31 - 1 rows, it must be from -(2^31 - 1) to 2^31 - 1")

@@ -89,7 +89,7 @@ def contrastive_stats(
         rows, columns = q.shape[0], k.shape[0]
         checks.some_keys(where, "k", k, rows)
     symmetric = k is None
-    checks.integer(where, "offset", offset)
+    checks.offset(where, offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:

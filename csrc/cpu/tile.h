@@ -100,7 +100,7 @@ static bool classify(const Problem& p, Range i, Range j, int32_t kind[MR * NR]) 
       if (column >= j.begin && column < j.end) out[column - j.begin] = value;
     };
     if (r.has_offset) {
-      // Without content rules the caller adds the aligned pairs himself: here they only leave the negatives.
+      // Without content rules the caller adds the aligned pairs himself: here they only leave the negatives, and say their logit.
       set(row + r.offset, POSITIVE);
       if (p.symmetric) set(row - r.offset, POSITIVE);
     }
@@ -221,20 +221,22 @@ FASTNCE_INLINE void flush_columns(const Lanes<SHIFTED>* columns, Range j, Target
   }
 }
 
-FASTNCE_INLINE void add_positive(const Sums& side, int64_t at, float t) {
+FASTNCE_INLINE void add_positive(const Problem& p, const Sums& side, int64_t at, float t) {
   side.pos[at] += t;
+  if (!p.in_tile) return;
   side.n_pos[at] += 1;
   if (side.metrics.pos_max) raise(side.metrics.pos_max[at], t);
 }
 
 // Mean, number and largest logit of the positives, from either end.
-FASTNCE_INLINE void add_positives(const float* t, const int32_t* kind, Range i, Range j, const Sums* rows, const Sums* columns) {
+FASTNCE_INLINE void add_positives(const Problem& p, const float* t, const int32_t* kind, Range i, Range j, const Sums* rows,
+                                  const Sums* columns) {
   for (int64_t row = 0; row < i.size(); ++row)
     for (int64_t c = 0; c < j.size(); ++c)
       if (kind[row * NR + c] == POSITIVE) {
         const float value = t[row * NR + c];
-        add_positive(*rows, i.begin + row, value);
-        if (columns) add_positive(*columns, j.begin + c, value);
+        add_positive(p, *rows, i.begin + row, value);
+        if (columns) add_positive(p, *columns, j.begin + c, value);
       }
 }
 
@@ -305,11 +307,11 @@ static void forward_tile(const Problem& p, const float* panels, Range i, Range j
       keep(t, kind, NEGATIVE, count, kept);
       add_block<SHIFTED, COLUMNS>(kept, count, negative + row - i.begin, by_column[0]);
       if (rows->metrics.rank) see_negatives(kept, own, here, rows, COLUMNS ? columns : nullptr);
-      if (p.in_tile && some) {
-        keep(t, kind, POSITIVE, count, kept);
-        add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
-        add_positives(t, kind, own, here, rows, COLUMNS ? columns : nullptr);
-      }
+      if (!some) continue;
+      add_positives(p, t, kind, own, here, rows, COLUMNS ? columns : nullptr);
+      if (!p.in_tile) continue;
+      keep(t, kind, POSITIVE, count, kept);
+      add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
     }
     if constexpr (COLUMNS) {
       flush_columns(by_column[0], here, {columns->negative, columns->top_negative});
