@@ -170,7 +170,9 @@ class _Log1pLoss(torch.autograd.Function):
 
 def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
     """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
-    served = not torch.compiler.is_compiling() and rows.compiled(lse_neg)
+    # Of negatives that are listed pair by pair the statistics are plain torch, in float32.
+    precise = lse_neg.dtype == pos.dtype == torch.float64
+    served = precise and not torch.compiler.is_compiling() and rows.compiled(lse_neg)
     return _Log1pLoss.apply(lse_neg, pos) if served else None
 
 

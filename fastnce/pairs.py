@@ -77,7 +77,7 @@ class Pairs(NamedTuple):
         shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
         excluded = _equal_ids(self.q_exclude, self.k_exclude, tile, shape, device)
         positive = _equal_ids(self.q_label, self.k_label, tile, shape, device)
-        if self.mask is not None and 0 not in shape:
+        if self.mask is not None:
             i = torch.arange(tile.i0, tile.i1, device=device) % self.mask.shape[0]
             j = torch.arange(tile.j0, tile.j1, device=device) % self.mask.shape[1]
             positive |= self.mask[i[:, None], j]

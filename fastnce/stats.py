@@ -126,6 +126,9 @@ def check_backend(where: str, name: str) -> None:
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     """Statistics of a problem whose inputs have been checked, in vector_dtype. Errors start with `where`."""
     pairs = problem.pairs
+    if pairs.mask is not None and 0 in pairs.mask.shape:  # checked: there is no pair that it could speak of
+        pairs = pairs._replace(mask=None)
+        problem = problem._replace(pairs=pairs)
     if problem.symmetric and pairs.mask is not None:
         # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)

@@ -120,6 +120,19 @@ def test_losses_without_rows(case: str, backend: str) -> None:
         bad.assert_nothing_to_learn(loss, arguments)
 
 
+@pytest.mark.parametrize("name", bad.LOSSES)
+def test_a_few_rows(name: str, backend: str) -> None:
+    """Every way into every loss: what the reference gives."""
+    entry = bad.ENTRIES[name]
+    found = []
+    for asked in (backend, "reference"):
+        arguments = leaves_of(entry.arguments() | {entry.scale: torch.tensor(0.5)})
+        loss = entry.function(**arguments, backend=asked)
+        found.append([loss.detach(), *bad.gradients(loss, arguments).values()])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
 # nan, infinite features, ids and upstream gradients at the ends of their ranges ----------------------------------------------------------
 
 ROWS, KEYS = 20, 40

@@ -69,8 +69,7 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   p.rules.q_exclude = data<int64_t>(q_exclude, m, "q_exclude");
   p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : data<int64_t>(k_exclude, n, "k_exclude");
   if (mask) {
-    const bool some = m == 0 || n == 0 || mask->numel() > 0;
-    STD_TORCH_CHECK(mask->dim() == 2 && some, "fastnce: mask must be a matrix");
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
     p.rules.mask_rows = mask->size(0);
     p.rules.mask_columns = mask->size(1);
     p.rules.mask = data<bool>(*mask, p.rules.mask_rows * p.rules.mask_columns, "mask");
