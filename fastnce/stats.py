@@ -63,7 +63,8 @@ def contrastive_stats(
     k               (N, D) keys; None: the keys are the queries, and only half of the logits are computed
     scale           1 / temperature, float or one-element tensor, > 0; bias is added to every logit. Both differentiable
     exclude_self    drop pairs with j == i; default: where k is None
-    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset); offset >= 1 there
+    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset; offset >= 1 there).
+                    From -(2^31 - 1) to 2^31 - 1
     q_labels, k_labels             integers (M,), (N,): equal labels are positives; a negative label matches nothing
     q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
     positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]

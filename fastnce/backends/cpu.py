@@ -30,8 +30,9 @@ NAME = "cpu"
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for small upstream
-# gradients: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is inside.
+# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for rows whose
+# upstream gradient is smaller than the largest: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is
+# inside.
 UNSHIFTED = {torch.float32: 40.0, torch.float64: 300.0}
 
 
