@@ -1,6 +1,10 @@
 """How far from exact: fastnce and dense torch in the same dtype, both against float64 on the same stored inputs.
 
-    python bench/accuracy.py [--losses nt_xent,clip] [--backend cpu] [--quick] [--out DIR]
+    python bench/accuracy.py [--losses nt_xent,clip] [--backend cpu] [--n 514] [--quick] [--out DIR]
+
+Sums grow with N, and their rounding: the contract is also measured at N = 8192, on a corner of the grid, which takes 2 GiB:
+
+    python bench/accuracy.py --backend=cpu --n=8192 --quick --dtypes=float32
 
 Every cell of the grid compares four quantities: the mean loss, each row's loss, the gradients of the features (relative
 Frobenius error) and the derivative by the scale 1/temperature (relative; that by the temperature has the same relative
@@ -182,8 +186,7 @@ def stored_gradients(true: Answer, dtype: torch.dtype) -> tuple[Answer, float]:
 
 
 def judge(cell: Cell, sides: list[Tensor], parameter: Tensor, cos: Cosines, backend: str) -> dict[str, Verdict]:
-    wide = cos.cosines.dtype.type
-    scale = 1 / wide(parameter.item()) if cell.loss == "nt_xent" else wide(parameter.item())
+    scale = 1 / cos.wide(parameter.item()) if cell.loss == "nt_xent" else cos.wide(parameter.item())
     true, sizes = exact(cos, scale)
     rounded, scaling = stored_gradients(true, cell.dtype)
     storing = errors(rounded, true, sizes)["gradient"]
@@ -303,7 +306,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--losses", default=",".join(LOSSES), help=f"of {', '.join(LOSSES)}")
     parser.add_argument("--dtypes", default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES))
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--n", type=int, default=514, help="rows; not a multiple of a tile by default")
+    parser.add_argument(
+        "--n", type=int, default=514, help="rows; not a multiple of a tile by default. Also measured: 8192 with --quick --dtypes=float32"
+    )
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="default: bench/results")
     options = parser.parse_args(arguments)

@@ -279,8 +279,11 @@ def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | No
     return x.detach().to(compute_dtype(like.dtype))
 
 
-def integer(where: str, name: str, value: object) -> int | None:
-    """An integer, of Python or of numpy; None stays None."""
+def offset(where: str, value: object) -> int | None:
+    """An integer between two rows that there may be, of Python or of numpy; None stays None."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral | None):
-        raise TypeError(f"{where}: {name} must be an integer, got {type(value).__name__} {value}")
-    return value if isinstance(value, int | torch.SymInt | None) else int(value)  # type: ignore[return-value]
+        raise TypeError(f"{where}: offset must be an integer, got {type(value).__name__} {value}")
+    found = value if isinstance(value, int | torch.SymInt | None) else int(value)
+    if found is not None and not -_LARGEST_COUNT <= found <= _LARGEST_COUNT:
+        raise ValueError(f"{where}: offset is {found}; as there are at most 2^31 - 1 rows, it must be from -(2^31 - 1) to 2^31 - 1")
+    return found  # type: ignore[return-value]

@@ -328,7 +328,9 @@ def first_order_only(grad: Tensor) -> Tensor:
 
 def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
     """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
-    served = not torch.compiler.is_compiling() and rows.compiled(lse_neg)
+    # Of negatives that are listed pair by pair the statistics are plain torch, in float32.
+    precise = lse_neg.dtype == pos.dtype == torch.float64
+    served = precise and not torch.compiler.is_compiling() and rows.compiled(lse_neg)
     return torch.ops.fastnce.log1p_loss(lse_neg, pos) if served else None
 
 

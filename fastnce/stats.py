@@ -64,7 +64,8 @@ def contrastive_stats(
     k               (N, D) keys; None: the keys are the queries, and only half of the logits are computed
     scale           1 / temperature, float or one-element tensor, > 0; bias is added to every logit. Both differentiable
     exclude_self    drop pairs with j == i; default: where k is None
-    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset); offset >= 1 there
+    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset; offset >= 1 there).
+                    From -(2^31 - 1) to 2^31 - 1
     q_labels, k_labels             integers (M,), (N,): equal labels are positives; a negative label matches nothing
     q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
     positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]
@@ -90,7 +91,7 @@ def contrastive_stats(
         rows, columns = q.shape[0], k.shape[0]
         checks.some_keys(where, "k", k, rows)
     symmetric = k is None
-    offset = checks.integer(where, "offset", offset)
+    offset = checks.offset(where, offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:
@@ -135,6 +136,9 @@ def check_backend(where: str, name: str) -> None:
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     """Statistics of a problem whose inputs have been checked, in vector_dtype. Errors start with `where`."""
     pairs = problem.pairs
+    if pairs.mask is not None and 0 in pairs.mask.shape:  # checked: there is no pair that it could speak of
+        pairs = pairs._replace(mask=None)
+        problem = problem._replace(pairs=pairs)
     if problem.symmetric and pairs.mask is not None:
         # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)

@@ -1,5 +1,7 @@
 // Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/_native.py has prepared; results are written
 // into tensors that it made. No other unit includes torch.
+#include <limits>
+
 #include "../tensors.h"
 #include "problem.h"
 
@@ -54,13 +56,18 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   p.in_tile = flags[2];
   STD_TORCH_CHECK(!(p.symmetric && mask), "fastnce: a mask need not be its own mirror image: give y");
   p.rules.exclude_self = flags[3];
+  const int64_t farthest = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(!offset || (-farthest <= *offset && *offset <= farthest), "fastnce: offset is ", offset.value_or(0),
+                  ", farther than any two rows are apart");
   p.rules.has_offset = offset.has_value();
   p.rules.offset = offset.value_or(0);
+  // Whether ids were given is not a matter of their data: those of no rows have none.
+  const auto one_sided = [&](const Optional& q, const Optional& k) { return !p.symmetric && q.has_value() != k.has_value(); };
+  STD_TORCH_CHECK(!one_sided(q_label, k_label) && !one_sided(q_exclude, k_exclude), "fastnce: ids of one side only");
   p.rules.q_label = data<int64_t>(q_label, m, "q_label");
   p.rules.k_label = p.symmetric ? p.rules.q_label : data<int64_t>(k_label, n, "k_label");
   p.rules.q_exclude = data<int64_t>(q_exclude, m, "q_exclude");
   p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : data<int64_t>(k_exclude, n, "k_exclude");
-  STD_TORCH_CHECK(!p.rules.q_label == !p.rules.k_label && !p.rules.q_exclude == !p.rules.k_exclude, "fastnce: ids of one side only");
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
     p.rules.mask_rows = mask->size(0);

@@ -78,6 +78,8 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
         return side
+    if s.shape[1] == 0:  # torch has no maximum of nothing: a column that is left out
+        s, positive, negative = (matrix.new_zeros(len(s), 1) for matrix in (s, positive, negative))
     negatives = s.masked_fill(~negative | s.isnan(), -torch.inf)
     pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
     threshold = pos_max if problem.threshold is None else problem.threshold
