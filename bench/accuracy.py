@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: measure this checkout
 
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
+from fastnce import files
 from fastnce.bench import record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
@@ -297,7 +298,8 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str]) -> None:
+@files.command("bench/accuracy.py")
+def main(arguments: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="bench/accuracy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--losses", default=",".join(LOSSES), help=f"of {', '.join(LOSSES)}")
@@ -322,7 +324,8 @@ def main(arguments: list[str]) -> None:
     markdown = render(result)
     record.save(result, markdown, options.out, "accuracy")
     print(markdown)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastnce import backends
+from fastnce import backends, files
 from fastnce.bench import forms, peers, places, record, sweep, table
 from fastnce.bench.cell import Cell
 
@@ -188,6 +188,10 @@ def spelled_out(options: argparse.Namespace) -> list[str]:
 
 def main(arguments: list[str], program: str = "python -m fastnce bench", out: Path = Path("fastnce-bench")) -> int:
     """Run what the arguments say; `out` is where results go unless --out says otherwise. Returns the exit status."""
+    return files.command(program)(_main)(arguments, program, out)
+
+
+def _main(arguments: list[str], program: str, out: Path) -> int:
     options = parse(arguments, program, out)
     try:
         planned = plan(options)
