@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: me
 
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
 from fastnce import files
-from fastnce.bench import record
+from fastnce.bench import cli, record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
@@ -307,7 +307,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--n", type=int, default=514, help="rows; not a multiple of a tile by default")
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=cli.OUT, help=f"bench/results records it; default: {cli.OUT}")
     options = parser.parse_args(arguments)
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     losses, dtypes = options.losses.split(","), options.dtypes.split(",")

@@ -20,7 +20,7 @@ from fastnce import files, native
 from fastnce.bench import packages, places
 from fastnce.bench.table import SCHEMA as SCHEMA
 
-RESULTS = places.ROOT / "bench" / "results"  # of a checkout
+RESULTS = places.ROOT / "bench" / "results"  # of a checkout: those that its pages show
 SOURCES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 # Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
