@@ -76,7 +76,9 @@ def test_options_that_contradict_each_other(checkout: Path, options: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "[" * 100_000, '{"schema": 2}', '{"schema": 2, "rows": [], "env": {"time": 1}}', "\x80"]
+    "content",
+    ["", "{", "[]", "null", "[" * 100_000, '{"schema": 2}', '{"schema": 2, "rows": [], "env": {"time": 1}}', "\x80"],
+    ids=range(8),
 )
 def test_a_damaged_result_is_named(content: str, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkout / "bench/results/a-cpu/broken.json").write_bytes(content.encode("latin1"))
