@@ -38,7 +38,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: measure this checkout
 
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
-from fastnce.bench import record
+from fastnce import files
+from fastnce.bench import cli, record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
@@ -300,7 +301,8 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str]) -> None:
+@files.command("bench/accuracy.py")
+def main(arguments: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="bench/accuracy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--losses", default=",".join(LOSSES), help=f"of {', '.join(LOSSES)}")
@@ -310,7 +312,7 @@ def main(arguments: list[str]) -> None:
         "--n", type=int, default=514, help="rows; not a multiple of a tile by default. Also measured: 8192 with --quick --dtypes=float32"
     )
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=cli.OUT, help=f"bench/results records it; default: {cli.OUT}")
     options = parser.parse_args(arguments)
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     losses, dtypes = options.losses.split(","), options.dtypes.split(",")
@@ -327,7 +329,8 @@ def main(arguments: list[str]) -> None:
     markdown = render(result)
     record.save(result, markdown, options.out, "accuracy")
     print(markdown)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -39,6 +39,7 @@ MODULES = {module_of(path): path for path in sources("fastnce")}
 # neither losses nor each other, and nothing below knows anything above. A new module takes its place in this table.
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
+    "files": set(),
     "native": set(),
     "build": {"native"},
     "norms": set(),
@@ -71,11 +72,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench.cell": {"bench.table"},
     "bench.measure": {"backends._gemm", "bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
     "bench.process": {"bench.cell", "bench.places", "bench.table"},
-    "bench.record": {"__init__", "native", "bench.packages", "bench.places", "bench.table"},
+    "bench.record": {"__init__", "files", "native", "bench.packages", "bench.places", "bench.table"},
     "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},
-    "bench.cli": {"backends", *(m for m in MODULES if m.startswith("bench."))},
+    "bench.cli": {"backends", "files", *(m for m in MODULES if m.startswith("bench."))},
     "__init__": {"_version", "checks", "formulas", "losses", "modules", "queue", "stats"},
-    "__main__": {"__init__", "backends", "bench.cli", "build", "native", "pairs", "problem", "selftest"},
+    "__main__": {"__init__", "backends", "bench.cli", "build", "files", "native", "pairs", "problem", "selftest"},
 }
 # A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"native", "norms", "pairs", "problem", "tiles"}
