@@ -34,6 +34,7 @@ _library.define(
     f"backward(Tensor[] grads, Tensor[] stats, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -105,7 +106,15 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "fastnce: the features or the queue of this loss were written between its forward and its backward. Call "
+                f"NegativeQueue.enqueue after backward, or use MoCoLoss, which keeps a copy. torch says: {error}"
+            ) from error
         tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[:4])
@@ -174,6 +183,11 @@ def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
     return _Log1pLoss.apply(lse_neg, pos) if served else None
 
 
+def copy_of_queue(keys: Tensor) -> Tensor:
+    """keys as they are now, for a loss whose queue is written before its backward."""
+    return torch.ops.fastnce.copy_of_queue(keys) if torch.compiler.is_compiling() else keys.clone()
+
+
 def first_order_only(grad: Tensor) -> Tensor:
     """A gradient as it is; differentiating it once more raises."""
     if not torch.is_grad_enabled():
@@ -200,6 +214,16 @@ def _backward(grads: Sequence[Tensor], stats: Sequence[Tensor], wanted: Sequence
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
+
+
+def _copy_of_queue(keys: Tensor) -> Tensor:
+    # An operator, because a compiler may move a clone into the backward, where it would copy what has been written since.
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "MoCoLoss: a compiled call runs again inside backward (activation checkpointing), where its queue has been written; leave the "
+            "loss out of the checkpoint"
+        )
+    return keys.clone()
 
 
 def _fake_forward(*flat: Any) -> list[Tensor]:
@@ -241,6 +265,7 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _run, _fake in (
     ("forward", _forward, _fake_forward),
     ("backward", _backward, _fake_backward),
+    ("copy_of_queue", _copy_of_queue, torch.empty_like),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg)),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg)),
 ):

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "negatives": {"checks", "problem", "stats"},
     "small": {"checks", "norms", "ops", "problem"},
     "losses": {"checks", "formulas", "negatives", "pairs", "problem", "queue", "small", "stats"},
-    "modules": {"formulas", "losses", "negatives", "queue"},
+    "modules": {"checks", "formulas", "losses", "negatives", "ops", "queue", "stats"},
     "selftest": {"losses"},
     # Above all of it: what nothing but its own command imports.
     "bench": set(),
