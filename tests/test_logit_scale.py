@@ -35,7 +35,7 @@ def test_it_starts_as_clip_does() -> None:
 @pytest.mark.parametrize(("low", "high"), LIMITS)
 @pytest.mark.parametrize("value", [1e-3, 1.99, 2.0, 7.0, 99.0, 100.0, 100.1, 1e4])
 def test_value_and_gradient(value: float, low: float | None, high: float | None) -> None:
-    """y = exp(x) between the limits; dL/dx = y dL/dy, or 0 where a step against it would lead from a limit, or from beyond it, further out."""
+    """y = exp(x) between the limits; dL/dx = y dL/dy, or 0 where descent would lead from a limit, or from beyond it, further out."""
     for push in (-0.3, 0.3):
         scale = scale_at(value, low, high)
         before, version = scale.log_scale.item(), scale.log_scale._version

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from twins import COPIES, assert_same, rows
+from twins import COPIES, rows
 
-from fastnce import MoCoLoss, NegativeQueue, moco_loss
+from fastnce import LogitScale, MoCoLoss, NegativeQueue, checks, moco_loss
 
 # NegativeQueue --------------------------------------------------------------------------------------------------------------------------
 
@@ -99,19 +100,31 @@ def test_queue_keeps_no_graph_and_its_own_dtype() -> None:
     assert queue.keys.dtype == torch.float64 and queue.pointer.dtype == torch.int64 and queue.pointer == 1
 
 
-def test_queue_is_read_in_place() -> None:
-    """No copy per step, so that an update between forward and backward must not go unnoticed."""
+def test_queue_starts_again_in_place() -> None:
+    queue, place = NegativeQueue(50, 8, dtype=torch.bfloat16), None
+    queue.enqueue(rows(3, 8))
+    place = queue.keys.data_ptr()
+    queue.reset_parameters()
+    torch.testing.assert_close(queue.keys.float().norm(dim=1), torch.ones(50), rtol=1e-2, atol=0)
+    assert queue.pointer == 0 and queue.keys.data_ptr() == place
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_queue_is_read_in_place(backend: str) -> None:
+    """No copy per step, so that an update between forward and backward must not go unnoticed: it is told what to do instead."""
     queue, q, k = NegativeQueue(8, 5), rows(3, 5), rows(3, 5, seed=1).detach()
-    loss = moco_loss(q, k, queue)
+    loss = moco_loss(q, k, queue, backend=backend)
     queue.enqueue(k)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="Call NegativeQueue.enqueue after backward, or use MoCoLoss.*modified by an inplace operation"):
         loss.backward()
-    loss = moco_loss(q, k, queue)
+    loss = moco_loss(q, k, queue, backend=backend)
     before = queue.keys.clone()
     loss.backward()
+    with pytest.raises(RuntimeError, match="^Trying to backward through the graph a second time"):
+        loss.backward()
     queue.enqueue(k)
-    assert torch.equal(loss, moco_loss(q, k, before))
-    assert not torch.equal(loss, moco_loss(q, k, queue))
+    assert torch.equal(loss, moco_loss(q, k, before, backend=backend))
+    assert not torch.equal(loss, moco_loss(q, k, queue, backend=backend))
 
 
 # MoCoLoss -------------------------------------------------------------------------------------------------------------------------------
@@ -123,117 +136,196 @@ def moco_in_plain_torch(q: Tensor, k: Tensor, keys: Tensor, temperature: float) 
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def as_float(value: float | Tensor) -> float:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+class Steps:
+    """A MoCoLoss in float64 beside plain torch: each call sees the keys of all calls before it and none of its own."""
+
+    def __init__(self, module: MoCoLoss, run: Callable[..., Tensor] | None = None) -> None:
+        self.module, self.run, self.seed = module.double(), module if run is None else run, 0
+        self.ring, self.pending = Ring(module.queue), list[tuple[Tensor, Tensor, Tensor, Tensor]]()
+
+    def call(self, n: int = 3) -> None:
+        self.seed += 1
+        q, k = rows(n, 5, seed=self.seed, dtype=torch.float64), rows(n, 5, seed=100 + self.seed, dtype=torch.float64).detach()
+        keys = torch.tensor(self.ring.keys, dtype=torch.float64)
+        self.pending.append((self.run(q, k), moco_in_plain_torch(q, k, keys, as_float(self.module.temperature)), q, k))
+        if self.module.training:
+            self.ring.enqueue(k)
+        self.ring.check(self.module.queue)
+
+    def backward(self, which: int = 0) -> None:
+        found, expected, q, k = self.pending.pop(which)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        (wanted,) = torch.autograd.grad(expected, q)
+        found.backward()
+        torch.testing.assert_close(q.grad, wanted, rtol=1e-10, atol=1e-12)
+        self.ring.check(self.module.queue)
+        k.zero_()  # an encoder may write the next batch of keys into the same memory
+
+
+def moco(**options: Any) -> MoCoLoss:
+    return MoCoLoss(7, 5, temperature=0.2, **options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 def test_moco_over_several_steps(backend: str) -> None:
-    """Each step sees the keys of all steps before it and none of its own; batches neither divide the queue nor fit into it."""
-    module = MoCoLoss(7, 5, temperature=0.2, backend=backend).double()
-    ring = Ring(module.queue)
-    for step, n in enumerate((3, 3, 3, 7, 1, 16, 4, 5)):
-        q, k = rows(n, 5, seed=step, dtype=torch.float64), rows(n, 5, seed=100 + step, dtype=torch.float64)
-        loss = module(q, k)
-        expected = moco_in_plain_torch(q, k, torch.tensor(ring.keys, dtype=torch.float64), 0.2)
-        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-        wanted = torch.autograd.grad(expected, (q, k))
-        torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), wanted, rtol=1e-10, atol=1e-12)
-        ring.enqueue(k.detach())
-    module.flush()
-    ring.check(module.queue)
-    module.flush()
-    ring.check(module.queue)
+    """Batches neither divide the queue nor fit into it."""
+    steps = Steps(moco(backend=backend))
+    for n in (3, 3, 3, 7, 1, 16, 4, 5):
+        steps.call(n)
+        steps.backward()
 
 
-def test_moco_enqueues_the_keys_it_saw() -> None:
-    """An encoder may write the next batch of keys into the same memory."""
-    module, k = MoCoLoss(7, 5), rows(3, 5, seed=1).detach()
-    ring, seen = Ring(module.queue), k.clone()
-    module(rows(3, 5), k).backward()
-    k.zero_()
-    module.flush()
-    ring.enqueue(seen)
-    ring.check(module.queue)
+def load(steps: Steps) -> None:
+    other = moco().double()
+    steps.module.load_state_dict(other.state_dict())
+    steps.ring = Ring(other.queue)
+
+
+def enqueue(steps: Steps) -> None:
+    keys = rows(2, 5, seed=50, dtype=torch.float64).detach()
+    steps.module.queue.enqueue(keys)
+    steps.ring.enqueue(keys)
+
+
+BETWEEN: dict[str, Callable[[Steps], Any]] = {
+    "nothing": lambda steps: None,
+    "another call": lambda steps: steps.call(4),
+    "a call as large as the queue": lambda steps: steps.call(9),
+    "state_dict": lambda steps: steps.module.state_dict(),
+    "load_state_dict": load,
+    "enqueue": enqueue,
+    "reset": lambda steps: (steps.module.queue.reset_parameters(), setattr(steps, "ring", Ring(steps.module.queue))),
+    "eval": lambda steps: (steps.module.eval(), steps.call(), steps.module.train()),
+    "a call without gradient": lambda steps: without_gradient(steps),
+}
+
+
+def without_gradient(steps: Steps) -> None:
+    with torch.no_grad():
+        steps.call()
+    steps.pending.pop()
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+@pytest.mark.parametrize("training", [True, False])
+def test_moco_whatever_comes_between_forward_and_backward(what: str, training: bool) -> None:
+    """Gradients of the queue that the loss was computed with, first call first or last call first."""
+    for order in (0, -1):
+        steps = Steps(moco().train(training))
+        steps.call()
+        for _ in range(2):
+            BETWEEN[what](steps)
+            steps.module.train(training)
+            steps.call()
+        while steps.pending:
+            steps.backward(order)
+
+
+def test_moco_keys_get_no_gradient() -> None:
+    """Neither they nor their encoder, also where they ask for it."""
+    encoder, q = nn.Linear(5, 5), rows(3, 5)
+    moco()(q, encoder(rows(3, 5, seed=1))).backward()
+    assert q.grad is not None and all(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_moco_compiles_once_in_one_graph(backend: str) -> None:
+    """Also with two calls before one backward. Inductor computes what is cheap again in the backward, and a plain copy of the queue is."""
+    torch._dynamo.reset()
+    given = {"temperature": nn.Parameter(torch.tensor(0.2))} if backend == "aot_eager" else {"scale": LogitScale(5.0)}
+    module, counter = MoCoLoss(7, 5, **given), CompileCounterWithBackend(backend)
+    steps = Steps(module, torch.compile(module, backend=counter, fullgraph=True))
+    for order in (0, -1):
+        steps.call()
+        steps.call()
+        steps.backward(order)
+        steps.backward()
+    assert counter.frame_count == 1
 
 
 def test_moco_in_eval_mode_enqueues_nothing() -> None:
     module, q = MoCoLoss(7, 5).eval(), rows(3, 5)
     ring = Ring(module.queue)
-    first = module(q, q.detach())
-    assert torch.equal(first, module(q, q.detach()))
-    module.flush()
+    assert torch.equal(module(q, q.detach()), module(q, q.detach()))
     ring.check(module.queue)
-    module.train()
-    module(q, q.detach())
-    module.eval()
-    module(q, rows(3, 5, seed=5).detach())
-    module.state_dict()
-    ring.enqueue(q)
-    ring.check(module.queue)
-
-
-def steps(module: MoCoLoss, seeds: range) -> Iterator[Tensor]:
-    for seed in seeds:
-        loss = module(rows(3, 5, seed=seed), rows(3, 5, seed=100 + seed).detach())
-        loss.backward()
-        yield loss.detach()
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"loss": m})], ids=["alone", "inside another module"])
 def test_moco_state_holds_every_key(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """Saved after a step and restored, training goes on as if nothing had happened."""
-    module, other = MoCoLoss(7, 5), MoCoLoss(7, 5)
-    ring = Ring(module.queue)
-    list(steps(module, range(3)))
-    state = copy.deepcopy(wrap(module).state_dict())
-    for seed in range(3):
-        ring.enqueue(rows(3, 5, seed=100 + seed))
-    ring.check(module.queue)
-    wrap(other).load_state_dict(state)
-    ring.check(other.queue)
-    assert_same(list(steps(other, range(3, 6))), list(steps(module, range(3, 6))))
+    """Saved after a call and restored into a module that has been used, training goes on as if nothing had happened."""
+    steps, other = Steps(moco()), Steps(moco())
+    for _ in range(3):
+        steps.call()
+        other.call(4)
+    wrap(other.module).load_state_dict(copy.deepcopy(wrap(steps.module).state_dict()))
+    other.seed, other.ring, other.pending = steps.seed, copy.deepcopy(steps.ring), []
+    for _ in range(3):
+        other.call()
+        other.backward()
 
 
-def test_moco_state_replaces_the_keys_that_wait() -> None:
-    """A module that has been used goes back to exactly the state it is given: keys of the abandoned run do not follow."""
-    module, other = MoCoLoss(7, 5), MoCoLoss(7, 5)
-    list(steps(module, range(2)))
-    list(steps(other, range(7, 9)))
-    other.load_state_dict(module.state_dict())
-    other.flush()
-    Ring(module.queue).check(other.queue)
-
-
-def test_moco_takes_the_keys_that_wait_along() -> None:
-    """To another device or dtype between two steps."""
+def test_moco_moves_between_two_calls() -> None:
+    """To another device or dtype."""
     module, q = MoCoLoss(7, 5), rows(3, 5).detach()
     module(q, q)
     module.to(torch.float64)(q.double(), q.double())
     module.to("meta")(q.double().to("meta"), q.double().to("meta"))
 
 
-def test_moco_refuses_an_update_before_backward() -> None:
-    """A second step, or saving the state, writes the queue that the first step's backward still needs."""
-    for disturb in (lambda m: m(rows(3, 5), rows(3, 5).detach()), lambda m: m.state_dict(), lambda m: m.flush()):
-        module = MoCoLoss(7, 5)
-        loss = module(rows(3, 5), rows(3, 5, seed=1).detach())
-        disturb(module)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_moco_under_activation_checkpointing(reentrant: bool) -> None:
+    """The second run of the forward, inside backward, sees the queue of the first and leaves it alone."""
+    module = moco()
+    steps = Steps(module, lambda q, k: checkpoint(module, q, k, use_reentrant=reentrant))
+    for n in (3, 3, 7, 9, 2):
+        steps.call(n)
+        steps.backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_moco_under_activation_checkpointing(reentrant: bool) -> None:
-    """The second run of the forward, inside backward, sees the queue of the first and enqueues nothing."""
-    torch.manual_seed(0)
-    twin = MoCoLoss(16, 5)
-    queue = twin.queue.keys.clone()
-    for _ in range(3):
-        q, k = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
-        twin.flush()
-        queue.copy_(twin.queue.keys)
-        pointer = int(twin.queue.pointer)
-        (expected,) = torch.autograd.grad(moco_loss(q, k, queue), q)
-        torch.utils.checkpoint.checkpoint(twin, q, k, use_reentrant=reentrant).backward()
-        assert torch.equal(q.grad, expected)
-        twin.flush()
-        assert int(twin.queue.pointer) == (pointer + 6) % 16
+@pytest.mark.parametrize("what", ["another call", "a call of another size", "enqueue", "load_state_dict"])
+def test_moco_refuses_what_checkpointing_cannot_repeat(what: str, reentrant: bool) -> None:
+    module = moco()
+    steps = Steps(module, lambda q, k: checkpoint(module, q, k, use_reentrant=reentrant))
+    steps.call()
+    between = {"another call": steps.call, "a call of another size": lambda: steps.call(4)}
+    between.get(what, lambda: BETWEEN[what](steps))()
+    with pytest.raises(RuntimeError, match="^MoCoLoss: a checkpointed call runs again.*leave the loss out of the checkpoint"):
+        steps.backward()
 
 
+def test_moco_refuses_a_checkpoint_around_compiled_code() -> None:
+    module = moco()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    steps = Steps(module, lambda q, k: checkpoint(compiled, q, k, use_reentrant=False))
+    steps.call()
+    with pytest.raises(RuntimeError, match="^MoCoLoss: a compiled call runs again.*leave the loss out of the checkpoint"):
+        steps.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_moco_where_values_are_not_read_it_is_nan_instead(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU outside debug mode: nothing waits for a value, and the wrong queue shows."""
+    monkeypatch.setattr(checks, "free_to_read", lambda x: False)
+    module = moco()
+    steps = Steps(module, lambda q, k: checkpoint(module, q, k, use_reentrant=reentrant))
+    steps.call()
+    steps.backward()
+    steps.call()
+    steps.call()
+    loss, _, q, _ = steps.pending[0]
+    loss.backward()
+    assert q.grad.isnan().all()
+
+
+def test_moco_twice_over_the_same_keys() -> None:
+    """Two queries, one key: the second call has the keys of the first among its negatives."""
+    module, k = moco(), rows(3, 5, seed=1).detach()
+    before = module.queue.keys.clone()
+    module(rows(3, 5), k)
+    found = module(rows(3, 5, seed=2), k)
+    assert torch.equal(found, moco_loss(rows(3, 5, seed=2), k, torch.cat([k, before[3:]]), 0.2))
