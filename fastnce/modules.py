@@ -427,6 +427,8 @@ class MoCoLoss(_Loss):
             return_stats=return_stats,
             backend=backend,
         )
+        checks.count("MoCoLoss", "queue_size", queue_size)
+        checks.count("MoCoLoss", "dim", dim)
         self.queue = NegativeQueue(queue_size, dim)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Loss:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import COPIES, TWINS, assert_same, run
+from twins import COPIES, TWINS, Twin, assert_same, clip_function, rows, run
 
 import fastnce
 from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss, clip_loss, info_nce, moco_loss, nt_xent, sup_con
@@ -25,7 +28,7 @@ def test_all_modules_are_tested_here() -> None:
         (InfoNCE, info_nce, set()),
         (NTXentLoss, nt_xent, set()),
         (SupConLoss, sup_con, set()),
-        (ClipLoss, clip_loss, {"init_scale", "max_scale"}),
+        (ClipLoss, clip_loss, {"init_scale", "max_scale", "scale"}),
         (MoCoLoss, moco_loss, {"queue_size", "dim"}),
     ],
 )
@@ -163,9 +166,141 @@ def test_a_twin_moves_to_float64(name: str) -> None:
     torch.testing.assert_close(double.float(), single, rtol=1e-5, atol=1e-6)
 
 
-def test_modules_take_a_scale() -> None:
-    q, k = torch.randn(6, 5), torch.randn(6, 5)
-    scale = nn.Parameter(torch.tensor(4.0))
-    for twin, loss in ((InfoNCE(scale=scale), info_nce), (NTXentLoss(scale=scale), nt_xent)):
-        assert list(twin.parameters()) == [scale]
-        assert torch.equal(twin(q, k), loss(q, k, scale=scale))
+# What a module holds --------------------------------------------------------------------------------------------------------------------
+
+# A twin of each, which its scale alone tells apart from the function: ClipLoss has a default of its own.
+HELD: dict[str, Callable[[], Any]] = {
+    "float": lambda: 4.0,
+    "tensor": lambda: torch.tensor([4.0]),
+    "parameter": lambda: nn.Parameter(torch.tensor([4.0])),
+    "LogitScale": lambda: LogitScale(4.0),
+}
+MODULES = [name for name in TWINS if name != "InfoNCE unpaired"]
+
+
+def as_function(twin: Twin, **scale: float) -> list[Tensor]:
+    """The function with that temperature or scale."""
+    if twin.function is clip_function:
+        return run(clip_loss, twin.inputs(), logit_scale=scale.get("scale", 1 / scale.get("temperature", 1.0)))
+    return run(twin.function, twin.inputs(), **scale)
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("name", MODULES)
+def test_temperature_and_scale_are_read_and_set(name: str, kind: str) -> None:
+    """In the constructor or later, whatever was held before; each is 1 over the other, and the loss is that of the function."""
+    twin = TWINS[name]
+    modules = [twin.module(scale=HELD[kind]())]
+    for before in HELD.values():
+        modules.append(twin.module(scale=before()))
+        modules[-1].scale = HELD[kind]()
+    modules.append(twin.module(scale=HELD[kind]()))
+    modules[-1].temperature = 0.7
+    assert not list(modules[-1].parameters()) and modules[-1].temperature == 0.7 and modules[-1].scale == pytest.approx(1 / 0.7)
+    modules[-1].scale = HELD[kind]()
+    if kind != "LogitScale" and name != "ClipLoss":
+        modules.append(twin.module(temperature=1 / HELD[kind]() if kind == "float" else type(HELD[kind]())(torch.tensor([0.25]))))
+    for module in modules:
+        assert float(module.scale) == pytest.approx(4.0, rel=1e-6) and float(module.temperature) == pytest.approx(0.25, rel=1e-6)
+        assert len(list(module.parameters())) == (kind in ("parameter", "LogitScale"))
+        assert len([n for n, _ in module.named_buffers() if not n.startswith("queue.")]) == (kind == "tensor")
+        torch.testing.assert_close(run(module, twin.inputs()), as_function(twin, scale=4.0), rtol=1e-5, atol=1e-6)
+        for parameter in module.parameters():
+            (read,) = torch.autograd.grad(module.scale, parameter)
+            assert read.item() == pytest.approx({"scale": 1.0, "temperature": -16.0}.get(module_key(module), 4.0), rel=1e-5)
+
+
+def module_key(module: nn.Module) -> str:
+    (key,) = (n for n, _ in module.named_parameters())
+    return key
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_not_given_is_the_default_of_the_function(name: str) -> None:
+    twin = TWINS[name]
+    default = {"InfoNCE": 0.1, "NTXentLoss": 0.5, "SupConLoss": 0.1, "MoCoLoss": 0.07, "ClipLoss": 0.07}[name]
+    assert float(twin.module().temperature) == pytest.approx(default) and float(twin.module().scale) == pytest.approx(1 / default)
+    torch.testing.assert_close(run(twin.module(), twin.inputs()), as_function(twin, temperature=default))
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "ClipLoss"])
+def test_temperature_and_scale_are_not_both_given(name: str) -> None:
+    """Neither the default nor a tensor passes for not given."""
+    twin = TWINS[name]
+    where = f"^{type(twin.module())._function.__name__}: give temperature or scale, not both"
+    for temperature in (0.1, 0.5, 0.07, 0.3, torch.tensor(0.1), nn.Parameter(torch.tensor(0.5))):
+        for scale in (3.0, torch.tensor(3.0)):
+            for call in (twin.module, lambda **given: twin.function(*twin.inputs(), **given)):
+                with pytest.raises(ValueError, match=where):
+                    call(temperature=temperature, scale=scale)
+    expected = run(twin.function, twin.inputs(), temperature=twin.module().temperature)
+    assert_same(run(twin.function, twin.inputs(), temperature=None, scale=None), expected)
+    assert_same(run(twin.module(temperature=None, scale=None), twin.inputs()), expected)
+
+
+def test_clip_takes_one_kind_of_scale() -> None:
+    for given in ({"init_scale": 3.0}, {"max_scale": 50.0}, {"max_scale": None}):
+        with pytest.raises(ValueError, match="^ClipLoss: give scale, or init_scale and max_scale, not both"):
+            ClipLoss(scale=3.0, **given)
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("reduction", "negative_mode", "variant", "views", "no_positive"), ("foo", None, 1)),
+    **dict.fromkeys(("normalize", "symmetric", "return_stats"), ("yes", None, 1)),
+    "in_batch": ("yes", 1),
+    "backend": ("tritn", None),
+    **dict.fromkeys(
+        ("temperature", "scale"), (0.0, -1.0, math.nan, math.inf, True, "0.1", [0.1], torch.ones(2), torch.ones(1, dtype=torch.int64))
+    ),
+}
+OWN: dict[str, tuple[Any, ...]] = {
+    "queue_size": (0, -1, 2.5, True, "7"),
+    "dim": (0, 2.0, None),
+    "init_scale": (0.0, math.nan, True, "1", 200.0),
+    "max_scale": ("1", math.nan, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_option_is_checked_when_the_module_is_made(name: str) -> None:
+    """With the words of the function; and when a temperature or a scale is set."""
+    twin = TWINS[name]
+    constructor = type(twin.module())
+    for option in set(inspect.signature(constructor).parameters) - OWN.keys():
+        for value in WRONG[option]:
+            of_function = "logit_scale" if constructor is ClipLoss and option == "scale" else option
+            function = clip_loss if constructor is ClipLoss else twin.function
+            given = {"logit_scale": 3.0} if constructor is ClipLoss else {}
+            with pytest.raises((ValueError, TypeError)) as expected:
+                function(*twin.inputs(), **given | {of_function: value})
+            words = re.escape(str(expected.value).replace("logit_scale", "scale"))
+            with pytest.raises(type(expected.value), match=f"^{words}$"):
+                twin.module(**{option: value})
+            if option in ("temperature", "scale"):
+                module = twin.module(scale=2.0)
+                with pytest.raises(type(expected.value), match=f"^{words}$"):
+                    setattr(module, option, value)
+                assert module.scale == 2.0, "what was held stays"
+    with pytest.raises(TypeError, match="a LogitScale is no temperature; give it as scale"):
+        twin.module().temperature = LogitScale()
+
+
+def test_the_options_of_one_module_are_checked_when_it_is_made() -> None:
+    for option, values in OWN.items():
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"^(MoCoLoss: {option}|LogitScale: )"):
+                MoCoLoss(**({"queue_size": 7, "dim": 5} | {option: value})) if "scale" not in option else ClipLoss(**{option: value})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_learnt_scale_trains_in_a_model_of_half_precision(name: str) -> None:
+    """What the module itself holds stays float32; its queue is cast."""
+    for kind in ("tensor", "parameter", "LogitScale"):
+        module = nn.ModuleList([TWINS[name].module(scale=HELD[kind]())]).bfloat16()[0]
+        assert torch.as_tensor(module.scale).dtype == torch.float32
+        assert name != "MoCoLoss" or module.queue.keys.dtype == torch.bfloat16
+    twin, module = TWINS[name], TWINS[name].module(scale=nn.Parameter(torch.tensor([2.0]))).bfloat16()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    module(*twin.inputs(torch.bfloat16)).backward()
+    optimizer.step()
+    assert 0 < abs(module.scale.item() - 2.0) < 2.0**-7, "less than a step of bfloat16"
