@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twins import COPIES, TWINS, Twin, assert_same, clip_function, rows, run
 
 import fastnce
-from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss, clip_loss, info_nce, moco_loss, nt_xent, sup_con
+from fastnce import (
+    ClipLoss,
+    InfoNCE,
+    LogitScale,
+    MoCoLoss,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    info_nce,
+    moco_loss,
+    nt_xent,
+    sup_con,
+)
 
 
 def test_all_modules_are_tested_here() -> None:
@@ -168,7 +186,6 @@ def test_a_twin_moves_to_float64(name: str) -> None:
 
 # What a module holds --------------------------------------------------------------------------------------------------------------------
 
-# A twin of each, which its scale alone tells apart from the function: ClipLoss has a default of its own.
 HELD: dict[str, Callable[[], Any]] = {
     "float": lambda: 4.0,
     "tensor": lambda: torch.tensor([4.0]),
@@ -201,7 +218,8 @@ def test_temperature_and_scale_are_read_and_set(name: str, kind: str) -> None:
     if kind != "LogitScale" and name != "ClipLoss":
         modules.append(twin.module(temperature=1 / HELD[kind]() if kind == "float" else type(HELD[kind]())(torch.tensor([0.25]))))
     for module in modules:
-        assert float(module.scale) == pytest.approx(4.0, rel=1e-6) and float(module.temperature) == pytest.approx(0.25, rel=1e-6)
+        for read, value in ((module.scale, 4.0), (module.temperature, 0.25)):
+            assert torch.as_tensor(read).detach().item() == pytest.approx(value, rel=1e-6)
         assert len(list(module.parameters())) == (kind in ("parameter", "LogitScale"))
         assert len([n for n, _ in module.named_buffers() if not n.startswith("queue.")]) == (kind == "tensor")
         torch.testing.assert_close(run(module, twin.inputs()), as_function(twin, scale=4.0), rtol=1e-5, atol=1e-6)
@@ -219,7 +237,7 @@ def module_key(module: nn.Module) -> str:
 def test_what_is_not_given_is_the_default_of_the_function(name: str) -> None:
     twin = TWINS[name]
     default = {"InfoNCE": 0.1, "NTXentLoss": 0.5, "SupConLoss": 0.1, "MoCoLoss": 0.07, "ClipLoss": 0.07}[name]
-    assert float(twin.module().temperature) == pytest.approx(default) and float(twin.module().scale) == pytest.approx(1 / default)
+    assert torch.as_tensor(twin.module().temperature).detach().item() == pytest.approx(default)
     torch.testing.assert_close(run(twin.module(), twin.inputs()), as_function(twin, temperature=default))
 
 
@@ -304,3 +322,154 @@ def test_a_learnt_scale_trains_in_a_model_of_half_precision(name: str) -> None:
     module(*twin.inputs(torch.bfloat16)).backward()
     optimizer.step()
     assert 0 < abs(module.scale.item() - 2.0) < 2.0**-7, "less than a step of bfloat16"
+
+
+# Averages, copies, processes ------------------------------------------------------------------------------------------------------------
+
+KEPT: dict[str, Callable[[], nn.Module]] = {name: TWINS[name].module for name in MODULES}
+for _kind in ("tensor", "parameter", "LogitScale"):
+    KEPT |= {f"{name}, {_kind}": lambda name=name, kind=_kind: TWINS[name].module(scale=HELD[kind]()) for name in MODULES}
+
+
+class Model(nn.Module):
+    """A layer and a loss, as a training holds them."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.loss = nn.Linear(5, 5), loss
+
+    def forward(self, *inputs: Tensor, **given: Any) -> Tensor:
+        return self.loss(self.layer(inputs[0]), *inputs[1:], **given)
+
+
+def step(module: nn.Module, name: str, rows_of_batch: int = 6) -> Tensor:
+    """One loss and its backward, of a batch that may have a single row."""
+    loss = module(*(z[:rows_of_batch] for z in TWINS[name.split(",")[0]].inputs()))
+    loss.backward()
+    return loss.detach()
+
+
+def layout(module: nn.Module) -> list[Any]:
+    """Names, shapes, dtypes and places of all that a module holds."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    return [(n, t.shape, t.dtype, t.data_ptr()) for n, t in held] + [list(module.state_dict())]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_module_holds_never_changes(name: str) -> None:
+    """In number, shape, dtype or place, whatever the batch: averages, moving averages, states, copies and other devices go on from that."""
+    module = Model(KEPT[name]())
+    fresh, before = copy.deepcopy(module), layout(module)
+    moving = {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}
+    averages = [AveragedModel(module, use_buffers=buffers, **how) for buffers in (False, True) for how in ({}, moving)]
+    shapes = [[t.shape for t in average.state_dict().values()] for average in averages]
+    for n in (6, 1, 6, 1):
+        step(module, name, n)
+        assert layout(module) == before
+        for average, shape in zip(averages, shapes, strict=True):
+            average.update_parameters(module)
+            assert [t.shape for t in average.state_dict().values()] == shape
+    for average in averages:
+        assert torch.isfinite(average(*TWINS[name.split(",")[0]].inputs()))
+    for other in (fresh, *(make(module) for make in COPIES.values()), Model(KEPT[name]())):
+        other.load_state_dict(module.state_dict(), strict=True)
+        module.load_state_dict(other.state_dict(), strict=True)
+        assert_same([step(other, name)], [step(copy.deepcopy(module), name)])
+
+
+@pytest.mark.parametrize("name", [*MODULES, "LogitScale", "NegativeQueue"])
+def test_a_module_made_on_the_meta_device(name: str) -> None:
+    """to_empty, then reset_parameters wherever there is one: as if it had been made where it is."""
+    make = {
+        "LogitScale": lambda: LogitScale(3.0),
+        "NegativeQueue": lambda: fastnce.NegativeQueue(50, 8),
+        "MoCoLoss": lambda: MoCoLoss(7, 5),
+    }
+    new = make.get(name) or TWINS[name].module
+    torch.manual_seed(0)
+    expected = new()
+    with torch.device("meta"):
+        module = nn.ModuleList([new()])
+    assert all(t.is_meta for t in module.state_dict().values())
+    module.to_empty(device="cpu")
+    for t in (*module.parameters(), *module.buffers()):
+        t.data.fill_(77)  # whatever lay there
+    torch.manual_seed(0)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert repr(module[0]) == repr(expected)
+    assert_same(list(module.state_dict().values()), list(expected.state_dict().values()))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, found through a file: no port is chosen."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "FSDP1": lambda m: FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu")),
+    "FSDP2": lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (1,))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # nothing is split between one process
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", KEPT)
+def test_a_module_in_a_model_of_several_processes(name: str, wrap: str, one_process: None) -> None:
+    """Three steps of training with the losses of the same model alone, whether broadcast, split or both."""
+    torch.manual_seed(0)
+    alone = Model(KEPT[name]())
+    model = WRAPS[wrap](copy.deepcopy(alone))
+    losses = []
+    for trained in (alone, model):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(step(trained, name))
+            optimizer.step()
+    torch.testing.assert_close(losses[3:], losses[:3], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+@pytest.mark.parametrize("wrap", ["alone", *WRAPS])
+@pytest.mark.parametrize("kind", ["its own", "parameter", "LogitScale", "float", "tensor"])
+def test_clip_called_with_the_scale_of_the_model(kind: str, wrap: str, one_process: None) -> None:
+    """A parameter of its own is used, with a gradient of 0: DDP's next step finds nothing missing. The loss is the function's."""
+    clip = ClipLoss() if kind == "its own" else ClipLoss(scale=HELD[kind]())
+    own, scale = list(clip.parameters()), torch.tensor(9.0)
+    assert len(own) == (kind in ("its own", "parameter", "LogitScale"))
+    model = WRAPS.get(wrap, lambda m: m)(Model(clip))
+    for _ in range(3):
+        image, text = TWINS["ClipLoss"].inputs()
+        loss = model(image, text, logit_scale=scale)
+        loss.backward()
+        if wrap == "alone":
+            assert torch.equal(loss, clip_loss(model.layer(image), text, scale))
+            assert all(torch.equal(parameter.grad, torch.zeros(1)) for parameter in own)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_stats": True}])
+def test_an_unused_scale_never_reaches_the_loss(options: dict[str, Any]) -> None:
+    """Not even where it is nan, or of another dtype."""
+    clip, (image, text) = ClipLoss(**options).double(), TWINS["ClipLoss"].inputs()
+    with torch.no_grad():
+        clip.logit_scale.log_scale.fill_(math.nan)
+    found, expected = clip(image, text, 9.0), clip_loss(image, text, 9.0, **options)
+    if options.get("return_stats"):
+        assert torch.equal(found[1].rank, expected[1].rank)
+        found, expected = found[0], expected[0]
+    assert torch.equal(found, expected) and found.dtype == torch.float32
+    assert_same(list(torch.autograd.grad(found.sum(), (image, text))), list(torch.autograd.grad(expected.sum(), (image, text))))
+
+
+def test_pickles_from_when_a_default_was_held_beside_a_scale() -> None:
+    """Options then held a temperature always, and scale=None where none was given."""
+    for scale, held in ((None, {"temperature": 0.3}), (4.0, {"scale": 4.0})):
+        loss = NTXentLoss.__new__(NTXentLoss)
+        loss.__setstate__(dict(vars(NTXentLoss(0.3))) | {"options": NTXentLoss().options | {"temperature": 0.3, "scale": scale}})
+        assert loss._held() == held
