@@ -24,6 +24,7 @@ class _Loss(StaysPrecise):
 
     _function: ClassVar[Callable[..., Loss]]
     options: dict[str, Any]
+    logit_scale: LogitScale  # where one is held
 
     def __init__(self, temperature: float | Tensor | None = None, scale: float | Tensor | LogitScale | None = None, **options: Any) -> None:
         super().__init__()
@@ -66,6 +67,8 @@ class _Loss(StaysPrecise):
         # nn.Module registers a Parameter before it looks for a property.
         if name in ("temperature", "scale"):
             object.__setattr__(self, name, value)
+        elif name == "logit_scale" and isinstance(value, LogitScale):
+            self.scale = value
         else:
             super().__setattr__(name, value)
 
@@ -76,7 +79,7 @@ class _Loss(StaysPrecise):
             for held in ("temperature", "scale", "logit_scale"):
                 store.pop(held, None)
         if isinstance(value, LogitScale):
-            self.logit_scale = value
+            super().__setattr__("logit_scale", value)
         elif isinstance(value, nn.Parameter):
             self.register_parameter(name, value)
         elif isinstance(value, Tensor):

@@ -215,7 +215,11 @@ def test_temperature_and_scale_are_read_and_set(name: str, kind: str) -> None:
     modules[-1].temperature = 0.7
     assert not list(modules[-1].parameters()) and modules[-1].temperature == 0.7 and modules[-1].scale == pytest.approx(1 / 0.7)
     modules[-1].scale = HELD[kind]()
-    if kind != "LogitScale" and name != "ClipLoss":
+    if kind == "LogitScale":
+        modules.append(twin.module(scale=2.0))
+        modules[-1].logit_scale = HELD[kind]()
+        assert "scale" not in modules[-1].options
+    elif name != "ClipLoss":
         modules.append(twin.module(temperature=1 / HELD[kind]() if kind == "float" else type(HELD[kind]())(torch.tensor([0.25]))))
     for module in modules:
         for read, value in ((module.scale, 4.0), (module.temperature, 0.25)):
