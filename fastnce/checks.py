@@ -15,6 +15,17 @@ from torch import Tensor
 from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
+# Of options that are one of a few words; an option that is not listed here is true or false.
+CHOICES = {
+    "reduction": REDUCTIONS,
+    "negative_mode": ("unpaired", "paired"),
+    "variant": ("out", "in"),
+    "views": ("all", "one"),
+    "no_positive": ("zero", "skip", "error"),
+    "unlabelled": ("alone", "own_views"),
+}
+# Of the loss of that name, where neither temperature nor scale is given.
+TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Not uint64: int64, as which ids are compared, does not hold all of its numbers.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)
@@ -124,14 +135,24 @@ def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) ->
         raise ValueError(f"{where}: {value!r} is not a valid value for {name}; use one of {', '.join(map(repr, allowed))}")
 
 
-def negative_mode(where: str, value: object) -> None:
-    """unpaired or paired; ragged negatives are told by their type."""
-    if value == "ragged":
-        raise ValueError(
-            f"{where}: 'ragged' is not a valid value for negative_mode; negatives are ragged where negative_keys is a tuple "
-            "(values (T, D), offsets (M + 1,)), and negative_mode then says nothing: leave it out"
-        )
-    choice(where, "negative_mode", value, ("unpaired", "paired"))
+def options(where: str, **given: object) -> None:
+    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (in_batch: or None)."""
+    for name, value in given.items():
+        if (name, value) == ("negative_mode", "ragged"):
+            raise ValueError(
+                f"{where}: 'ragged' is not a valid value for negative_mode; negatives are ragged where negative_keys is a tuple "
+                "(values (T, D), offsets (M + 1,)), and negative_mode then says nothing: leave it out"
+            )
+        if name in CHOICES:
+            choice(where, name, value, CHOICES[name])
+        elif not isinstance(value, bool) and (name, value) != ("in_batch", None):
+            raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__} {value!r}")
+
+
+def count(where: str, name: str, value: object) -> None:
+    """Raise unless value is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}")
 
 
 def reduction(where: str, value: str, rows: int) -> None:
@@ -194,15 +215,28 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
         return _filled(_number(where, name, value, dtype, positive), like)
-    if value.numel() != 1:
-        raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
+    _one_element(where, name, value)
     if value.device != like.device and (value.device.type != "cpu" or value.requires_grad):
         same_device(where, features=like, **{name: value})
     if _debug and has_values(value):
         _number(where, name, value.item(), dtype, positive)
     return value.reshape(()).to(device=like.device, dtype=dtype)
+
+
+def held_scale(where: str, name: str, value: object) -> None:
+    """A temperature or scale that a module is given to keep: all that `scalar` asks of it and that no features are needed for."""
+    if isinstance(value, Tensor):
+        # Where FSDP splits a parameter, all processes but one hold an empty part of it.
+        _one_element(where, name, value, at_least=0)
+    else:
+        _number(where, name, value, torch.float64, True)
+
+
+def _one_element(where: str, name: str, value: Tensor, at_least: int = 1) -> None:
+    if not at_least <= value.numel() <= 1:
+        raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
 
 
 def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
@@ -221,12 +255,13 @@ def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: 
     return number
 
 
-def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | None, default: float, like: Tensor) -> Tensor:
-    """scale = 1 / temperature, from whichever of the two was given."""
+def scale_of(where: str, temperature: float | Tensor | None, scale: float | Tensor | None, like: Tensor) -> Tensor:
+    """scale = 1 / temperature, from whichever of the two was given; the temperature of TEMPERATURES where neither was."""
+    not_both(where, temperature, scale)
     if scale is not None:
-        if isinstance(temperature, Tensor) or temperature != default:
-            raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
         return scalar(where, "scale", scale, like)
+    if temperature is None:
+        temperature = TEMPERATURES[where]
     if isinstance(temperature, Tensor):
         return scalar(where, "temperature", temperature, like).reciprocal()
     return _filled(_number(where, "temperature", temperature, compute_dtype(like.dtype), True), like, inverse=True)
@@ -241,6 +276,12 @@ def _filled(number: float, like: Tensor, inverse: bool = False) -> Tensor:
         one = torch.ones((), dtype=vector_dtype(like), device=like.device)
         return (one / number if inverse else one * number).to(dtype)
     return torch.full((), 1.0 / number if inverse else number, dtype=dtype, device=like.device)
+
+
+def not_both(where: str, temperature: object, scale: object) -> None:
+    """Raise where temperature and scale are both given."""
+    if temperature is not None and scale is not None:
+        raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
 
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:

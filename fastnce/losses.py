@@ -20,7 +20,7 @@ def info_nce(
     query: Tensor,
     positive_key: Tensor,
     negative_keys: Tensor | Ragged | None = None,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     negative_mode: Literal["unpaired", "paired"] = "unpaired",
     *,
@@ -43,8 +43,7 @@ def info_nce(
     negative_keys  None: the other rows of positive_key (in-batch); (K, D): shared by all queries ("unpaired");
                    (M, K, D): K of its own for each query (negative_mode="paired");
                    (values (T, D), offsets (M + 1,)): query i has values[offsets[i]:offsets[i + 1]] (ragged; offsets rise from 0 to T)
-    temperature    float or one-element tensor, or give scale = 1 / temperature; differentiable. A temperature equal to the default
-                   counts as not given
+    temperature    float or one-element tensor, or give scale = 1 / temperature instead; differentiable. Without either: 0.1
     reduction      "none": (M,); "mean" (weighted by weight); "sum"
     weight         (M,) weight of each query
     query_ids, key_ids                   integers: keys with the query's id are positives too, and the row's value is the mean over its
@@ -70,7 +69,8 @@ def info_nce(
     checks.features(where, query=query, positive_key=positive_key)
     rows, in_batch_keys = query.shape[0], positive_key.shape[0]
     checks.reduction(where, reduction, rows)
-    checks.negative_mode(where, negative_mode)
+    flags = {"normalize": normalize, "in_batch": in_batch, "symmetric": symmetric, "return_stats": return_stats}
+    checks.options(where, negative_mode=negative_mode, **flags)
     stats.check_backend(where, backend)
     negatives = Negatives.of(where, negative_keys, negative_mode, query, may_be_none=in_batch is True)
     if negatives is None:
@@ -98,7 +98,7 @@ def info_nce(
         given = f"got {rows} queries, {in_batch_keys} keys and {'no ' if negatives is None else ''}negative_keys"
         raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys, {given}")
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, 0.1, query)
+    scale = checks.scale_of(where, temperature, scale, query)
     weight = checks.weights(where, weight, rows, query)
     # A loss of one part, against positive_key, or of two.
     wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
@@ -160,7 +160,7 @@ def info_nce(
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
-    temperature: float | Tensor = 0.5,
+    temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     *,
     scale: float | Tensor | None = None,
@@ -172,7 +172,7 @@ def nt_xent(
     """NT-Xent of SimCLR: with z = [z0; z1], mean over the 2B rows i of log(sum_{j != i} exp(s_ij)) - s_ip,  s = cos / temperature.
 
     z0, z1        (B, D) two views; row i of one is the positive of row i of the other. Or z0 (2B, D) = [view 0; view 1] alone
-    temperature   float or one-element tensor, or give scale = 1 / temperature; differentiable
+    temperature   float or one-element tensor, or give scale = 1 / temperature instead; differentiable. Without either: 0.5
     weight        (2B,) per anchor, or (B,) per example
     Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats; reduction="none": (2B,), rows of z0 first.
     Half of the logits are computed once: cos is symmetric. Memory O(B D). Google's SimCLR code reports twice this value.
@@ -198,11 +198,12 @@ def nt_xent(
         wide = None if wide is None or other is None else torch.cat([wide, other])
     rows = z.shape[0]
     checks.reduction(where, reduction, rows)
+    checks.options(where, normalize=normalize, return_stats=return_stats)
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
         weight = torch.cat([weight, weight])
     weight = checks.weights(where, weight, rows, z, rows // 2)
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, 0.5, z)
+    scale = checks.scale_of(where, temperature, scale, z)
     problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats, q_wide=wide)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
@@ -214,7 +215,7 @@ def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor | None = None,
     variant: Literal["out", "in"] = "out",
     views: Literal["all", "one"] = "all",
     reduction: Reduction = "mean",
@@ -240,6 +241,7 @@ def sup_con(
     views         "all": every view of every example is an anchor; "one": only view 0 is
     no_positive   an anchor without positives "zero": counts as 0 in the mean (SupContrast); "skip": leaves it (PML);
                   "error": ValueError, at the price of reading one value back from the device
+    temperature   as in info_nce. Without it and scale: 0.1
     weight        one per anchor, in the order of reduction="none": (V * B,) view by view, or (B,) per example
     Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats. SupContrast's value is temperature / base_temperature times it.
     Khosla et al. 2020 (arXiv:2004.11362), eq. 2 and 3.
@@ -253,10 +255,8 @@ def sup_con(
     examples, n_views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
     if n_views == 0:
         raise ValueError(f"{where}: features is {tuple(features.shape)}; it needs at least one view")
-    checks.choice(where, "variant", variant, ("out", "in"))
-    checks.choice(where, "views", views, ("all", "one"))
-    checks.choice(where, "no_positive", no_positive, ("zero", "skip", "error"))
-    checks.choice(where, "unlabelled", unlabelled, ("alone", "own_views"))
+    words = {"variant": variant, "views": views, "no_positive": no_positive, "unlabelled": unlabelled}
+    checks.options(where, **words, normalize=normalize, return_stats=return_stats)
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
     if mask is not None and unlabelled == "own_views":
@@ -272,7 +272,7 @@ def sup_con(
         weight = weight.repeat(anchors // max(examples, 1))
     weight = checks.weights(where, weight, anchors, features, examples)
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, 0.1, features)
+    scale = checks.scale_of(where, temperature, scale, features)
     if labels is None and mask is None:
         hints.views_second(where, features)
         labels = torch.arange(examples, device=features.device)
@@ -361,6 +361,7 @@ def clip_loss(
     checks.some_keys(where, "text", text, rows)
     checks.some_keys(where, "image", image, columns)
     checks.reduction(where, reduction, min(rows, columns))
+    checks.options(where, normalize=normalize, return_stats=return_stats)
     checks.choice(where, "aligned", aligned, (None, True, False))
     paired = rows == columns if aligned is None else aligned
     names, excluding, of = ("image_ids", "text_ids"), ("exclude_image_ids", "exclude_text_ids"), ("image", "text")
@@ -393,7 +394,7 @@ def moco_loss(
     q: Tensor,
     k: Tensor,
     queue: Tensor | NegativeQueue,
-    temperature: float | Tensor = 0.07,
+    temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     *,
     scale: float | Tensor | None = None,
@@ -407,7 +408,8 @@ def moco_loss(
     q        (N, D) queries
     k        (N, D) their positives from the momentum encoder; pass them detached, as MoCo does (they get a gradient if they ask for one)
     queue    (K, D) negatives of every query: a tensor, or a NegativeQueue. It is read in place: put the new keys in after backward
-    Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats. He et al. 2020 (arXiv:1911.05722), eq. 1.
+    Others as in info_nce; without temperature and scale the temperature is 0.07. Returns a 0-dim float32 (float64) tensor in nats.
+    He et al. 2020 (arXiv:1911.05722), eq. 1.
 
     >>> moco_loss(torch.eye(2, 3), torch.eye(2, 3), torch.eye(3)[2:], temperature=1.0)  # softplus(-1)
     tensor(0.3133)
@@ -421,9 +423,10 @@ def moco_loss(
         raise ValueError(f"{where}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; row i of k is the positive of row i of q")
     checks.some_keys(where, "queue", negatives, q.shape[0])
     checks.reduction(where, reduction, q.shape[0])
+    checks.options(where, normalize=normalize, return_stats=return_stats)
     weight = checks.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, 0.07, q)
+    scale = checks.scale_of(where, temperature, scale, q)
     wide = shared_uses(q, k, q, negatives)
     found = one_positive(q, k, wide[:2], scale, normalize, return_stats)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max, False, *wide[2:])

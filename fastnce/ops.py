@@ -49,6 +49,7 @@ _library.define(
     f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {_LISTED}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -192,7 +193,16 @@ class _Derivative(_SingleLevelFunction):
 
     @staticmethod
     def kept(ctx: Any) -> list[Any]:
-        return [t if u is None else u for t, u in zip(ctx.saved_tensors, ctx.unwatched, strict=True)]
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "fastnce: the features or the queue of this loss were written between its forward and its backward. Call "
+                f"NegativeQueue.enqueue after backward, or use MoCoLoss, which keeps a copy. torch says: {error}"
+            ) from error
+        return [t if u is None else u for t, u in zip(saved, ctx.unwatched, strict=True)]
 
 
 class _Statistics(_Derivative):
@@ -227,6 +237,8 @@ class _Statistics(_Derivative):
 
 
 class _Wide(_Derivative):
+    """Of what has the value of x, or stands in for it: the gradient as it is, in the dtype of x."""
+
     @staticmethod
     def forward(ctx: Any, below: _Below, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
@@ -321,6 +333,11 @@ class _FirstOrderOnly(torch.autograd.Function):
         raise _no_second_derivative()
 
 
+def copy_of_queue(keys: Tensor) -> Tensor:
+    """keys as they are now, for a loss whose queue is written before its backward."""
+    return torch.ops.fastnce.copy_of_queue(keys) if torch.compiler.is_compiling() else keys.clone()
+
+
 def first_order_only(grad: Tensor) -> Tensor:
     """A gradient as it is; differentiating it once more raises."""
     return _FirstOrderOnly.apply(grad) if torch.is_grad_enabled() else grad
@@ -352,6 +369,16 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
             Wanted(*wanted),
         )
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
+
+
+def _copy_of_queue(keys: Tensor) -> Tensor:
+    # An operator, because a compiler may move a clone into the backward, where it would copy what has been written since.
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "MoCoLoss: a compiled call runs again inside backward (activation checkpointing), where its queue has been written; leave the "
+            "loss out of the checkpoint"
+        )
+    return keys.clone()
 
 
 def _second_derivative(asked: Tensor, x: Tensor) -> Tensor:
@@ -440,6 +467,7 @@ for _name, _run, _fake, _derivative in (
     ("backward", _backward, _fake_backward, _Gradients),
     ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
     ("wide", _wide, _wide, _Wide),
+    ("copy_of_queue", _copy_of_queue, torch.empty_like, _Wide),
     ("listed", _listed, _fake_listed, _Listed),
     ("listed_backward", _listed_backward, _fake_listed_backward, _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
