@@ -1,6 +1,10 @@
 """How far from exact: fastnce and dense torch in the same dtype, both against float64 on the same stored inputs.
 
-    python bench/accuracy.py [--losses nt_xent,clip] [--backend cpu] [--quick] [--out DIR]
+    python bench/accuracy.py [--losses nt_xent,clip] [--backend cpu] [--n 514] [--quick] [--out DIR]
+
+Sums grow with N, and their rounding: the contract is also measured at N = 8192, on a corner of the grid, which takes 2 GiB:
+
+    python bench/accuracy.py --backend=cpu --n=8192 --quick --dtypes=float32
 
 Every cell of the grid compares four quantities: the mean loss, each row's loss, the gradients of the features (relative
 Frobenius error) and the derivative by the scale 1/temperature (relative; that by the temperature has the same relative
@@ -34,7 +38,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: measure this checkout
 
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
-from fastnce.bench import record
+from fastnce import files
+from fastnce.bench import cli, record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
@@ -182,8 +187,7 @@ def stored_gradients(true: Answer, dtype: torch.dtype) -> tuple[Answer, float]:
 
 
 def judge(cell: Cell, sides: list[Tensor], parameter: Tensor, cos: Cosines, backend: str) -> dict[str, Verdict]:
-    wide = cos.cosines.dtype.type
-    scale = 1 / wide(parameter.item()) if cell.loss == "nt_xent" else wide(parameter.item())
+    scale = 1 / cos.wide(parameter.item()) if cell.loss == "nt_xent" else cos.wide(parameter.item())
     true, sizes = exact(cos, scale)
     rounded, scaling = stored_gradients(true, cell.dtype)
     storing = errors(rounded, true, sizes)["gradient"]
@@ -297,15 +301,18 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str]) -> None:
+@files.command("bench/accuracy.py")
+def main(arguments: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="bench/accuracy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--losses", default=",".join(LOSSES), help=f"of {', '.join(LOSSES)}")
     parser.add_argument("--dtypes", default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES))
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--n", type=int, default=514, help="rows; not a multiple of a tile by default")
+    parser.add_argument(
+        "--n", type=int, default=514, help="rows; not a multiple of a tile by default. Also measured: 8192 with --quick --dtypes=float32"
+    )
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
-    parser.add_argument("--out", type=Path, default=record.RESULTS, help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=cli.OUT, help=f"bench/results records it; default: {cli.OUT}")
     options = parser.parse_args(arguments)
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     losses, dtypes = options.losses.split(","), options.dtypes.split(",")
@@ -322,7 +329,8 @@ def main(arguments: list[str]) -> None:
     markdown = render(result)
     record.save(result, markdown, options.out, "accuracy")
     print(markdown)
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,13 +48,16 @@ def features(regime: str, n: int, d: int, seed: int) -> tuple[Array, Array]:
     return first * lengths[0], second * lengths[1]
 
 
+HELD = 2**22  # cosines that are kept for the next temperature, and made at a time where there are more: 32 MiB, of float64
+
+
 class Cosines(NamedTuple):
-    """Unit rows of both sides, their inverse norms, their cosines, and the positive column of every row."""
+    """Unit rows of both sides, their inverse norms, the positive column of every row, and their cosines where these are few."""
 
     units: list[Array]
     inverse: list[Array]
-    cosines: Array
     partner: Array
+    kept: Array | None
 
     @staticmethod
     def of(loss: str, stored: list[Tensor]) -> Cosines:
@@ -64,7 +68,21 @@ class Cosines(NamedTuple):
         units = [side * r for side, r in zip(sides, inverse, strict=True)]
         n = len(units[0])
         partner = np.roll(np.arange(n), n // 2) if loss == "nt_xent" else np.arange(n)
-        return Cosines(units, inverse, units[0] @ units[-1].T, partner)
+        return Cosines(units, inverse, partner, units[0] @ units[-1].T if n * n <= HELD else None)
+
+    @property
+    def wide(self) -> type:
+        return self.units[0].dtype.type
+
+    def blocks(self, side: int) -> Iterator[tuple[slice, Array]]:
+        """Rows of one side, and their cosines with all of the other."""
+        n, other = len(self.partner), self.units[-1 - side]
+        for start in range(0, n, max(1, HELD // n)):
+            rows = slice(start, min(n, start + max(1, HELD // n)))
+            if self.kept is None:
+                yield rows, self.units[side][rows] @ other.T
+            else:
+                yield rows, self.kept[rows] if side == 0 else self.kept[:, rows].T
 
 
 class Sizes(NamedTuple):
@@ -78,44 +96,46 @@ class Sizes(NamedTuple):
 
 
 def exact(cos: Cosines, scale: Any) -> tuple[Answer, Sizes]:
-    """The answer in float64, from the negatives alone: log(1 + sum over negatives of exp(s - pos)).
+    """The answer in float64, from the negatives alone, a block of rows at a time: log(1 + sum over negatives of exp(s - pos)).
 
     It loses nothing at small losses; logsumexp minus the positive is itself wrong in float64 below a loss of 1e-13.
     """
-    n = len(cos.cosines)
-    rows, symmetric = np.arange(n), len(cos.units) == 1
-    negative = np.ones((n, n), dtype=bool)
-    negative[rows, cos.partner] = False
-    if symmetric:
-        np.fill_diagonal(negative, False)
+    n, symmetric = len(cos.partner), len(cos.units) == 1
     # Where the sides differ there are two directions, rows as anchors and columns as anchors, each counting one half.
     share = 1.0 if symmetric else 0.5
-    values: Array = np.zeros(n)
-    weights: Array = np.zeros((n, n))
-    terms: list[float] = []
-    for cosines, into in ((cos.cosines, weights), (cos.cosines.T, weights.T))[: 1 if symmetric else 2]:
-        difference = cosines - cosines[rows, cos.partner][:, None]
-        above = np.where(negative, scale * difference, -np.inf)
-        most = above.max(1)
-        gap = most + np.log(np.exp(above - most[:, None]).sum(1))
-        value = np.maximum(gap, 0) + np.log1p(np.exp(-np.abs(gap)))
-        probability = share / n * np.exp(above - value[:, None])
-        values = values + share * value
-        into += probability.astype(np.float64)
-        into[rows, cos.partner] -= probability.sum(1).astype(np.float64)
-        terms.append(float((probability * difference).sum()))
+    values: Array = np.zeros(n, dtype=cos.wide)
     units = [unit.astype(np.float64) for unit in cos.units]
+    # dL/dunit over scale, the same of the magnitudes, and sums of the terms of dL/dscale and of their magnitudes.
+    by_unit, magnitudes = ([np.zeros_like(unit) for unit in units] for _ in range(2))
+    by_scale, of_scale = 0.0, 0.0
+    for side in range(len(units)):
+        for rows, cosines in cos.blocks(side):
+            at, partner = np.arange(len(cosines)), cos.partner[rows]
+            difference = cosines - cosines[at, partner][:, None]
+            above = scale * difference
+            above[at, partner] = -np.inf
+            if symmetric:
+                above[at, np.arange(n)[rows]] = -np.inf
+            most = above.max(1)
+            gap = most + np.log(np.exp(above - most[:, None]).sum(1))
+            value = np.maximum(gap, 0) + np.log1p(np.exp(-np.abs(gap)))
+            probability = share / n * np.exp(above - value[:, None])
+            values[rows] += share * value
+            by_scale += float((probability * difference).sum())
+            weights = probability.astype(np.float64)
+            weights[at, partner] -= probability.sum(1).astype(np.float64)
+            of_scale += float(np.abs(weights * cosines).sum())
+            for sums, w, sides in ((by_unit, weights, units), (magnitudes, np.abs(weights), [np.abs(unit) for unit in units])):
+                sums[side][rows] += w @ sides[-1 - side]
+                sums[-1 - side] += w.T @ sides[side][rows]
 
-    def products(w: Array, sides: list[Array]) -> list[Array]:
-        """The gradients of the raw rows before their radial part, which normalisation removes, is removed."""
-        by_unit = [(w + w.T) @ sides[0]] if symmetric else [w @ sides[1], w.T @ sides[0]]
-        return [float(scale) * r.astype(np.float64) * g for r, g in zip(cos.inverse, by_unit, strict=True)]
+    def raw(sums: list[Array]) -> list[Array]:
+        """By the raw rows, before their radial part, which normalisation removes, is removed."""
+        return [float(scale) * r.astype(np.float64) * g for r, g in zip(cos.inverse, sums, strict=True)]
 
-    raw, magnitudes = products(weights, units), products(np.abs(weights), [np.abs(unit) for unit in units])
-    tangent = [g - (g * unit).sum(1, keepdims=True) * unit for g, unit in zip(raw, units, strict=True)]
-    answer = Answer(float(values.mean()), values.astype(np.float64), tangent, sum(terms))
-    sizes = [float(np.linalg.norm(g)) for g in magnitudes]
-    return answer, Sizes(sizes, float(np.abs(weights * cos.cosines).sum()))
+    tangent = [g - (g * unit).sum(1, keepdims=True) * unit for g, unit in zip(raw(by_unit), units, strict=True)]
+    sizes = [float(np.linalg.norm(g)) for g in raw(magnitudes)]
+    return Answer(float(values.mean()), values.astype(np.float64), tangent, by_scale), Sizes(sizes, of_scale)
 
 
 def materialised(loss: str, sides: list[Tensor], scale: Tensor) -> Tensor:

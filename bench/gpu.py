@@ -25,6 +25,7 @@ import torch
 
 from bench import gpu_kernels
 from bench.gpu_kernels import Kernels
+from fastnce import files
 from fastnce.bench import places, record
 
 PARTS = ("build", "tests", "sanitize", "accuracy", "bench", "race", "tiles")
@@ -122,7 +123,7 @@ class Report:
         result = {"schema": record.SCHEMA, "part": self.part, "dry_run": self.dry, "seconds": seconds, "env": env}
         result |= {"errors": self.errors, "rows": self.rows, **self.more}
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / f"{self.part}.json").write_text(json.dumps(result, indent=1) + "\n")
+        files.write(self.out / f"{self.part}.json", json.dumps(result, indent=1) + "\n")
         print(table(self.rows, columns), flush=True)
         print(f"{self.part}: {seconds:.0f} s, {len(self.rows)} rows, {len(self.errors)} errors", *self.errors, sep="\n  ", flush=True)
         return 1 if self.errors else 0
@@ -149,7 +150,7 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 def run(main: Callable[[], int]) -> None:
     """Entry point of a part."""
     torch.set_num_threads(1 if {"--dry-run", "--emulate"} & set(sys.argv) else torch.get_num_threads())
-    raise SystemExit(main())
+    raise SystemExit(files.command(Path(sys.argv[0]).name)(main)())
 
 
 def summary(out: Path, parts: list[str]) -> int:

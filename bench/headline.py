@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,25 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Every result of a folder, but for the parts of gpu_run.sh."""
-    files = sorted(folder.glob("*/*.json"))
-    found = [Recorded(path.parent.name, path.name, json.loads(path.read_text())) for path in files]
+    """Every result of a folder, but for the parts of gpu_run.sh. Raises ValueError for a file that is none."""
+    found = [Recorded(path.parent.name, path.name, content(path)) for path in sorted(folder.glob("*/*.json"))]
     found = sorted((result for result in found if "part" not in result.content), key=lambda result: (result.env["time"], result.name))
     judged = [result for result in reversed(found) if re.search(r"-accuracy(-\d+)?\.json$", result.name)]
     measured = [result for result in reversed(found) if result not in judged]
     readable = [result for result in measured if result.content["schema"] == table.SCHEMA]
     return Results(readable, judged, [result for result in measured if result not in readable])
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Of a file that holds at least what every result has."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        wrong = not isinstance(found["schema"], int) or not isinstance(found["rows"], list) or not isinstance(found["env"]["time"], str)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no result: {type(error).__name__}") from error
+    if wrong:
+        raise ValueError(f"{path} is no result: its schema, rows and env are not what bench/run.py writes")
+    return dict(found)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,8 @@ class Headline:
     @property
     def name(self) -> str:
         """Of the files of its figure."""
-        return f"{self.result.machine}-{self.loss}"
+        width = self.rows[0]["d"]
+        return f"{self.result.machine}-{self.loss}" + (f"-d{width}" if width != WIDTH else "")
 
     @property
     def limit(self) -> float:
@@ -122,28 +134,35 @@ def refused(row: Row) -> bool:
     return row["status"] in ("oom", "oom-skipped")
 
 
-def headlines(results: Results) -> list[Headline]:
+def headlines(results: Results, losses: Iterable[str] = LOSSES, width: int = WIDTH) -> list[Headline]:
     """At most one for every machine and loss: the one that reaches the largest N, of those the newest."""
     found: dict[tuple[str, str], Headline] = {}
     for result in results.measured:
-        for loss in LOSSES:
-            headline, key = headline_of(result, loss, results.measured), (result.machine, loss)
+        for loss in losses:
+            headline, key = headline_of(result, loss, results.measured, width), (result.machine, loss)
             if headline is not None and (key not in found or headline.sizes[-1] > found[key].sizes[-1]):
                 found[key] = headline
     return list(found.values())
 
 
-def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = ()) -> Headline | None:
+def every_headline(results: Results) -> list[Headline]:
+    """Of all losses and widths that were measured."""
+    rows = [row for result in results.measured for row in result.rows if row["measure"] in ("time", "memory")]
+    losses, widths = dict.fromkeys(row["loss"] for row in rows), sorted({row["d"] for row in rows})
+    return [found for width in widths for found in headlines(results, losses, width)]
+
+
+def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = (), width: int = WIDTH) -> Headline | None:
     """None where fastnce or eager has not both its times and its memory at two N or more.
 
     What ran into the time limit is taken from `others` where they measured it: same machine, same sources, same settings.
     """
     dtype = "bfloat16" if "gpu" in result.env else "float32"
-    rows = shown_rows(result, loss, dtype)
+    rows = shown_rows(result, loss, dtype, width)
     completed_by: list[Recorded] = []
     for other in others:
         if other is not result and other.machine == result.machine and all(other.env[name] == result.env[name] for name in SETTINGS):
-            ran = {key_of(row): row for row in shown_rows(other, loss, dtype) if row["status"] == "ok"}
+            ran = {key_of(row): row for row in shown_rows(other, loss, dtype, width) if row["status"] == "ok"}
             missing = [row for row in rows if row["status"] == "timeout" and key_of(row) in ran]
             rows = [ran[key_of(row)] if row in missing else row for row in rows]
             completed_by += [other] if missing else []
@@ -158,9 +177,9 @@ def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = ()) ->
     return found if enough else None
 
 
-def shown_rows(result: Recorded, loss: str, dtype: str) -> list[Row]:
+def shown_rows(result: Recorded, loss: str, dtype: str, width: int) -> list[Row]:
     measured = [row for row in result.rows if row["measure"] in ("time", "memory")]
-    return rows_of(measured, loss=loss, d=WIDTH, dtype=dtype, mode="full")
+    return rows_of(measured, loss=loss, d=width, dtype=dtype, mode="full")
 
 
 def key_of(row: Row) -> tuple[str, str, int]:

@@ -11,7 +11,7 @@ from fastnce.bench import table
 from fastnce.bench.table import MODES, OURS, Row, rows_of
 
 FIGURES = "docs/figures"
-NOTHING = "No result is recorded: `python bench/run.py` makes one."
+NOTHING = "No result is recorded: `python bench/run.py --out bench/results` makes one."
 LESS = 1.0  # MiB: peaks of a process differ by that much from run to run
 
 
@@ -23,7 +23,8 @@ def figure(headline: Headline, folder: str) -> str:
     """The picture as a link to its larger form, with words for those who do not see it."""
     largest = {label: max(headline.fits(label), default=0) for label in headline.shown}
     reach = "; ".join(f"{label} fits up to N = {n:,}" for label, n in largest.items())
-    words = f"{LOSSES[headline.loss]} on {table.place(headline.result.env)}: peak memory and time over the number of rows N. {reach}."
+    loss = LOSSES.get(headline.loss, headline.loss)
+    words = f"{loss} on {table.place(headline.result.env)}: peak memory and time over the number of rows N. {reach}."
     return f"[![{words}]({folder}/{headline.name}.png)]({folder}/{headline.name}.svg)"
 
 
@@ -199,12 +200,12 @@ def faster(results: Results) -> str:
     return "In no recorded cell does another take less time or less memory." if results.measured else NOTHING
 
 
-# docs/benchmarks.md ---------------------------------------------------------------------------------------------------------------------
+# docs/benchmarks.md, and a page of one's own results --------------------------------------------------------------------------------------
 
 
-def everything(results: Results) -> str:
-    """Every result: conditions, its figures, where another wins, all tables."""
-    shown = headlines(results)
+def everything(results: Results, shown: Sequence[Headline] | None = None, folder: str = "figures") -> str:
+    """Every result: conditions, its figures, where another wins, all tables. `shown` are those with a figure, in that folder."""
+    shown = headlines(results) if shown is None else shown
     parts = []
     for result in results.measured:
         head, _, rest = table.render(result.content).partition("\n## ")
@@ -213,9 +214,15 @@ def everything(results: Results) -> str:
         for headline in shown:
             if headline.result is result:
                 named = "; ".join(f"{label} is {name} of the tables" for label, name in headline.shown.items() if name != label)
-                parts += [figure(headline, "figures"), *([f"In the figure {named}."] if named else [])]
+                parts += [figure(headline, folder), *([f"In the figure {named}."] if named else [])]
         for measure, words in (("time", "Where another is faster"), ("memory", "Where another takes less memory")):
             found = beaten_table(result.rows, measure)
             parts += [f"#### {words}", found] if found else []
         parts.append(f"#### {rest}".replace("\n## ", "\n#### ").strip())
     return "\n\n".join(parts) or NOTHING
+
+
+def own(results: Results, shown: Sequence[Headline]) -> str:
+    """A page of results that are nobody else's; `shown` have a figure beside it."""
+    parts = ["# What was measured", everything(results, shown, ".")]
+    return "\n\n".join([*parts, *(["## Accuracy", accuracy(results)] if results.judged else [])]) + "\n"

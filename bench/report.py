@@ -1,9 +1,10 @@
-"""Render the recorded results: the figures, and the generated regions of README.md and docs/benchmarks.md.
+"""Render results: those recorded here into README.md, docs/benchmarks.md and their figures, one's own into a page and figures of their own.
 
-    python bench/report.py            # write them
-    python bench/report.py --check    # write nothing; exit 1 and say what differs from bench/results
+    python bench/report.py                                  # README.md, docs/benchmarks.md and docs/figures, from bench/results
+    python bench/report.py --check                          # write nothing; exit 1 and say what differs from bench/results
+    python bench/report.py --results fastnce-bench --plot   # one's own: report.md and figures in --out, and nothing anywhere else
 
-Everything comes from the JSON files of bench/results. A picture is judged by the digest it carries, of the data and of the code that
+Everything comes from the JSON files of the results. A picture is judged by the digest it carries, of the data and of the code that
 drew it; by its bytes only where matplotlib is there in the version that drew it.
 """
 
@@ -17,10 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: this checkout
 
 from bench import figures, headline, regions
+from fastnce import files
 from fastnce.bench import record
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = "docs/benchmarks.md"
+OUT = Path("fastnce-report")  # in the current folder, as fastnce-bench
 
 # Page -> region -> its text.
 REGIONS: dict[str, dict[str, Callable[[headline.Results], str]]] = {
@@ -87,38 +90,71 @@ def write(root: Path, results: headline.Results, paths: Sequence[Path]) -> None:
     texts, expected = pages(root, results), charts(root, results)
     for path in paths:
         if path in texts:
-            path.write_text(texts[path][1])
+            files.write(path, texts[path][1])
         elif path in expected:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(figures.render(expected[path], path.suffix))
+            files.write(path, figures.render(expected[path], path.suffix))
         else:
             path.unlink()
 
 
+def write_own(out: Path, results: headline.Results, plot: bool) -> list[Path]:
+    """A page of results that are not recorded here, and with `plot` a figure of all that have one."""
+    shown = headline.every_headline(results) if plot else []
+    content: dict[Path, str | bytes] = {out / "report.md": regions.own(results, shown)}
+    for found in shown:
+        content |= {out / f"{found.name}{suffix}": figures.render(found.chart(), suffix) for suffix in figures.SUFFIXES}
+    out.mkdir(parents=True, exist_ok=True)
+    for path, text in content.items():
+        files.write(path, text)
+    return list(content)
+
+
+@files.command("bench/report.py")
 def main(arguments: list[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(prog="bench/report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs from the results")
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="default: bench/results")
-    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of README.md and {BENCHMARKS}; default: this checkout")
+    parser.add_argument("--results", type=Path, default=record.RESULTS, help="one's own, such as fastnce-bench; default: bench/results")
+    parser.add_argument("--out", type=Path, help=f"folder for the page of one's own results; default: {OUT}")
+    parser.add_argument("--plot", action="store_true", help="of one's own results: a figure of every loss and width with two N or more")
+    parser.add_argument("--root", type=Path, help=f"bring README.md and {BENCHMARKS} of this folder up to date; default: of this checkout")
     options = parser.parse_args(arguments)
+    own = bool(options.out or options.plot or options.results.resolve() != record.RESULTS) and options.root is None
+    if own and options.check:
+        parser.error("--check compares this checkout with bench/results, and takes none of --results, --out and --plot")
+    if options.root and (options.out or options.plot):
+        parser.error("--root is for pages that are there; --out and --plot make a page of one's own results")
     if not options.results.is_dir():
         parser.error(f"--results {options.results}: no such folder; bench/run.py --out makes one")
-    results = headline.load(options.results)
+    try:
+        results = headline.load(options.results)
+    except ValueError as error:
+        parser.error(f"--results: {error}")
     for left in results.left_out:
         print(f"left out: {left.machine}/{left.name} has schema {left.content['schema']}; measure it again", file=sys.stderr)
+    if own:
+        try:
+            written = write_own(options.out or OUT, results, options.plot)
+        except ImportError as error:
+            parser.error(f"--plot: {error}: figures are drawn with it; pip install matplotlib")
+        print(*written, sep="\n")
+        if options.plot and len(written) == 1:
+            print("no figure: it takes times and memory of fastnce and eager at two N or more, forward and backward", file=sys.stderr)
+        return 0
     if results.measured and results.measured[0].env["sources"] != record.digest():
         print(f"the newest result is of sources {results.measured[0].env['sources'][:8]}; these are {record.digest()[:8]}", file=sys.stderr)
+    root = options.root or ROOT
     try:
-        found = stale(options.root, results)
+        found = stale(root, results)
         if not options.check:
-            write(options.root, results, found)
+            write(root, results, found)
     except ValueError as error:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}: figures are drawn with it; pip install matplotlib, or use --check, which needs none")
     for path in found:
-        print(f"{'differs from the results' if options.check else 'brought up to date'}: {path.relative_to(options.root).as_posix()}")
+        print(f"{'differs from the results' if options.check else 'brought up to date'}: {path.relative_to(root).as_posix()}")
     return int(options.check and bool(found))
 
 

@@ -1,4 +1,4 @@
-"""`python -m fastnce bench` of this checkout: what is measured is its sources, and results go to bench/results.
+"""`python -m fastnce bench` of this checkout: what is measured is its sources. --out bench/results records a result.
 
     python bench/run.py --quick
     python bench/run.py --losses nt_xent,clip --n 1k:16k:x4 --d 128,512
@@ -15,11 +15,11 @@ from pathlib import Path
 # The checkout this file is in is what gets measured, because its sources are what the result's digest names.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastnce.bench import cli, record
+from fastnce.bench import cli
 
 
 def main(arguments: list[str]) -> int:
-    return cli.main(arguments, "python bench/run.py", record.RESULTS)
+    return cli.main(arguments, "python bench/run.py")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,21 @@ def test_the_exact_answer_is_that_of_dense_float64(loss: str, regime: str) -> No
         assert error.max() < 1e-12 * (sizes.scale / abs(true.scale) if name == "scale" else 1), name
 
 
+@pytest.mark.parametrize("loss", accuracy.LOSSES)
+def test_the_exact_answer_does_not_depend_on_its_blocks(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of seven rows, the last of them ragged, and all at once."""
+    sides, _ = accuracy.inputs(accuracy.Cell(loss, torch.float64, "aligned", 5, 0.5), 34)
+    whole, sizes = exact.exact(exact.Cosines.of(loss, sides), 2.0)
+    monkeypatch.setattr(exact, "HELD", 7 * 34)
+    cosines = exact.Cosines.of(loss, sides)
+    assert cosines.kept is None and [len(block) for _, block in cosines.blocks(0)] == [7, 7, 7, 7, 6]
+    found, others = exact.exact(cosines, 2.0)
+    assert (found.loss, found.scale) == pytest.approx((whole.loss, whole.scale), rel=1e-13)
+    assert (*others.gradients, others.scale) == pytest.approx((*sizes.gradients, sizes.scale), rel=1e-13)
+    for mine, expected in zip((found.rows, *found.gradients), (whole.rows, *whole.gradients), strict=True):
+        np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_the_exact_answer_holds_at_tiny_losses() -> None:
     """Two negatives at cosine 0, the positive at 1: log(1 + 2 exp(-scale)), where dense float64 has 0."""
     z = torch.eye(2, dtype=torch.float64).repeat(2, 1)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastnce import __version__, backends, build, native, selftest
+from fastnce import __version__, backends, build, files, native, selftest
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -146,6 +146,7 @@ def _build(kind: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+@files.command("python -m fastnce")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report, or run the benchmark; 1 where the self-test failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,9 +1,10 @@
-"""Bad input: every message of the package. What the host knows is always checked; values only in debug mode, because reading one
-from a GPU stalls it."""
+"""Bad input: what is wrong with one argument, or with how two of them fit; relations.py has what says which rows belong together. What the
+host knows is always checked; values only in debug mode, because reading one from a GPU stalls it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
 import os
 from collections.abc import Collection, Iterator
@@ -11,11 +12,23 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype
+from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
+# Of options that are one of a few words; an option that is not listed here is true or false.
+CHOICES = {
+    "reduction": REDUCTIONS,
+    "negative_mode": ("unpaired", "paired"),
+    "variant": ("out", "in"),
+    "views": ("all", "one"),
+    "no_positive": ("zero", "skip", "error"),
+    "unlabelled": ("alone", "own_views"),
+}
+# Of the loss of that name, where neither temperature nor scale is given.
+TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+# Not uint64: int64, as which ids are compared, does not hold all of its numbers.
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)
 _LARGEST_COUNT = 2**31 - 1
 
 _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
@@ -23,9 +36,11 @@ _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
 
 @contextlib.contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Check values too (nan, zero rows, temperature <= 0, nothing to compare with), at the price of a device synchronisation per call.
+    """Check values too, at the price of a device synchronisation per call. Results do not change.
 
-    The environment variable FASTNCE_DEBUG=1 does the same for the whole process. Results do not change.
+    What cannot be meant raises ValueError: nan, zero rows, a temperature tensor <= 0, nothing to compare with. What is legal and looks like
+    a mistake is a UserWarning, once for each line that calls: a scale given as temperature, anchors without a positive, ids of hash().
+    docs/numerics.md lists both. The environment variable FASTNCE_DEBUG=1 does the same for the whole process.
     """
     global _debug
     before, _debug = _debug, enabled
@@ -33,6 +48,11 @@ def debug(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _debug = before
+
+
+def debugging(*read: Tensor) -> bool:
+    """Whether debug mode is on here, and may read these tensors; never in code that is being compiled."""
+    return _debug and not torch.compiler.is_compiling() and all(has_values(x) for x in read)
 
 
 def has_values(x: Tensor) -> bool:
@@ -49,7 +69,8 @@ def free_to_read(x: Tensor) -> bool:
 def a_tensor(where: str, name: str, x: object) -> Tensor:
     """x itself, if it is a plain dense tensor."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{where}: argument '{name}' must be Tensor, not {type(x).__name__}")
+        as_tensor = f" (torch.as_tensor({name}))" if isinstance(x, list | tuple) or type(x).__name__ == "ndarray" else ""
+        raise TypeError(f"{where}: argument '{name}' must be Tensor, not {type(x).__name__}{as_tensor}")
     kind = "nested" if x.is_nested else str(x.layout)[6:] if x.layout != torch.strided else "quantized" if x.is_quantized else ""
     if type(x).__name__ == "DTensor":
         kind = "DTensor"
@@ -64,7 +85,9 @@ def features(where: str, dims: tuple[int, ...] = (2,), **named: object) -> None:
     for name, value in named.items():
         x = a_tensor(where, name, value)
         if x.dtype not in _FLOATS:
-            raise TypeError(f"{where}: {name} has dtype {x.dtype}; features must be float32, float16, bfloat16 or float64 ({name}.float())")
+            labels = x.dtype in _INTEGERS and x.numel() == x.shape[:1].numel()
+            remedy = "; if these are labels, sup_con(features, labels) takes them" if labels else f" ({name}.float())"
+            raise TypeError(f"{where}: {name} has dtype {x.dtype}; features must be float32, float16, bfloat16 or float64{remedy}")
         if x.dim() not in dims:
             wanted = " or ".join({2: "2-D (rows, features)", 3: "3-D (rows, views or keys, features)"}[d] for d in dims)
             raise ValueError(f"{where}: expected {name} to be {wanted}, got shape {tuple(x.shape)}")
@@ -97,17 +120,39 @@ def one_dtype(where: str, **named: Tensor) -> list[Tensor]:
     tensors = list(named.values())
     if len({x.dtype for x in tensors}) == 1:
         return tensors
-    device = tensors[0].device.type
-    if autocasts(device) and all(x.dtype != torch.float64 for x in tensors):
+    device, doubles = tensors[0].device.type, [name for name, x in named.items() if x.dtype == torch.float64]
+    if autocasts(device) and not doubles:
         return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
     listed = ", ".join(f"{name}.dtype: {str(x.dtype)[6:]}" for name, x in named.items())
-    raise RuntimeError(f"{where}: Expected all features to have the same dtype, but got {listed}; cast one, or use autocast")
+    cast = ", ".join(f"{name}.float()" for name in doubles)
+    remedy = f"cast them to one, with {cast} for example: autocast leaves float64 as it is" if doubles else "cast one, or use autocast"
+    raise RuntimeError(f"{where}: Expected all features to have the same dtype, but got {listed}; {remedy}")
 
 
-def choice(where: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise unless value is one of the allowed words."""
+def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise unless value is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{where}: {value!r} is not a valid value for {name}; use one of {', '.join(map(repr, allowed))}")
+
+
+def options(where: str, **given: object) -> None:
+    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (in_batch: or None)."""
+    for name, value in given.items():
+        if (name, value) == ("negative_mode", "ragged"):
+            raise ValueError(
+                f"{where}: 'ragged' is not a valid value for negative_mode; negatives are ragged where negative_keys is a tuple "
+                "(values (T, D), offsets (M + 1,)), and negative_mode then says nothing: leave it out"
+            )
+        if name in CHOICES:
+            choice(where, name, value, CHOICES[name])
+        elif not isinstance(value, bool) and (name, value) != ("in_batch", None):
+            raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__} {value!r}")
+
+
+def count(where: str, name: str, value: object) -> None:
+    """Raise unless value is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}")
 
 
 def reduction(where: str, value: str, rows: int) -> None:
@@ -123,61 +168,43 @@ def some_keys(where: str, name: str, keys: Tensor, rows: int) -> None:
         raise ValueError(f"{where}: {name} is {tuple(keys.shape)}; at least one key is needed")
 
 
-def ids(where: str, name: str, value: object, rows: int, like: Tensor, of: str) -> Tensor | None:
-    """An integer vector with one entry per row of `of`, as int64; None stays None."""
+def ids(where: str, name: str, value: object, rows: int, like: Tensor, of: str, each: str = "one id per row") -> Tensor | None:
+    """An integer vector with one entry per row of `of`, as int64; None stays None. `each` says what an entry is."""
     if value is None:
         return None
     x = a_tensor(where, name, value)
-    if x.dtype not in _INTEGERS:
+    if x.is_floating_point() or x.is_complex():
         raise TypeError(f"{where}: {name} must have an integer dtype, got {x.dtype} ({name}.long())")
-    if x.dim() != 1 or x.shape[0] != rows:
+    if x.dtype not in _INTEGERS:
+        remedy = f"it is compared as int64, which holds numbers below 2^63: {name}.to(torch.int64)"
+        raise TypeError(f"{where}: {name} has dtype {x.dtype}; {remedy}")
+    if x.shape != (rows,):
+        counted = f"Expected {name} batch_size ({x.shape[0] if x.dim() else 1}) to match {of} batch_size ({rows})"
+        wrong = counted if x.dim() == 1 else f"{name} must be 1-D, {each}"
         squeeze = f"; use {name}.reshape(-1)" if x.numel() == rows else ""
-        raise ValueError(
-            f"{where}: Expected {name} batch_size ({x.shape[0] if x.dim() else 1}) to match {of} batch_size ({rows}); "
-            f"{name} must have shape ({rows},), got {tuple(x.shape)}{squeeze}"
-        )
+        raise ValueError(f"{where}: {wrong}; {name} must have shape ({rows},), got {tuple(x.shape)}{squeeze}")
     same_device(where, **{of: like, name: x})
     return x.to(torch.int64)
 
 
-def id_pair(
-    where: str, q_name: str, q_ids: object, k_name: str, k_ids: object, like: Tensor, rows: int, columns: int, paired: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of queries and of keys; where only one is given and row i of one belongs to row i of the other (paired), it serves both."""
-    if q_ids is None and k_ids is None:
-        return None, None
-    if (q_ids is None or k_ids is None) and not paired:
-        missing = q_name if q_ids is None else k_name
-        raise ValueError(f"{where}: {missing} is missing: with {rows} queries and {columns} keys both {q_name} and {k_name} are needed")
-    q_ids, k_ids = k_ids if q_ids is None else q_ids, q_ids if k_ids is None else k_ids
-    return ids(where, q_name, q_ids, rows, like, "query"), ids(where, k_name, k_ids, columns, like, "key")
-
-
-def mask(where: str, name: str, value: object, like: Tensor, shape: tuple[int, int] | None = None) -> Tensor | None:
-    """A boolean matrix of positives; None stays None."""
-    if value is None:
-        return None
-    x = a_tensor(where, name, value)
-    if x.dtype != torch.bool:
-        raise TypeError(f"{where}: {name} must have dtype torch.bool, got {x.dtype} ({name}.bool())")
-    if x.dim() != 2 or (0 in x.shape if shape is None else x.shape != shape):
-        wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, one row and column per example"
-        raise ValueError(f"{where}: {name} must be {wanted}, got shape {tuple(x.shape)}")
-    same_device(where, features=like, **{name: x})
-    return x
-
-
-def weights(where: str, value: object, rows: int, like: Tensor) -> Tensor | None:
-    """One floating-point weight per anchor, in the dtype of the loss."""
+def weights(where: str, value: object, rows: int, like: Tensor, examples: int | None = None) -> Tensor | None:
+    """One floating-point weight per anchor, in the dtype of the loss. `examples`: as many would have done, too."""
     if value is None:
         return None
     x = a_tensor(where, "weight", value)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{where}: weight must have a floating-point dtype, got {x.dtype} (weight.float())")
     if x.shape != (rows,):
-        raise ValueError(f"{where}: weight must have shape ({rows},), one per anchor, got {tuple(x.shape)}")
+        also = "" if examples in (None, rows) else f"; one per example, ({examples},), is right too"
+        raise ValueError(f"{where}: weight must have shape ({rows},), one per anchor, got {tuple(x.shape)}{also}")
     same_device(where, features=like, weight=x)
-    return x.to(compute_dtype(like.dtype))
+    return savable(x.to(compute_dtype(like.dtype)))
+
+
+def savable(x: Tensor) -> Tensor:
+    """x, or a copy where torch's own operations could not save it for backward: tensors made in inference mode."""
+    refused = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()
+    return x.clone() if refused else x
 
 
 def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = True) -> Tensor:
@@ -187,11 +214,8 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
     """
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        return torch.full((), _number(where, name, value, dtype, positive), dtype=dtype, device=like.device)
-    if value.numel() != 1:
-        raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
+        return _filled(_number(where, name, value, dtype, positive), like)
+    _one_element(where, name, value)
     if value.device != like.device and (value.device.type != "cpu" or value.requires_grad):
         same_device(where, features=like, **{name: value})
     if _debug and has_values(value):
@@ -199,28 +223,65 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
     return value.reshape(()).to(device=like.device, dtype=dtype)
 
 
+def held_scale(where: str, name: str, value: object) -> None:
+    """A temperature or scale that a module is given to keep: all that `scalar` asks of it and that no features are needed for."""
+    if isinstance(value, Tensor):
+        # Where FSDP splits a parameter, all processes but one hold an empty part of it.
+        _one_element(where, name, value, at_least=0)
+    else:
+        _number(where, name, value, torch.float64, True)
+
+
+def _one_element(where: str, name: str, value: Tensor, at_least: int = 1) -> None:
+    if not at_least <= value.numel() <= 1:
+        raise ValueError(f"{where}: {name} must have exactly one element, got shape {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{where}: {name} must have a floating-point dtype, got {value.dtype}")
+
+
 def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
-    # 1 / temperature must be a number too.
-    number, largest = float(value), torch.finfo(dtype).max
+    # 1 / temperature must be a number too. Not float(value) of a float: where torch.compile traces one as a symbol, that makes a constant
+    # of it.
+    number, largest = value if isinstance(value, int | float) else float(value), torch.finfo(dtype).max
     if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
+        if math.isfinite(number) and (number > 0 or not positive):  # it is that, but too large or too small
+            rule = f"between {1 / largest if positive else -largest:.1e} and {largest:.1e}, in {str(dtype)[6:]}"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
-        raise ValueError(f"{where}: {name} must be {rule}, got {value}{hint}")
+        given = float(value) if isinstance(value, float) else value  # a symbol has no text
+        raise ValueError(f"{where}: {name} must be {rule}, got {given}{hint}")
     return number
 
 
-def scale_of(where: str, temperature: float | Tensor, scale: float | Tensor | None, default: float, like: Tensor) -> Tensor:
-    """scale = 1 / temperature, from whichever of the two was given."""
+def scale_of(where: str, temperature: float | Tensor | None, scale: float | Tensor | None, like: Tensor) -> Tensor:
+    """scale = 1 / temperature, from whichever of the two was given; the temperature of TEMPERATURES where neither was."""
+    not_both(where, temperature, scale)
     if scale is not None:
-        if isinstance(temperature, Tensor) or temperature != default:
-            raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
         return scalar(where, "scale", scale, like)
+    if temperature is None:
+        temperature = TEMPERATURES[where]
     if isinstance(temperature, Tensor):
         return scalar(where, "temperature", temperature, like).reciprocal()
+    return _filled(_number(where, "temperature", temperature, compute_dtype(like.dtype), True), like, inverse=True)
+
+
+def _filled(number: float, like: Tensor, inverse: bool = False) -> Tensor:
+    """A Python number, or 1 over it, as a 0-dim tensor in the dtype of the logits."""
     dtype = compute_dtype(like.dtype)
-    return torch.full((), 1.0 / _number(where, "temperature", temperature, dtype, True), dtype=dtype, device=like.device)
+    if torch.compiler.is_compiling():
+        # A float that changes from step to step is a symbol here. Arithmetic between it and a tensor keeps it one; torch.full, and in torch
+        # 2.11 also 1.0 / number, would compile once for each value.
+        one = torch.ones((), dtype=vector_dtype(like), device=like.device)
+        return (one / number if inverse else one * number).to(dtype)
+    return torch.full((), 1.0 / number if inverse else number, dtype=dtype, device=like.device)
+
+
+def not_both(where: str, temperature: object, scale: object) -> None:
+    """Raise where temperature and scale are both given."""
+    if temperature is not None and scale is not None:
+        raise ValueError(f"{where}: give temperature or scale, not both (scale = 1 / temperature)")
 
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:
@@ -242,23 +303,9 @@ def values(where: str, normalize: bool, **named: Tensor) -> None:
                 raise ValueError(f"{where}: {name} row {int(bad.nonzero()[0])} {what}")
 
 
-def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
-    """Debug mode only: in a batch of several rows, one at least must have a positive and something beside it."""
-    if _debug and has_values(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
-        raise ValueError(
-            f"{where}: no row has both a positive and another candidate: the ids, labels or mask leave a loss of 0 that trains nothing"
-        )
-
-
-def something_to_compare(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
-    """Debug mode only: one row at least must have a candidate."""
-    if _debug and has_values(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
-        raise ValueError(f"{where}: no row has any candidate: the ids, labels or mask exclude every pair")
-
-
 def backend(where: str, name: object, known: Collection[str]) -> None:
     """auto, or the name of a backend."""
-    if name != "auto" and name not in known:
+    if name != "auto" and name not in list(known):
         raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, known))}")
 
 
@@ -273,7 +320,11 @@ def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | No
     return x.detach().to(compute_dtype(like.dtype))
 
 
-def integer(where: str, name: str, value: object) -> None:
-    """Raise unless value is an integer or None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
-        raise TypeError(f"{where}: {name} must be an integer, got {type(value).__name__} {value}")
+def offset(where: str, value: object) -> int | None:
+    """An integer between two rows that there may be, of Python or of numpy; None stays None."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral | None):
+        raise TypeError(f"{where}: offset must be an integer, got {type(value).__name__} {value}")
+    found = value if isinstance(value, int | torch.SymInt | None) else int(value)
+    if found is not None and not -_LARGEST_COUNT <= found <= _LARGEST_COUNT:
+        raise ValueError(f"{where}: offset is {found}; as there are at most 2^31 - 1 rows, it must be from -(2^31 - 1) to 2^31 - 1")
+    return found  # type: ignore[return-value]

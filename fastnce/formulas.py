@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastnce import checks
+from fastnce import hints
 from fastnce.norms import compute_dtype
 from fastnce.stats import ContrastiveStats, log1p_loss, softplus
 
@@ -76,7 +76,7 @@ def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction, like: T
 
 def answer(where: str, loss: Tensor, found: ContrastiveStats, scale: Tensor, bias: Tensor | None, return_stats: bool) -> Loss:
     """The loss, or the pair of loss and RetrievalStats."""
-    checks.something_to_learn(where, found.lse_neg, found.n_pos)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
     return (loss, _retrieval(found, scale, bias)) if return_stats else loss
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastnce import checks
+from fastnce.ops import Listed, listed_logits
 from fastnce.problem import TIE
-from fastnce.stats import ContrastiveStats, listed_logits
+from fastnce.stats import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
+
+# The two of a ragged tuple as the caller writes them.
+VALUES, OFFSETS = "negative_keys[0]", "negative_keys[1]"
+NONE_OF_THEM = "; with in_batch=True there may be none"
 
 
 class Negatives(NamedTuple):
@@ -24,44 +31,48 @@ class Negatives(NamedTuple):
     @property
     def name(self) -> str:
         """The caller's name of the keys."""
-        return "values" if self.kind == "ragged" else "negative_keys"
+        return VALUES if self.kind == "ragged" else "negative_keys"
 
     @staticmethod
-    def of(where: str, given: Tensor | Ragged | None, mode: str, query: Tensor) -> Negatives | None:
-        """What the caller passed as negative_keys, checked; None stays None."""
+    def of(where: str, given: Tensor | Ragged | None, mode: str, query: Tensor, may_be_none: bool) -> Negatives | None:
+        """What the caller passed as negative_keys, checked; None stays None. may_be_none: zero keys are no mistake, others are there."""
         if given is None:
             return None
         if isinstance(given, tuple | list):
-            return _ragged(where, given, query)
+            return _ragged(where, given, query, may_be_none)
+        _no_temperature(where, given)
         checks.features(where, (2, 3), query=query, negative_keys=given)
         if given.dim() != (2 if mode == "unpaired" else 3) or (mode == "paired" and given.shape[0] != query.shape[0]):
             wanted = "(K, D), shared by all queries" if mode == "unpaired" else "(M, K, D), K for each query"
             raise ValueError(
                 f"{where}: negative_keys is {tuple(given.shape)} and query is {tuple(query.shape)}; {mode} negatives are {wanted}"
             )
-        if 0 in given.shape and query.shape[0] > 0:
-            raise ValueError(f"{where}: negative_keys is {tuple(given.shape)}; at least one key is needed")
+        if 0 in given.shape and query.shape[0] > 0 and not may_be_none:
+            raise ValueError(f"{where}: negative_keys is {tuple(given.shape)}; at least one key is needed{NONE_OF_THEM}")
         return Negatives(mode, given)
 
-    def statistics(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> ContrastiveStats:
-        """Row statistics of listed negatives. threshold (M,): metrics too, rank counted from there."""
+    def statistics(
+        self, query: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool, threshold: Tensor | None
+    ) -> ContrastiveStats:
+        """Row statistics of listed negatives. wide: stand-ins for query and keys. threshold (M,): metrics too, rank counted from there."""
         if threshold is not None and normalize:
             threshold = threshold + scale.detach() * TIE
+        s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize))
         if self.rows is None:
-            lse, most, hardest, above = _by_row(listed_logits(query, self.keys, scale, normalize), threshold)
+            lse, most, hardest, above = _by_row(s, threshold)
         else:
-            lse, most, hardest, above = self._by_segment(query, scale, normalize, threshold)
+            lse, most, hardest, above = self._by_segment(s, query.shape[0], threshold)
         none = lse.new_full((query.shape[0],), -torch.inf)
         zero = torch.zeros_like(hardest)
         found = ContrastiveStats(lse, none, torch.zeros_like(none), zero)
         return found if threshold is None else found._replace(rank=above, hardest=hardest, hardest_logit=most, pos_max=none)
 
-    def _by_segment(self, query: Tensor, scale: Tensor, normalize: bool, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As _by_row, over the values of each query; a query without any has lse -inf and hardest -1."""
+    def _by_segment(self, s: Tensor, n: int, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As _by_row, over the values of each of n queries; a query without any has lse -inf and hardest -1."""
         assert self.rows is not None
-        n, count = query.shape[0], len(self.rows)
+        count = len(self.rows)
         nobody, rows = self.rows >= n, self.rows.clamp(max=n - 1)
-        s = listed_logits(query, self.keys, scale, normalize, rows).masked_fill(nobody, -torch.inf)
+        s = s.masked_fill(nobody, -torch.inf)
         most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
         base = most.masked_fill(most == -torch.inf, 0.0)
         total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
@@ -76,9 +87,13 @@ class Negatives(NamedTuple):
         return lse, most, hardest.masked_fill(hardest == count, -1), above
 
 
-def one_positive(query: Tensor, key: Tensor, scale: Tensor, normalize: bool, metrics: bool) -> ContrastiveStats:
-    """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo."""
-    pos = listed_logits(query, key[:, None], scale, normalize).squeeze(1)
+def one_positive(
+    query: Tensor, key: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool, metrics: bool
+) -> ContrastiveStats:
+    """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo. wide: their stand-ins."""
+    query_wide, key_wide = wide
+    listed = Listed(query, key[:, None], None, scale, query_wide, None if key_wide is None else key_wide[:, None], normalize)
+    pos = listed_logits(listed).squeeze(1)
     none = torch.full_like(pos, -torch.inf)
     one = torch.ones_like(pos, dtype=torch.int64)
     found = ContrastiveStats(none, pos, pos, one)
@@ -87,17 +102,35 @@ def one_positive(query: Tensor, key: Tensor, scale: Tensor, normalize: bool, met
     return found._replace(rank=torch.zeros_like(one), hardest=torch.full_like(one, -1), hardest_logit=none, pos_max=pos.detach())
 
 
-def _ragged(where: str, given: Ragged, query: Tensor) -> Negatives:
+def _no_temperature(where: str, given: object) -> None:
+    """The third argument of other losses is the temperature."""
+    is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    if not (is_number or (isinstance(given, Tensor) and given.dim() < 2 and given.numel() == 1)):
+        return
+    hint = "negative_keys is the third argument; give a temperature by its name, temperature="
+    if is_number:
+        raise TypeError(f"{where}: argument 'negative_keys' must be Tensor, not {type(given).__name__}: {hint}{given}")
+    raise ValueError(f"{where}: expected negative_keys to be 2-D or 3-D, got one number: {hint}...")
+
+
+def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Negatives:
     if len(given) != 2:
         raise ValueError(f"{where}: ragged negative_keys is (values, offsets), got {len(given)} entries")
     values, offsets = given
-    checks.features(where, query=query, values=values)
-    checks.some_keys(where, "values", values, query.shape[0])
+    checks.features(where, (2,), **{"query": query, VALUES: values})
+    queries = query.shape[0]
+    if values.shape[0] == 0 and queries > 0 and not may_be_none:
+        raise ValueError(f"{where}: {VALUES} is {tuple(values.shape)}; at least one key is needed{NONE_OF_THEM}")
+    if isinstance(offsets, Tensor) and offsets.dim() == 1 and offsets.shape[0] == queries:
+        raise ValueError(
+            f"{where}: {OFFSETS} has {queries} entries, one per query; offsets have one more, where the values of each query begin and "
+            "the last ones end: from counts, torch.nn.functional.pad(counts.cumsum(0), (1, 0))"
+        )
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
-    ends = checks.ids(where, "offsets", offsets, query.shape[0] + 1, query, "query rows + 1")
+    ends = checks.ids(where, OFFSETS, offsets, queries + 1, query, "query rows + 1", "one where each query begins, and the end")
     assert ends is not None
     if checks.free_to_read(ends) and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
-        raise ValueError(f"{where}: offsets must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")
+        raise ValueError(f"{where}: {OFFSETS} must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")
     positions = torch.arange(values.shape[0], device=values.device)
     # Positions below the first or above the last offset belong to nobody.
     rows = torch.searchsorted(ends, positions, right=True) - 1

@@ -45,7 +45,11 @@ def inverse_norms(x: Tensor) -> Tensor:
     0 for a zero row: its similarities and its gradient are then 0, where torch's x / max(|x|, eps) has a gradient of 1e12.
     NaN for a row longer than 1e18: torch silently returns similarity 0 there.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
+    return inverse(torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype)))
+
+
+def inverse(norm: Tensor) -> Tensor:
+    """inverse_norms from the norms, in compute_dtype."""
     short = norm < EPS
     r = norm.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
-    return r if x.dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)
+    return r if norm.dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)

@@ -67,8 +67,9 @@ class Pairs(NamedTuple):
         """Rows i and columns j of the aligned pairs that are not excluded, pair by pair; where k is q, j is above i."""
         if self.offset is None or (self.exclude_self and self.offset == 0):
             return slice(0, 0), slice(0, 0)
-        start = max(0, -self.offset)
-        stop = max(start, min(rows, columns - self.offset))
+        start, stop = max(0, -self.offset), min(rows, columns - self.offset)
+        if start >= stop:
+            return slice(0, 0), slice(0, 0)
         return slice(start, stop), slice(start + self.offset, stop + self.offset)
 
     def classify(self, tile: Tile, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:

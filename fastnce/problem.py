@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     metrics    also rank, hardest negative and best positive
     threshold  (M,) logits that rank counts from; None: the row's own best positive
     frozen     q will be asked for its gradient and k will not (MoCo's queue)
+    q_wide     stand-in for q, of its shape and in the inner precision: dq is not rounded and goes there (wide.shared); k_wide the same
     """
 
     q: Tensor
@@ -35,6 +36,8 @@ class Problem(NamedTuple):
     metrics: bool = False
     threshold: Tensor | None = None
     frozen: bool = False
+    q_wide: Tensor | None = None
+    k_wide: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -43,6 +46,12 @@ class Problem(NamedTuple):
     @property
     def symmetric(self) -> bool:
         return self.k is None
+
+    @property
+    def gradient_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of dq and dk."""
+        q, k = self.q if self.q_wide is None else self.q_wide, self.keys if self.k_wide is None else self.k_wide
+        return q.dtype, k.dtype
 
     @property
     def tie(self) -> Tensor | float:

@@ -15,8 +15,8 @@ class NegativeQueue(nn.Module):
     keys      (size, dim) buffer; random unit rows to start with, as MoCo
     pointer   0-dim int64 buffer: where the next key goes
 
-    The loss reads `keys` in place, without a copy. Call enqueue after backward: in between, autograd refuses it ("modified by an inplace
-    operation"). He et al. 2020 (arXiv:1911.05722), algorithm 1.
+    moco_loss reads `keys` in place, without a copy. Call enqueue after backward: in between, backward raises and says so. MoCoLoss takes a
+    copy instead. He et al. 2020 (arXiv:1911.05722), algorithm 1.
 
     >>> queue = NegativeQueue(4, 2)
     >>> queue.enqueue(torch.ones(3, 2)); queue.enqueue(torch.zeros(3, 2)); queue.keys[:, 0].tolist()
@@ -28,27 +28,37 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, persistent: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"NegativeQueue: {name} must be a positive integer, got {value!r}")
+        checks.count("NegativeQueue", "size", size)
+        checks.count("NegativeQueue", "dim", dim)
+        checks.options("NegativeQueue", persistent=persistent)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"NegativeQueue: dtype must be a floating-point dtype, got {dtype}")
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1).to(dtype or torch.get_default_dtype()), persistent)
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64), persistent)
+        self.register_buffer("keys", torch.empty(size, dim, dtype=dtype), persistent)
+        self.register_buffer("pointer", torch.empty((), dtype=torch.int64), persistent)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random unit rows and pointer 0 again, in place: what a queue made on the meta device needs after to_empty."""
+        self.keys.copy_(F.normalize(torch.randn(self.keys.shape, device=self.keys.device), dim=1))
+        self.pointer.zero_()
+
+    def places(self, n: int) -> Tensor:
+        """Where the next n keys go, int64; of more than `size`, the places of the last ones."""
+        size = self.keys.shape[0]
+        kept = min(n, size)
+        return (self.pointer + (n - kept) + torch.arange(kept, device=self.keys.device)) % size
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Put keys (B, dim) in the place of the oldest; of more than `size`, the last ones stay. No host synchronisation."""
         checks.features("NegativeQueue.enqueue", keys=keys)
-        size, dim = self.keys.shape
+        n, (size, dim) = keys.shape[0], self.keys.shape
         if keys.shape[1] != dim:
             raise ValueError(f"NegativeQueue.enqueue: keys is {tuple(keys.shape)}; this queue holds rows of {dim}")
         checks.same_device("NegativeQueue.enqueue", queue=self.keys, keys=keys)
-        kept = keys[-size:] if keys.shape[0] > size else keys
-        start = self.pointer + (keys.shape[0] - kept.shape[0])
-        places = (start + torch.arange(kept.shape[0], device=kept.device)) % size
-        self.keys.index_copy_(0, places, kept.to(self.keys.dtype))
-        self.pointer.copy_((self.pointer + keys.shape[0]) % size)
+        self.keys.index_copy_(0, self.places(n), keys[-size:].to(self.keys.dtype))
+        self.pointer.copy_((self.pointer + n) % size)
 
     def extra_repr(self) -> str:
         return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"

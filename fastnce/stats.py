@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import backends, checks, ops
-from fastnce.norms import compute_dtype, inverse_norms, valid_scale
+from fastnce import backends, checks, hints, ops, relations
+from fastnce.norms import compute_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, Side
+from fastnce.wide import shared
 
 
 class ContrastiveStats(NamedTuple):
@@ -63,7 +64,8 @@ def contrastive_stats(
     k               (N, D) keys; None: the keys are the queries, and only half of the logits are computed
     scale           1 / temperature, float or one-element tensor, > 0; bias is added to every logit. Both differentiable
     exclude_self    drop pairs with j == i; default: where k is None
-    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset); offset >= 1 there
+    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset; offset >= 1 there).
+                    From -(2^31 - 1) to 2^31 - 1
     q_labels, k_labels             integers (M,), (N,): equal labels are positives; a negative label matches nothing
     q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
     positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]
@@ -89,7 +91,7 @@ def contrastive_stats(
         rows, columns = q.shape[0], k.shape[0]
         checks.some_keys(where, "k", k, rows)
     symmetric = k is None
-    checks.integer(where, "offset", offset)
+    offset = checks.offset(where, offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:
@@ -102,8 +104,9 @@ def contrastive_stats(
     k_exclude = checks.ids(where, "k_exclude_ids", k_exclude_ids, columns, q, "k")
     for one, other in (("labels", (q_label, k_label)), ("exclude_ids", (q_exclude, k_exclude))):
         if not symmetric and (other[0] is None) != (other[1] is None):
-            raise ValueError(f"{where}: q_{one} and k_{one} go together: give both")
-    mask = checks.mask(where, "positive_mask", positive_mask, q)
+            missing = f"q_{one}" if other[0] is None else f"k_{one}"
+            raise ValueError(f"{where}: q_{one} and k_{one} go together: give both; {missing} is missing")
+    mask = relations.mask(where, "positive_mask", positive_mask, q)
     if symmetric and mask is not None and offset is not None:
         raise ValueError(f"{where}: positive_mask and offset together need k; without, put the partners into the mask")
     threshold = checks.threshold(where, threshold, rows, q)
@@ -111,10 +114,17 @@ def contrastive_stats(
         raise ValueError(f"{where}: threshold counts ranks of rows against other keys: it needs metrics=True, k, and two_sided=False")
     checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
     pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
+    hints.temperature(where, None, scale, normalize)
+    names = ("q_labels", "k_labels", "q_exclude_ids", "k_exclude_ids")
+    hints.negative_ids(where, names, (q_label, k_label, q_exclude, k_exclude))
     scale = checks.scalar(where, "scale", scale, q)
     bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
-    found = compute(where, Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold), backend)
-    checks.something_to_compare(where, found.lse_neg, found.n_pos)
+    q_wide, k_wide = (None, None) if k is None else shared(q, k)
+    problem = Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold, q_wide=q_wide, k_wide=k_wide)
+    found = compute(where, problem, backend)
+    hints.something_to_compare(where, found.lse_neg, found.n_pos)
+    remedy = "; offset, labels or positive_mask say which pairs are positive" if offset is q_label is mask is None else ""
+    hints.without_positive(where, found.n_pos, "rows", f": pos is 0 there and lse_pos -inf{remedy}")
     return _rounded(found, compute_dtype(q.dtype))
 
 
@@ -126,10 +136,14 @@ def check_backend(where: str, name: str) -> None:
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     """Statistics of a problem whose inputs have been checked, in vector_dtype. Errors start with `where`."""
     pairs = problem.pairs
+    if pairs.mask is not None and 0 in pairs.mask.shape:  # checked: there is no pair that it could speak of
+        pairs = pairs._replace(mask=None)
+        problem = problem._replace(pairs=pairs)
     if problem.symmetric and pairs.mask is not None:
         # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
-        problem = problem._replace(k=problem.q.clone(), pairs=pairs)
+        q_wide, k_wide = shared(problem.q, problem.q)
+        problem = problem._replace(k=problem.q.clone(), pairs=pairs, q_wide=q_wide, k_wide=k_wide)
     found = [_public(side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
@@ -191,17 +205,3 @@ def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
     """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
     found = ops.log1p_loss(lse_neg, pos)
     return softplus(lse_neg - pos) if found is None else found
-
-
-def listed_logits(q: Tensor, keys: Tensor, scale: Tensor, normalize: bool, rows: Tensor | None = None) -> Tensor:
-    """Logits of pairs that are listed one by one, so that there are no more of them than key rows: O(keys) memory, plain autograd.
-
-    keys (M, K, D): query i against keys[i] -> (M, K).      keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,)
-    """
-    dtype = compute_dtype(q.dtype)
-    q, keys, scale = q.to(dtype), keys.to(dtype), valid_scale(scale)
-    if normalize:
-        q = q * inverse_norms(q)[:, None]
-    # Not bmm: under autocast it, or its backward, would round to half precision.
-    s = (keys * (q[:, None] if rows is None else q[rows])).sum(-1)
-    return s * (scale * inverse_norms(keys) if normalize else scale)

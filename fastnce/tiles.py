@@ -12,6 +12,11 @@ CPU_TILE = 512
 # Rows per step of the O(N D) passes that would otherwise allocate another copy of their input.
 CPU_ROWS = 4096
 
+# Numbers of the keys that are listed for single queries which are read at a time: 1 MiB of float32, which stays in L2 between its few
+# passes. On a GPU 16 MiB, so that its launches are few; at most six such copies are alive.
+CPU_LISTED = 2**18
+GPU_LISTED = 2**22
+
 
 class Tile(NamedTuple):
     """One program: rows x columns of logits, D in steps of depth, and how the compiler lays it out."""

@@ -14,6 +14,7 @@ import budget
 import gpu_promises
 import pytest
 import test_statistics as whole_suite
+import test_wide
 import torch
 from problems import PROBLEMS, Problem, of
 from torch import Tensor
@@ -255,6 +256,12 @@ def test_a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, dt
 @pytest.mark.parametrize("p", [of("clip captions:"), of("clip:"), of("clip:", two_sided=False)], ids=["ids", "columns", "rows"])
 def test_only_what_is_asked_for_gets_a_gradient(p: Problem, dtype: torch.dtype, family: str) -> None:
     gpu_promises.only_what_is_asked_for_gets_a_gradient(p, (1, 2, 4, 8, 13), dtype, "cuda")
+
+
+@cases(("mma", HALF), ("wgmma", BFLOAT), ("long", BFLOAT))
+@pytest.mark.parametrize("p", [of("queue"), of("clip captions:"), of("clip:")], ids=str)
+def test_a_gradient_that_is_added_to_is_not_rounded(p: Problem, dtype: torch.dtype, family: str) -> None:
+    test_wide.a_gradient_that_is_added_to_is_not_rounded(p, dtype, "cuda")
 
 
 # The package ----------------------------------------------------------------------------------------------------------------------------

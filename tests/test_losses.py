@@ -155,6 +155,34 @@ def test_sup_con(kind: str, views: str, variant: str, no_positive: str, backend:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("views", ["all", "one"])
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+def test_sup_con_whose_unlabelled_examples_keep_their_views(n_views: int, variant: str, views: str, backend: str) -> None:
+    """A negative label, of any value, belongs to nobody else; it is the same as a label that no other example has, or as mask[i, i]."""
+    x, options = features(8, n_views, 5), {"variant": variant, "views": views, "reduction": "none", "backend": backend}
+    labels = torch.tensor([2**63 - 1, -1, 0, -1, 2**63 - 1, -(2**63), 0, -100])
+    alone = torch.tensor([8, 101, 0, 103, 8, 105, 0, 107])
+    found = lambda: fastnce.sup_con(x, labels, unlabelled="own_views", **options)  # noqa: E731
+    same(found, lambda: fastnce.sup_con(x, alone, **options), x)
+    same(found, lambda: fastnce.sup_con(x, mask=alone[:, None] == alone, **options), x)
+    module = fastnce.SupConLoss(unlabelled="own_views", **options)
+    same(lambda: module(x, labels), lambda: fastnce.sup_con(x, alone, **options), x)
+    # As many different labels as there is room for: none of them may become that of the unlabelled example.
+    crowded = lambda: fastnce.sup_con(x, torch.arange(-1, 7), unlabelled="own_views", **options)  # noqa: E731
+    same(crowded, lambda: fastnce.sup_con(x, torch.arange(8), **options), x)
+    kept = found().view(-1, 8)
+    assert kept[:, labels < 0].any() == (n_views > 1)
+    torch.testing.assert_close(kept[:, labels >= 0], fastnce.sup_con(x, labels, **options).view(-1, 8)[:, labels >= 0])
+    # None of them labelled: as without labels; all of them: as if the option were not there.
+    if n_views > 1:
+        none = fastnce.sup_con(x, torch.full((8,), -1), unlabelled="own_views", **options)
+        torch.testing.assert_close(none, fastnce.sup_con(x, unlabelled="own_views", **options), rtol=0, atol=0)
+    same(lambda: fastnce.sup_con(x, alone % 7, unlabelled="own_views", **options), lambda: fastnce.sup_con(x, alone % 7, **options), x)
+    assert fastnce.sup_con(x[:0], labels[:0], unlabelled="own_views", **options).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("captions", [None, "square", "more"])
 def test_clip(backend: str, captions: str | None) -> None:
     n = 11 if captions == "more" else 7
@@ -187,6 +215,102 @@ def test_clip(backend: str, captions: str | None) -> None:
     # The bias cancels in a softmax: its gradient is 0, up to rounding.
     bias.requires_grad_()
     assert torch.autograd.grad(found(), bias)[0].abs() < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", ["both", "image", "text", "both, and captions"])
+def test_clip_exclusion(given: str, backend: str) -> None:
+    """Pairs with equal exclude ids are candidates of neither direction; the own pair stays, whatever its ids. One side serves both."""
+    n, a, b, scale = 9, features(9, 5), features(9, 5, seed=1), torch.tensor(3.0, dtype=torch.float64)
+    one, other = torch.tensor([0, 0, 0, 1, 1, -1, -1, 4, 5]), torch.tensor([0, 2, 0, 1, 1, -1, 4, 4, 3])
+    captions = torch.tensor([7, 8, 7, 9, -1, -1, 8, 8, 3])
+    image_no, text_no = {"image": (one, one), "text": (other, other)}.get(given, (one, other))
+    options = {} if given == "text" else {"exclude_image_ids": one}
+    options |= {} if given == "image" else {"exclude_text_ids": other}
+    options |= {"image_ids": captions} if "captions" in given else {}
+
+    def value(s: Callable[[int, int], Tensor], i: int, ids: tuple[Tensor, Tensor]) -> Tensor:
+        kept = [j for j in range(n) if j == i or ids[0][i] < 0 or ids[0][i] != ids[1][j]]
+        positive = [j for j in kept if j == i or ("captions" in given and captions[i] >= 0 and captions[i] == captions[j])]
+        return lse([s(i, j) for j in kept]) - torch.stack([s(i, j) for j in positive]).mean()
+
+    def defined() -> Tensor:
+        to_text = [value(lambda i, j: scale * cos(a[i], b[j]), i, (image_no, text_no)) for i in range(n)]
+        to_image = [value(lambda j, i: scale * cos(a[i], b[j]), j, (text_no, image_no)) for j in range(n)]
+        return (torch.stack(to_text) + torch.stack(to_image)) / 2
+
+    same(lambda: fastnce.clip_loss(a, b, scale, reduction="none", backend=backend, **options), defined, a, b, scale)
+    clip = fastnce.ClipLoss(reduction="none", backend=backend)
+    torch.testing.assert_close(clip(a, b, scale, **options), defined(), rtol=1e-12, atol=1e-12)
+    if given == "image":
+        same(
+            lambda: fastnce.clip_loss(a, b, scale, backend=backend, exclude_image_ids=one),
+            lambda: fastnce.info_nce(a, b, scale=scale, exclude_query_ids=one, symmetric=True, backend=backend),
+            a,
+            b,
+            scale,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_of_images_that_are_copied_for_their_captions(backend: str) -> None:
+    """What image_ids cannot do: copies stay in the denominators, and exclude_image_ids takes them out. By hand, for a batch of two images
+    of which one is there twice: its copies have similarity 1 with each other's captions, as their own."""
+    image, s = torch.eye(2, dtype=torch.float64)[[0, 0, 1]], 2.0
+    ids, e = torch.tensor([0, 0, 1]), torch.tensor(s, dtype=torch.float64).exp()
+    copied = (2 * (2 * e + 1).log() + (e + 2).log()) / 3 - s  # every candidate stays, with ids too
+    left_out = (2 * (e + 1).log() + (e + 2).log()) / 3 - s
+    for options, expected in (({}, copied), ({"image_ids": ids}, copied), ({"exclude_image_ids": ids}, left_out)):
+        torch.testing.assert_close(fastnce.clip_loss(image, image, s, backend=backend, **options), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_clip_of_shuffled_texts(reduction: str, backend: str) -> None:
+    """By ids alone the order of the texts does not matter, nor whether there happen to be as many as images."""
+    a, b, scale = features(6, 5), features(6, 5, seed=1), torch.tensor(3.0, dtype=torch.float64)
+    image_ids, text_ids = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 2, 3, 4, 0])
+    order = torch.tensor([3, 1, 0, 5, 2, 4])
+    options = {"reduction": reduction, "backend": backend}
+    in_order = lambda: fastnce.clip_loss(a, b, scale, image_ids=image_ids, text_ids=text_ids, **options)  # noqa: E731
+    shuffled = {"image_ids": image_ids, "text_ids": text_ids[order]}
+    same(lambda: fastnce.clip_loss(a, b[order], scale, aligned=False, **shuffled, **options), in_order, a, b, scale)
+    same(lambda: fastnce.ClipLoss(**options)(a, b[order], scale, aligned=False, **shuffled), in_order, a, b, scale)
+    # One text more: positives are by ids alone without asking for it.
+    more = torch.cat([b[order], b[:1]]), torch.cat([shuffled["text_ids"], image_ids[:1]])
+    again = torch.cat([b, b[:1]]), torch.cat([text_ids, image_ids[:1]])
+    torch.testing.assert_close(
+        *(fastnce.clip_loss(a, text, scale, image_ids=image_ids, text_ids=i, **options) for text, i in (more, again)), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_whose_ids_contradict_the_rows(backend: str) -> None:
+    """An error where values can be read: ids of both sides, neither negative, that differ on one row. aligned=True asks for both."""
+    a, b = features(6, 5), features(6, 5, seed=1)
+    ids, wrong = torch.tensor([0, 1, 2, 3, -1, 0]), torch.tensor([0, 1, -1, 5, 4, 0])
+    for options in ({}, {"weight": torch.ones(6).double()}, {"reduction": "none"}, {"exclude_image_ids": ids}):
+        with pytest.raises(
+            ValueError, match=r"^clip_loss: image is \(6, 5\) and text is \(6, 5\); so row 3 .* image_ids and text_ids differ"
+        ):
+            fastnce.clip_loss(a, b, 9.0, image_ids=ids, text_ids=wrong, backend=backend, **options)
+    for options in ({"image_ids": ids}, {"text_ids": wrong}, {"image_ids": ids, "text_ids": wrong.where(wrong != 5, -1)}):
+        assert torch.isfinite(fastnce.clip_loss(a, b, 9.0, backend=backend, **options))
+    z = torch.zeros(6, 5, device="meta")
+    assert fastnce.clip_loss(z, z, 9.0, image_ids=ids.to("meta"), text_ids=wrong.to("meta"), backend=backend).shape == ()
+
+    def defined() -> Tensor:
+        def direction(s: Callable[[int, int], Tensor], mine: Tensor, its: Tensor) -> Tensor:
+            rows = []
+            for i in range(6):
+                positive = [s(i, j) for j in range(6) if j == i or (mine[i] >= 0 and mine[i] == its[j])]
+                rows.append(lse([s(i, j) for j in range(6)]) - torch.stack(positive).mean())
+            return torch.stack(rows).mean()
+
+        to_text = direction(lambda i, j: 9.0 * cos(a[i], b[j]), ids, wrong)
+        return (to_text + direction(lambda j, i: 9.0 * cos(a[i], b[j]), wrong, ids)) / 2
+
+    same(lambda: fastnce.clip_loss(a, b, 9.0, image_ids=ids, text_ids=wrong, aligned=True, backend=backend), defined, a, b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,20 +1,23 @@
-"""The nn.Module twins, the learnable scale and the queue: what they hold, and that they hold nothing else."""
+"""The nn.Module twins: what they hold, and that they hold nothing else."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import io
 import math
-import pickle
-import random
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from twins import COPIES, TWINS, Twin, assert_same, clip_function, rows, run
 
 import fastnce
 from fastnce import (
@@ -22,7 +25,6 @@ from fastnce import (
     InfoNCE,
     LogitScale,
     MoCoLoss,
-    NegativeQueue,
     NTXentLoss,
     SupConLoss,
     clip_loss,
@@ -33,233 +35,9 @@ from fastnce import (
 )
 
 
-def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def on_disk(module: nn.Module) -> nn.Module:
-    """Through torch.save and back, as a checkpoint of the whole module."""
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
-    "torch.save": on_disk,
-}
-
-
-# NegativeQueue --------------------------------------------------------------------------------------------------------------------------
-
-
-def counted(start: int, n: int, dim: int = 2) -> Tensor:
-    """n keys that tell their number."""
-    return torch.arange(start, start + n, dtype=torch.float32)[:, None].expand(n, dim)
-
-
-class Ring:
-    """The queue in plain Python."""
-
-    def __init__(self, queue: NegativeQueue) -> None:
-        self.keys, self.pointer = queue.keys.tolist(), int(queue.pointer)
-
-    def enqueue(self, keys: Tensor) -> None:
-        for key in keys.tolist():
-            self.keys[self.pointer] = key
-            self.pointer = (self.pointer + 1) % len(self.keys)
-
-    def check(self, queue: NegativeQueue) -> None:
-        assert queue.keys.tolist() == self.keys
-        assert int(queue.pointer) == self.pointer
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 16])
-def test_queue_is_a_ring(size: int) -> None:
-    """Batches of every size up to twice the queue and more, in random order, none dividing it in particular."""
-    queue, order = NegativeQueue(size, 2), random.Random(size)
-    ring, total, place = Ring(queue), 0, queue.keys.data_ptr()
-    sizes = [*range(2 * size + 2), 5 * size + 3, *(order.randrange(2 * size + 2) for _ in range(40))]
-    order.shuffle(sizes)
-    for n in sizes:
-        queue.enqueue(counted(total, n))
-        ring.enqueue(counted(total, n))
-        ring.check(queue)
-        total += n
-    assert queue.keys.data_ptr() == place, "the buffer is written in place"
-
-
-def test_queue_starts_with_random_unit_rows() -> None:
-    torch.manual_seed(0)
-    queue = NegativeQueue(50, 8)
-    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(50))
-    assert len(queue.keys.unique(dim=0)) == 50 and queue.pointer == 0
-    assert repr(queue) == "NegativeQueue(size=50, dim=8)"
-
-
-def test_queue_state_is_saved_and_restored() -> None:
-    queue, other = NegativeQueue(5, 2), NegativeQueue(5, 2)
-    queue.enqueue(counted(0, 3))
-    state = queue.state_dict()
-    assert list(state) == ["keys", "pointer"]
-    other.load_state_dict(copy.deepcopy(state))
-    for q in (queue, other):
-        q.enqueue(counted(3, 4))
-    Ring(queue).check(other)
-    assert queue.keys[:, 0].tolist() == [5.0, 6.0, 2.0, 3.0, 4.0]
-
-
-def test_queue_without_state() -> None:
-    queue = NegativeQueue(5, 2, persistent=False)
-    assert not queue.state_dict() and len(list(queue.buffers())) == 2
-    NegativeQueue(9, 2, persistent=False).load_state_dict(queue.state_dict())
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_of_a_queue_are_independent(how: str) -> None:
-    queue = NegativeQueue(5, 2)
-    queue.enqueue(counted(0, 3))
-    other, ring = COPIES[how](queue), Ring(queue)
-    ring.check(other)
-    other.enqueue(counted(3, 1))
-    ring.check(queue)
-
-
-def test_queue_keeps_no_graph_and_its_own_dtype() -> None:
-    queue = NegativeQueue(5, 2, dtype=torch.bfloat16)
-    queue.enqueue(rows(3, 2, dtype=torch.float64))
-    assert not queue.keys.requires_grad and queue.keys.dtype == torch.bfloat16
-    queue.to(torch.float64).enqueue(rows(3, 2))
-    assert queue.keys.dtype == torch.float64 and queue.pointer.dtype == torch.int64 and queue.pointer == 1
-
-
-def test_queue_is_read_in_place() -> None:
-    """No copy per step, so that an update between forward and backward must not go unnoticed."""
-    queue, q, k = NegativeQueue(8, 5), rows(3, 5), rows(3, 5, seed=1).detach()
-    loss = moco_loss(q, k, queue)
-    queue.enqueue(k)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    loss = moco_loss(q, k, queue)
-    before = queue.keys.clone()
-    loss.backward()
-    queue.enqueue(k)
-    assert torch.equal(loss, moco_loss(q, k, before))
-    assert not torch.equal(loss, moco_loss(q, k, queue))
-
-
-# LogitScale -----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_logit_scale_starts_as_clip_does() -> None:
-    scale = LogitScale()
-    assert scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
-    assert list(scale.state_dict()) == ["log_scale"] and scale.log_scale.shape == ()
-    assert LogitScale(3.0, None)().item() == pytest.approx(3.0, rel=1e-6)
-    assert repr(scale) == "LogitScale(max=100.0)"
-
-
-@pytest.mark.parametrize("limit", [1.0, 50.0, 100.0])
-def test_logit_scale_is_clamped(limit: float) -> None:
-    """To within the rounding of log and exp in float32, and for good: the parameter itself comes back to the limit."""
-    scale = LogitScale(0.5, limit)
-    with torch.no_grad():
-        scale.log_scale.fill_(math.log(limit) + 3.0)
-    assert scale().item() == pytest.approx(limit, rel=5e-7)
-    assert scale.log_scale.item() == pytest.approx(math.log(limit), abs=1e-6)
-
-
-def test_logit_scale_below_the_limit_or_without_one_is_left_alone() -> None:
-    assert LogitScale(99.0)().item() == pytest.approx(99.0, rel=1e-6)
-    scale = LogitScale(1.0, None)
-    with torch.no_grad():
-        scale.log_scale.fill_(20.0)
-    assert scale().item() == pytest.approx(math.exp(20.0), rel=1e-5)
-
-
-def test_logit_scale_comes_down_from_the_limit() -> None:
-    """A clamp inside the graph would have gradient 0 there, and the scale could never fall again."""
-    scale = LogitScale(100.0)
-    optimizer = torch.optim.SGD(scale.parameters(), lr=1e-3)
-    for push, moves in ((-1.0, False), (-1.0, False), (1.0, True), (1.0, True)):
-        before = scale().item()
-        optimizer.zero_grad()
-        (push * scale()).backward()
-        assert scale.log_scale.grad.item() == pytest.approx(push * before, rel=1e-5)
-        optimizer.step()
-        assert (scale().item() < before * 0.95) == moves
-        assert scale().item() <= 100.0 * (1 + 5e-7)
-
-
-@pytest.mark.parametrize("how", COPIES)
-def test_copies_of_a_logit_scale(how: str) -> None:
-    scale = LogitScale(7.0, 9.0)
-    other = COPIES[how](scale)
-    assert torch.equal(other(), scale()) and other.max == 9.0
-    with torch.no_grad():
-        other.log_scale.fill_(5.0)
-    assert other().item() == pytest.approx(9.0, rel=1e-6) and scale().item() == pytest.approx(7.0, rel=1e-6)
-    scale.load_state_dict(other.state_dict())
-    assert torch.equal(other(), scale())
-
-
-# Twins ----------------------------------------------------------------------------------------------------------------------------------
-
-
-class Twin(NamedTuple):
-    """A module, its function, their inputs, and another value of every option."""
-
-    module: Callable[..., nn.Module]
-    function: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...]
-    options: dict[str, Any]
-
-    def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [rows(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(self.shapes)]
-
-
-COMMON = {"reduction": "sum", "normalize": False, "backend": "reference"}
-PAIR = ((6, 5), (6, 5))
-
-
-def clip_function(image: Tensor, text: Tensor, **options: Any) -> Any:
-    """As the module: its own scale, unless the scale is given."""
-    return clip_loss(image, text, LogitScale()(), **options)
-
-
-def moco_module(**options: Any) -> MoCoLoss:
-    module = MoCoLoss(7, 5, **options)
-    module.queue.enqueue(rows(7, 5, seed=9).detach())
-    return module
-
-
-def moco_function(q: Tensor, k: Tensor, **options: Any) -> Any:
-    return moco_loss(q, k, rows(7, 5, seed=9).detach(), **options)
-
-
-TWINS = {
-    "InfoNCE": Twin(InfoNCE, info_nce, PAIR, COMMON | {"temperature": 0.3, "symmetric": True}),
-    "InfoNCE unpaired": Twin(InfoNCE, info_nce, (*PAIR, (7, 5)), COMMON | {"temperature": 0.3, "in_batch": True}),
-    "NTXentLoss": Twin(NTXentLoss, nt_xent, PAIR, COMMON | {"temperature": 0.3}),
-    "SupConLoss": Twin(
-        SupConLoss, sup_con, ((6, 3, 5),), COMMON | {"temperature": 0.3, "variant": "in", "views": "one", "no_positive": "skip"}
-    ),
-    "ClipLoss": Twin(ClipLoss, clip_function, PAIR, COMMON),
-    "MoCoLoss": Twin(moco_module, moco_function, PAIR, COMMON | {"temperature": 0.3}),
-}
-
-
-def run(loss_of: Callable[..., Any], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """The loss and the gradients of its inputs."""
-    loss = loss_of(*inputs, **options)
-    return [loss, *torch.autograd.grad(loss.sum(), inputs)]
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+def test_all_modules_are_tested_here() -> None:
+    public = {n for n in fastnce.__all__ if inspect.isclass(getattr(fastnce, n)) and issubclass(getattr(fastnce, n), nn.Module)}
+    assert public == {"LogitScale", "NegativeQueue"} | {name.split()[0] for name in TWINS}
 
 
 @pytest.mark.parametrize(
@@ -268,7 +46,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         (InfoNCE, info_nce, set()),
         (NTXentLoss, nt_xent, set()),
         (SupConLoss, sup_con, set()),
-        (ClipLoss, clip_loss, {"init_scale", "max_scale"}),
+        (ClipLoss, clip_loss, {"init_scale", "max_scale", "scale"}),
         (MoCoLoss, moco_loss, {"queue_size", "dim"}),
     ],
 )
@@ -313,6 +91,8 @@ def test_a_twin_hands_on_ids_labels_masks_and_scales() -> None:
     q, k, n, ids = rows(6, 5), rows(6, 5, seed=1), rows(6, 3, 5, seed=2), torch.arange(6) // 2
     mask, alone = ids[:, None] == ids, torch.tensor([0, 0, 1, 1, 2, 3])
     documents = {"exclude_query_ids": ids, "exclude_key_ids": ids.flip(0)}
+    clip_documents = {"exclude_image_ids": ids, "exclude_text_ids": ids.flip(0)}
+    shuffled = {"image_ids": ids, "text_ids": ids.flip(0), "aligned": False}
     scales = {"logit_scale": 3.0, "logit_bias": torch.tensor(-1.0)}
     for found, expected in (
         (InfoNCE()(q, k, query_ids=ids, key_ids=ids.flip(0)), info_nce(q, k, query_ids=ids, key_ids=ids.flip(0))),
@@ -322,7 +102,10 @@ def test_a_twin_hands_on_ids_labels_masks_and_scales() -> None:
         (SupConLoss()(q, ids), sup_con(q, ids)),
         (SupConLoss()(q, mask=mask), sup_con(q, mask=mask)),
         (SupConLoss(no_positive="skip")(q, alone), sup_con(q, alone) * 6 / 4),
+        (SupConLoss(unlabelled="own_views")(n, ids - 1), sup_con(n, ids - 1, unlabelled="own_views")),
         (ClipLoss()(q, k, image_ids=ids, text_ids=ids), clip_loss(q, k, LogitScale()(), image_ids=ids, text_ids=ids)),
+        (ClipLoss()(q, k, **clip_documents), clip_loss(q, k, LogitScale()(), **clip_documents)),
+        (ClipLoss()(q, k, **shuffled), clip_loss(q, k, LogitScale()(), **shuffled)),
         (ClipLoss()(q, k, **scales), clip_loss(q, k, **scales)),
         (ClipLoss(init_scale=2.0)(q, k), clip_loss(q, k, LogitScale(2.0)())),
         (ClipLoss(init_scale=2.0, max_scale=2.0)(q, k), clip_loss(q, k, LogitScale(2.0, 2.0)())),
@@ -406,137 +189,296 @@ def test_a_twin_moves_to_float64(name: str) -> None:
     torch.testing.assert_close(double.float(), single, rtol=1e-5, atol=1e-6)
 
 
-# MoCoLoss -------------------------------------------------------------------------------------------------------------------------------
+# What a module holds --------------------------------------------------------------------------------------------------------------------
+
+HELD: dict[str, Callable[[], Any]] = {
+    "float": lambda: 4.0,
+    "tensor": lambda: torch.tensor([4.0]),
+    "parameter": lambda: nn.Parameter(torch.tensor([4.0])),
+    "LogitScale": lambda: LogitScale(4.0),
+}
+MODULES = [name for name in TWINS if name != "InfoNCE unpaired"]
 
 
-def moco_in_plain_torch(q: Tensor, k: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    q, k, keys = (F.normalize(z, dim=1) for z in (q, k, keys))
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ keys.T], 1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64))
+def as_function(twin: Twin, **scale: float) -> list[Tensor]:
+    """The function with that temperature or scale."""
+    if twin.function is clip_function:
+        return run(clip_loss, twin.inputs(), logit_scale=scale.get("scale", 1 / scale.get("temperature", 1.0)))
+    return run(twin.function, twin.inputs(), **scale)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_moco_over_several_steps(backend: str) -> None:
-    """Each step sees the keys of all steps before it and none of its own; batches neither divide the queue nor fit into it."""
-    module = MoCoLoss(7, 5, temperature=0.2, backend=backend).double()
-    ring = Ring(module.queue)
-    for step, n in enumerate((3, 3, 3, 7, 1, 16, 4, 5)):
-        q, k = rows(n, 5, seed=step, dtype=torch.float64), rows(n, 5, seed=100 + step, dtype=torch.float64)
-        loss = module(q, k)
-        expected = moco_in_plain_torch(q, k, torch.tensor(ring.keys, dtype=torch.float64), 0.2)
-        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-        wanted = torch.autograd.grad(expected, (q, k))
-        torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), wanted, rtol=1e-10, atol=1e-12)
-        ring.enqueue(k.detach())
-    module.flush()
-    ring.check(module.queue)
-    module.flush()
-    ring.check(module.queue)
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("name", MODULES)
+def test_temperature_and_scale_are_read_and_set(name: str, kind: str) -> None:
+    """In the constructor or later, whatever was held before; each is 1 over the other, and the loss is that of the function."""
+    twin = TWINS[name]
+    modules = [twin.module(scale=HELD[kind]())]
+    for before in HELD.values():
+        modules.append(twin.module(scale=before()))
+        modules[-1].scale = HELD[kind]()
+    modules.append(twin.module(scale=HELD[kind]()))
+    modules[-1].temperature = 0.7
+    assert not list(modules[-1].parameters()) and modules[-1].temperature == 0.7 and modules[-1].scale == pytest.approx(1 / 0.7)
+    modules[-1].scale = HELD[kind]()
+    if kind == "LogitScale":
+        modules.append(twin.module(scale=2.0))
+        modules[-1].logit_scale = HELD[kind]()
+        assert "scale" not in modules[-1].options
+    elif name != "ClipLoss":
+        modules.append(twin.module(temperature=1 / HELD[kind]() if kind == "float" else type(HELD[kind]())(torch.tensor([0.25]))))
+    for module in modules:
+        for read, value in ((module.scale, 4.0), (module.temperature, 0.25)):
+            assert torch.as_tensor(read).detach().item() == pytest.approx(value, rel=1e-6)
+        assert len(list(module.parameters())) == (kind in ("parameter", "LogitScale"))
+        assert len([n for n, _ in module.named_buffers() if not n.startswith("queue.")]) == (kind == "tensor")
+        torch.testing.assert_close(run(module, twin.inputs()), as_function(twin, scale=4.0), rtol=1e-5, atol=1e-6)
+        for parameter in module.parameters():
+            (read,) = torch.autograd.grad(module.scale, parameter)
+            assert read.item() == pytest.approx({"scale": 1.0, "temperature": -16.0}.get(module_key(module), 4.0), rel=1e-5)
 
 
-def test_moco_enqueues_the_keys_it_saw() -> None:
-    """An encoder may write the next batch of keys into the same memory."""
-    module, k = MoCoLoss(7, 5), rows(3, 5, seed=1).detach()
-    ring, seen = Ring(module.queue), k.clone()
-    module(rows(3, 5), k).backward()
-    k.zero_()
-    module.flush()
-    ring.enqueue(seen)
-    ring.check(module.queue)
+def module_key(module: nn.Module) -> str:
+    (key,) = (n for n, _ in module.named_parameters())
+    return key
 
 
-def test_moco_in_eval_mode_enqueues_nothing() -> None:
-    module, q = MoCoLoss(7, 5).eval(), rows(3, 5)
-    ring = Ring(module.queue)
-    first = module(q, q.detach())
-    assert torch.equal(first, module(q, q.detach()))
-    module.flush()
-    ring.check(module.queue)
-    module.train()
-    module(q, q.detach())
-    module.eval()
-    module(q, rows(3, 5, seed=5).detach())
-    module.state_dict()
-    ring.enqueue(q)
-    ring.check(module.queue)
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_not_given_is_the_default_of_the_function(name: str) -> None:
+    twin = TWINS[name]
+    default = {"InfoNCE": 0.1, "NTXentLoss": 0.5, "SupConLoss": 0.1, "MoCoLoss": 0.07, "ClipLoss": 0.07}[name]
+    assert torch.as_tensor(twin.module().temperature).detach().item() == pytest.approx(default)
+    torch.testing.assert_close(run(twin.module(), twin.inputs()), as_function(twin, temperature=default))
 
 
-def steps(module: MoCoLoss, seeds: range) -> Iterator[Tensor]:
-    for seed in seeds:
-        loss = module(rows(3, 5, seed=seed), rows(3, 5, seed=100 + seed).detach())
-        loss.backward()
-        yield loss.detach()
+@pytest.mark.parametrize("name", [n for n in MODULES if n != "ClipLoss"])
+def test_temperature_and_scale_are_not_both_given(name: str) -> None:
+    """Neither the default nor a tensor passes for not given."""
+    twin = TWINS[name]
+    where = f"^{type(twin.module())._function.__name__}: give temperature or scale, not both"
+    for temperature in (0.1, 0.5, 0.07, 0.3, torch.tensor(0.1), nn.Parameter(torch.tensor(0.5))):
+        for scale in (3.0, torch.tensor(3.0)):
+            for call in (twin.module, lambda **given: twin.function(*twin.inputs(), **given)):
+                with pytest.raises(ValueError, match=where):
+                    call(temperature=temperature, scale=scale)
+    expected = run(twin.function, twin.inputs(), temperature=twin.module().temperature)
+    assert_same(run(twin.function, twin.inputs(), temperature=None, scale=None), expected)
+    assert_same(run(twin.module(temperature=None, scale=None), twin.inputs()), expected)
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.ModuleDict({"loss": m})], ids=["alone", "inside another module"])
-def test_moco_state_holds_every_key(wrap: Callable[[nn.Module], nn.Module]) -> None:
-    """Saved after a step and restored, training goes on as if nothing had happened."""
-    module, other = MoCoLoss(7, 5), MoCoLoss(7, 5)
-    ring = Ring(module.queue)
-    list(steps(module, range(3)))
-    state = copy.deepcopy(wrap(module).state_dict())
-    for seed in range(3):
-        ring.enqueue(rows(3, 5, seed=100 + seed))
-    ring.check(module.queue)
-    wrap(other).load_state_dict(state)
-    ring.check(other.queue)
-    assert_same(list(steps(other, range(3, 6))), list(steps(module, range(3, 6))))
+def test_clip_takes_one_kind_of_scale() -> None:
+    for given in ({"init_scale": 3.0}, {"max_scale": 50.0}, {"max_scale": None}):
+        with pytest.raises(ValueError, match="^ClipLoss: give scale, or init_scale and max_scale, not both"):
+            ClipLoss(scale=3.0, **given)
 
 
-def test_moco_state_replaces_the_keys_that_wait() -> None:
-    """A module that has been used goes back to exactly the state it is given: keys of the abandoned run do not follow."""
-    module, other = MoCoLoss(7, 5), MoCoLoss(7, 5)
-    list(steps(module, range(2)))
-    list(steps(other, range(7, 9)))
-    other.load_state_dict(module.state_dict())
-    other.flush()
-    Ring(module.queue).check(other.queue)
+WRONG: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("reduction", "negative_mode", "variant", "views", "no_positive"), ("foo", None, 1)),
+    **dict.fromkeys(("normalize", "symmetric", "return_stats"), ("yes", None, 1)),
+    "in_batch": ("yes", 1),
+    "backend": ("tritn", None),
+    **dict.fromkeys(
+        ("temperature", "scale"), (0.0, -1.0, math.nan, math.inf, True, "0.1", [0.1], torch.ones(2), torch.ones(1, dtype=torch.int64))
+    ),
+}
+OWN: dict[str, tuple[Any, ...]] = {
+    "queue_size": (0, -1, 2.5, True, "7"),
+    "dim": (0, 2.0, None),
+    "init_scale": (0.0, math.nan, True, "1", 200.0),
+    "max_scale": ("1", math.nan, 1.0),
+}
 
 
-def test_moco_takes_the_keys_that_wait_along() -> None:
-    """To another device or dtype between two steps."""
-    module, q = MoCoLoss(7, 5), rows(3, 5).detach()
-    module(q, q)
-    module.to(torch.float64)(q.double(), q.double())
-    module.to("meta")(q.double().to("meta"), q.double().to("meta"))
+@pytest.mark.parametrize("name", MODULES)
+def test_every_option_is_checked_when_the_module_is_made(name: str) -> None:
+    """With the words of the function; and when a temperature or a scale is set."""
+    twin = TWINS[name]
+    constructor = type(twin.module())
+    for option in set(inspect.signature(constructor).parameters) - OWN.keys():
+        for value in WRONG[option]:
+            of_function = "logit_scale" if constructor is ClipLoss and option == "scale" else option
+            function = clip_loss if constructor is ClipLoss else twin.function
+            given = {"logit_scale": 3.0} if constructor is ClipLoss else {}
+            with pytest.raises((ValueError, TypeError)) as expected:
+                function(*twin.inputs(), **given | {of_function: value})
+            words = re.escape(str(expected.value).replace("logit_scale", "scale"))
+            with pytest.raises(type(expected.value), match=f"^{words}$"):
+                twin.module(**{option: value})
+            if option in ("temperature", "scale"):
+                module = twin.module(scale=2.0)
+                with pytest.raises(type(expected.value), match=f"^{words}$"):
+                    setattr(module, option, value)
+                assert module.scale == 2.0, "what was held stays"
+    with pytest.raises(TypeError, match="a LogitScale is no temperature; give it as scale"):
+        twin.module().temperature = LogitScale()
 
 
-def test_moco_refuses_an_update_before_backward() -> None:
-    """A second step, or saving the state, writes the queue that the first step's backward still needs."""
-    for disturb in (lambda m: m(rows(3, 5), rows(3, 5).detach()), lambda m: m.state_dict(), lambda m: m.flush()):
-        module = MoCoLoss(7, 5)
-        loss = module(rows(3, 5), rows(3, 5, seed=1).detach())
-        disturb(module)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+def test_the_options_of_one_module_are_checked_when_it_is_made() -> None:
+    for option, values in OWN.items():
+        for value in values:
+            with pytest.raises((ValueError, TypeError), match=f"^(MoCoLoss: {option}|LogitScale: )"):
+                MoCoLoss(**({"queue_size": 7, "dim": 5} | {option: value})) if "scale" not in option else ClipLoss(**{option: value})
 
 
-def test_all_modules_are_tested_here() -> None:
-    public = {n for n in fastnce.__all__ if inspect.isclass(getattr(fastnce, n)) and issubclass(getattr(fastnce, n), nn.Module)}
-    assert public == {"LogitScale", "NegativeQueue"} | {name.split()[0] for name in TWINS}
+@pytest.mark.parametrize("name", MODULES)
+def test_a_learnt_scale_trains_in_a_model_of_half_precision(name: str) -> None:
+    """What the module itself holds stays float32; its queue is cast."""
+    for kind in ("tensor", "parameter", "LogitScale"):
+        module = nn.ModuleList([TWINS[name].module(scale=HELD[kind]())]).bfloat16()[0]
+        assert torch.as_tensor(module.scale).dtype == torch.float32
+        assert name != "MoCoLoss" or module.queue.keys.dtype == torch.bfloat16
+    twin, module = TWINS[name], TWINS[name].module(scale=nn.Parameter(torch.tensor([2.0]))).bfloat16()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    module(*twin.inputs(torch.bfloat16)).backward()
+    optimizer.step()
+    assert 0 < abs(module.scale.item() - 2.0) < 2.0**-7, "less than a step of bfloat16"
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_moco_under_activation_checkpointing(reentrant: bool) -> None:
-    """The second run of the forward, inside backward, sees the queue of the first and enqueues nothing."""
+# Averages, copies, processes ------------------------------------------------------------------------------------------------------------
+
+KEPT: dict[str, Callable[[], nn.Module]] = {name: TWINS[name].module for name in MODULES}
+for _kind in ("tensor", "parameter", "LogitScale"):
+    KEPT |= {f"{name}, {_kind}": lambda name=name, kind=_kind: TWINS[name].module(scale=HELD[kind]()) for name in MODULES}
+
+
+class Model(nn.Module):
+    """A layer and a loss, as a training holds them."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.loss = nn.Linear(5, 5), loss
+
+    def forward(self, *inputs: Tensor, **given: Any) -> Tensor:
+        return self.loss(self.layer(inputs[0]), *inputs[1:], **given)
+
+
+def step(module: nn.Module, name: str, rows_of_batch: int = 6) -> Tensor:
+    """One loss and its backward, of a batch that may have a single row."""
+    loss = module(*(z[:rows_of_batch] for z in TWINS[name.split(",")[0]].inputs()))
+    loss.backward()
+    return loss.detach()
+
+
+def layout(module: nn.Module) -> list[Any]:
+    """Names, shapes, dtypes and places of all that a module holds."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    return [(n, t.shape, t.dtype, t.data_ptr()) for n, t in held] + [list(module.state_dict())]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_module_holds_never_changes(name: str) -> None:
+    """In number, shape, dtype or place, whatever the batch: averages, moving averages, states, copies and other devices go on from that."""
+    module = Model(KEPT[name]())
+    fresh, before = copy.deepcopy(module), layout(module)
+    moving = {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}
+    averages = [AveragedModel(module, use_buffers=buffers, **how) for buffers in (False, True) for how in ({}, moving)]
+    shapes = [[t.shape for t in average.state_dict().values()] for average in averages]
+    for n in (6, 1, 6, 1):
+        step(module, name, n)
+        assert layout(module) == before
+        for average, shape in zip(averages, shapes, strict=True):
+            average.update_parameters(module)
+            assert [t.shape for t in average.state_dict().values()] == shape
+    for average in averages:
+        assert torch.isfinite(average(*TWINS[name.split(",")[0]].inputs()))
+    for other in (fresh, *(make(module) for make in COPIES.values()), Model(KEPT[name]())):
+        other.load_state_dict(module.state_dict(), strict=True)
+        module.load_state_dict(other.state_dict(), strict=True)
+        assert_same([step(other, name)], [step(copy.deepcopy(module), name)])
+
+
+@pytest.mark.parametrize("name", [*MODULES, "LogitScale", "NegativeQueue"])
+def test_a_module_made_on_the_meta_device(name: str) -> None:
+    """to_empty, then reset_parameters wherever there is one: as if it had been made where it is."""
+    make = {
+        "LogitScale": lambda: LogitScale(3.0),
+        "NegativeQueue": lambda: fastnce.NegativeQueue(50, 8),
+        "MoCoLoss": lambda: MoCoLoss(7, 5),
+    }
+    new = make.get(name) or TWINS[name].module
     torch.manual_seed(0)
-    twin = MoCoLoss(16, 5)
-    queue = twin.queue.keys.clone()
+    expected = new()
+    with torch.device("meta"):
+        module = nn.ModuleList([new()])
+    assert all(t.is_meta for t in module.state_dict().values())
+    module.to_empty(device="cpu")
+    for t in (*module.parameters(), *module.buffers()):
+        t.data.fill_(77)  # whatever lay there
+    torch.manual_seed(0)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    assert repr(module[0]) == repr(expected)
+    assert_same(list(module.state_dict().values()), list(expected.state_dict().values()))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, found through a file: no port is chosen."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "FSDP1": lambda m: FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu")),
+    "FSDP2": lambda m: fully_shard(m, mesh=init_device_mesh("cpu", (1,))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")  # nothing is split between one process
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("name", KEPT)
+def test_a_module_in_a_model_of_several_processes(name: str, wrap: str, one_process: None) -> None:
+    """Three steps of training with the losses of the same model alone, whether broadcast, split or both."""
+    torch.manual_seed(0)
+    alone = Model(KEPT[name]())
+    model = WRAPS[wrap](copy.deepcopy(alone))
+    losses = []
+    for trained in (alone, model):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+        for _ in range(3):
+            optimizer.zero_grad()
+            losses.append(step(trained, name))
+            optimizer.step()
+    torch.testing.assert_close(losses[3:], losses[:3], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching")
+@pytest.mark.parametrize("wrap", ["alone", *WRAPS])
+@pytest.mark.parametrize("kind", ["its own", "parameter", "LogitScale", "float", "tensor"])
+def test_clip_called_with_the_scale_of_the_model(kind: str, wrap: str, one_process: None) -> None:
+    """A parameter of its own is used, with a gradient of 0: DDP's next step finds nothing missing. The loss is the function's."""
+    clip = ClipLoss() if kind == "its own" else ClipLoss(scale=HELD[kind]())
+    own, scale = list(clip.parameters()), torch.tensor(9.0)
+    assert len(own) == (kind in ("its own", "parameter", "LogitScale"))
+    model = WRAPS.get(wrap, lambda m: m)(Model(clip))
     for _ in range(3):
-        q, k = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
-        twin.flush()
-        queue.copy_(twin.queue.keys)
-        pointer = int(twin.queue.pointer)
-        (expected,) = torch.autograd.grad(moco_loss(q, k, queue), q)
-        torch.utils.checkpoint.checkpoint(twin, q, k, use_reentrant=reentrant).backward()
-        assert torch.equal(q.grad, expected)
-        twin.flush()
-        assert int(twin.queue.pointer) == (pointer + 6) % 16
+        image, text = TWINS["ClipLoss"].inputs()
+        loss = model(image, text, logit_scale=scale)
+        loss.backward()
+        if wrap == "alone":
+            assert torch.equal(loss, clip_loss(model.layer(image), text, scale))
+            assert all(torch.equal(parameter.grad, torch.zeros(1)) for parameter in own)
 
 
-def test_modules_take_a_scale() -> None:
-    q, k = torch.randn(6, 5), torch.randn(6, 5)
-    scale = nn.Parameter(torch.tensor(4.0))
-    for twin, loss in ((InfoNCE(scale=scale), info_nce), (NTXentLoss(scale=scale), nt_xent)):
-        assert list(twin.parameters()) == [scale]
-        assert torch.equal(twin(q, k), loss(q, k, scale=scale))
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_stats": True}])
+def test_an_unused_scale_never_reaches_the_loss(options: dict[str, Any]) -> None:
+    """Not even where it is nan, or of another dtype."""
+    clip, (image, text) = ClipLoss(**options).double(), TWINS["ClipLoss"].inputs()
+    with torch.no_grad():
+        clip.logit_scale.log_scale.fill_(math.nan)
+    found, expected = clip(image, text, 9.0), clip_loss(image, text, 9.0, **options)
+    if options.get("return_stats"):
+        assert torch.equal(found[1].rank, expected[1].rank)
+        found, expected = found[0], expected[0]
+    assert torch.equal(found, expected) and found.dtype == torch.float32
+    assert_same(list(torch.autograd.grad(found.sum(), (image, text))), list(torch.autograd.grad(expected.sum(), (image, text))))
+
+
+def test_pickles_from_when_a_default_was_held_beside_a_scale() -> None:
+    """Options then held a temperature always, and scale=None where none was given."""
+    for scale, held in ((None, {"temperature": 0.3}), (4.0, {"scale": 4.0})):
+        loss = NTXentLoss.__new__(NTXentLoss)
+        loss.__setstate__(dict(vars(NTXentLoss(0.3))) | {"options": NTXentLoss().options | {"temperature": 0.3, "scale": scale}})
+        assert loss._held() == held

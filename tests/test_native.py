@@ -47,18 +47,43 @@ def test_agrees_with_the_tiles_of_torch(n: int, temperature: float, compiled: No
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+def bits(loss: str) -> list[torch.Tensor]:
+    """A loss, and its gradients by features and scale, over several blocks: symmetric, of two sides, with ids, of few rows or few keys."""
+    g = torch.Generator().manual_seed(0)
+    z, few, many = (torch.randn(rows, 33, generator=g).requires_grad_() for rows in (1600, 70, 1700))
+    scale = torch.tensor(5.0, requires_grad=True)
+    named = {"scale": scale, "backend": "cpu"}
+    losses = {
+        "nt_xent": lambda: fastnce.nt_xent(z, **named),
+        "clip": lambda: fastnce.clip_loss(z, many[:1600], scale, backend="cpu"),
+        "captions, few images": lambda: fastnce.clip_loss(
+            few, many, scale, backend="cpu", image_ids=torch.arange(70), text_ids=torch.arange(1700) % 70
+        ),
+        "captions, few texts": lambda: fastnce.clip_loss(
+            many, few, scale, backend="cpu", image_ids=torch.arange(1700) % 70, text_ids=torch.arange(70)
+        ),
+        "moco": lambda: fastnce.moco_loss(few, many[:70], many[70:], **named),
+        "moco, low temperature": lambda: fastnce.moco_loss(few, many[:70], many[70:], scale=scale * 20, backend="cpu"),
+        "sup_con": lambda: fastnce.sup_con(z, torch.arange(1600) % 9, **named),
+    }
+    value = losses[loss]()
+    found = torch.autograd.grad(value, (z, few, many, scale), allow_unused=True)
+    return [value.detach(), *(gradient for gradient in found if gradient is not None)]
+
+
 @needs_compiler
-def test_same_bits_for_any_number_of_threads(compiled: None) -> None:
-    z = torch.randn(1600, 33, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    "loss", ["nt_xent", "clip", "captions, few images", "captions, few texts", "moco", "moco, low temperature", "sup_con"]
+)
+def test_same_bits_for_any_number_of_threads(loss: str, compiled: None) -> None:
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            leaf = z.clone().requires_grad_()
-            loss = fastnce.nt_xent(leaf, backend="cpu")
-            found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+            found.append(bits(loss))
         finally:
             torch.set_num_threads(1)
+    assert len(found[0]) > 2
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -79,6 +104,8 @@ def test_it_is_the_compiled_kernels_that_ran(compiled: None) -> None:
         ("q_label", torch.ones(3, dtype=torch.int64), "q_label must have 4 elements, got 3"),
         ("mask", torch.ones(2, 2, dtype=torch.bool), "mirror image"),
         ("sums", [torch.ones(4)] * 3, "sums has 3 tensors"),
+        ("offset", 2**31, "offset is 2147483648"),
+        ("offset", -(2**63), "offset is -9223372036854775808"),
     ],
 )
 def test_arguments_are_checked(argument: str, value: object, message: str, compiled: None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import test_statistics as whole_suite
+import test_wide
 import torch
 from interpreter import Checked, add_products
 from problems import PROBLEMS, Problem, of
@@ -210,6 +211,14 @@ def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], mo
 def test_only_what_is_asked_for_gets_a_gradient(two_sided: bool, subsets: tuple[int, ...], family: str) -> None:
     p = of("clip captions:", two_sided=two_sided)
     gpu_promises.only_what_is_asked_for_gets_a_gradient(p, subsets, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("p", [QUEUE, of("simclr:"), of("clip captions:")], ids=str)
+def test_a_gradient_that_is_added_to_is_not_rounded(p: Problem, family: str) -> None:
+    with Checked(arguments=True) as checked:
+        test_wide.a_gradient_that_is_added_to_is_not_rounded(p, torch.bfloat16, "triton")
+    assert not checked.races
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)

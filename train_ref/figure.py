@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train_ref import files
 from train_ref.report import METRICS, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK = "#22272e"
 MUTED = "#6b7480"
@@ -29,8 +32,15 @@ def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row], te
     losses, accuracies = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * n_rows))
     draw_losses(losses, trained)
     draw_accuracies(accuracies, baselines, trained, tested_on)
+    write_png(path, figure)
+
+
+def write_png(path: Path, figure: Figure) -> None:
+    """Whole or not at all."""
+    content = io.BytesIO()
     # Without it the file names the version of matplotlib that wrote it.
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(content, format="png", metadata={"Software": None})
+    files.write(path, content.getvalue())
 
 
 def is_twin(row: Row, trained: Sequence[Row]) -> bool:

@@ -18,13 +18,15 @@ from train_ref.implementations import LossFunctions, dense_losses, fused_losses
 from train_ref.methods import TITLES
 from train_ref.model import EMBEDDING
 from train_ref.presets import PRESETS, Preset, preset_for
+from train_ref.unfinished import NAME
 
 Number = TypeVar("Number", int, float)
+RESUME = "go on with the run in --out that was stopped: the same command, which trains what is not finished there"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command asks for, complete: preset holds the recipe with the command's changes to it."""
+    """What a command asks for, complete: preset holds the recipe with the command's changes to it, again the arguments that resume it."""
 
     methods: list[str]
     loss: str
@@ -37,6 +39,8 @@ class Run:
     device: torch.device
     threads: int
     out: Path
+    resume: bool
+    again: list[str]
 
 
 def number(kind: Callable[[str], Number], wanted: str, accept: Callable[[Number], bool]) -> Callable[[str], Number]:
@@ -95,11 +99,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the preset's)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1; see README.md)")
     p.add_argument("--out", type=Path, metavar="DIR", help="for result.json and result.png (default: a new folder in ./runs)")
+    p.add_argument("--resume", action="store_true", help=RESUME)
     p.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run?")
     return p
 
 
-def read_options(argv: Sequence[str] | None) -> Run:
+def read_out(p: argparse.ArgumentParser, options: argparse.Namespace, name: str) -> Path:
+    """The folder for the result, made where there is none; by default a new one with this name."""
+    out: Path = options.out or Path("runs") / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{name}"
+    if options.resume and not (out / NAME).is_file():
+        p.error(f"argument --resume: there is no {out / NAME}; --out names the folder of a run that was stopped")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        p.error(f"argument --out: cannot make the folder {out}: {error.strerror}")
+    return out
+
+
+def again(argv: Sequence[str], options: argparse.Namespace, out: Path) -> list[str]:
+    """The arguments that resume a run."""
+    return [*argv, *([] if options.out else ["--out", str(out)]), *([] if options.resume else ["--resume"])]
+
+
+def read_options(argv: Sequence[str]) -> Run:
     """The run with all defaults filled in. Exits with status 2 and names the option when one cannot be used."""
     p = parser()
     options = p.parse_args(argv)
@@ -112,13 +134,7 @@ def read_options(argv: Sequence[str] | None) -> Run:
     backend = options.backend or ("cpu" if options.loss == "both" and device.type == "cpu" else "auto")
     implementations = read_implementations(p, options.loss, backend, device)
     data = read_data(p, options, preset)
-
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    out = options.out or Path("runs") / f"{started}-{'-'.join(methods)}-{options.loss}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        p.error(f"argument --out: cannot make the folder {out}: {error.strerror}")
+    out = read_out(p, options, f"{'-'.join(methods)}-{options.loss}")
     return Run(
         methods=methods,
         loss=options.loss,
@@ -131,6 +147,8 @@ def read_options(argv: Sequence[str] | None) -> Run:
         device=device,
         threads=options.threads,
         out=out,
+        resume=options.resume,
+        again=again(argv, options, out),
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from train_ref import files
 from train_ref.evaluate import Accuracies
-from train_ref.loop import History
+from train_ref.loop import Epoch, History
 
 METRICS = {"knn_20": "kNN-20", "linear": "linear", "one_shot": "1-shot"}
 
@@ -113,9 +114,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def run_entry(history: History, accuracies: Accuracies) -> dict[str, Any]:
+    """A training and what it is worth, for JSON."""
+    return asdict(history) | {"accuracies": asdict(accuracies)}
+
+
+def read_entry(entry: dict[str, Any]) -> tuple[History, Accuracies]:
+    """Both again. JSON keeps every bit of a float."""
+    history = {name: value for name, value in entry.items() if name != "accuracies"}
+    return History(**history | {"epochs": [Epoch(**epoch) for epoch in entry["epochs"]]}), Accuracies(**entry["accuracies"])
+
+
 def run_entries(row: Row) -> list[dict[str, Any]]:
-    pairs = zip(row.histories, row.accuracies, strict=True)
-    return [asdict(history) | {"accuracies": asdict(accuracies)} for history, accuracies in pairs]
+    return [run_entry(*training) for training in zip(row.histories, row.accuracies, strict=True)]
 
 
 def summary_entry(row: Row) -> dict[str, Any]:
@@ -126,4 +137,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented, but with every list of numbers and every epoch on one line: 200 losses are a line, not a page."""
     text = json.dumps(content, indent=2, allow_nan=False)
     text = re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda match: re.sub(r"\s*\n\s*", " ", match.group()), text)
-    path.write_text(text + "\n", encoding="utf-8")
+    files.write(path, text + "\n")

@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    # Run as a file: import the package from the repository, not its modules as top-level names.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train_ref import files
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "train_ref" / "results"
 PAGE = ROOT / "docs" / "reference-runs.md"
@@ -89,6 +95,7 @@ def render(page: str, folder: Path) -> str:
     return before + "\n\n".join([BEGIN, *sections, END]) + after
 
 
+@files.command("results.py")
 def main(argv: Sequence[str] | None = None, page: Path = PAGE, folder: Path = RESULTS) -> int:
     """Write the page, or with --check say whether it is what would be written; returns the exit status."""
     p = argparse.ArgumentParser(description="Write the tables of docs/reference-runs.md from train_ref/results.")
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None, page: Path = PAGE, folder: Path = RE
         print(f"{page.name} is not what {folder.name} says: run python train_ref/results.py", file=sys.stderr)
         return 1
     if not options.check:
-        page.write_text(after, encoding="utf-8")
+        files.write(page, after)
     return 0
 
 

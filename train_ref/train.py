@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +19,11 @@ if not __package__:
     # Run as a file: import the package from the repository, not its modules as top-level names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train_ref import files
 from train_ref.data import as_float
 from train_ref.evaluate import Accuracies, evaluate_encoder, evaluate_features
 from train_ref.figure import save_figure
+from train_ref.implementations import LossFunctions
 from train_ref.loop import History, train_network
 from train_ref.methods import TITLES
 from train_ref.model import build_network
@@ -33,12 +34,15 @@ from train_ref.report import (
     compare,
     comparison_table,
     device_name,
+    read_entry,
     run_entries,
+    run_entry,
     summary_entry,
     table,
     versions,
     write_json,
 )
+from train_ref.unfinished import Unfinished, clocks
 
 
 def show_epoch(history: History, epochs: int) -> None:
@@ -50,7 +54,7 @@ def show_epoch(history: History, epochs: int) -> None:
     )
 
 
-def train_all(run: Run) -> list[Row]:
+def train_all(run: Run, kept: Unfinished) -> list[Row]:
     """A row per method and implementation. Fused and reference take turns, so that a busy machine slows both alike."""
     rows = []
     for name in run.methods:
@@ -58,21 +62,28 @@ def train_all(run: Run) -> list[Row]:
         accuracies: dict[str, list[Accuracies]] = {functions.name: [] for functions in run.implementations}
         for seed in range(run.seeds):
             for functions in run.implementations:
-                network, history = train_network(
-                    name,
-                    functions,
-                    run.data,
-                    seed=seed,
-                    temperature=run.preset.temperatures[name],
-                    epochs=run.preset.epochs,
-                    batch_size=run.preset.batch_size,
-                    on_epoch=lambda history: show_epoch(history, run.preset.epochs),
-                    preset=run.preset,
-                )
+                entry = kept.find(method=name, loss=functions.name, seed=seed) or kept.add(train_one(run, name, functions, seed))
+                history, found = read_entry(entry)
                 histories[functions.name].append(history)
-                accuracies[functions.name].append(evaluate_encoder(network.encoder, run.data))
+                accuracies[functions.name].append(found)
         rows += [Row(f"{TITLES[name]}, {loss}", accuracies[loss], histories[loss]) for loss in histories]
     return rows
+
+
+def train_one(run: Run, method: str, functions: LossFunctions, seed: int) -> dict[str, Any]:
+    """A training, evaluated, as result.json has it."""
+    network, history = train_network(
+        method,
+        functions,
+        run.data,
+        seed=seed,
+        temperature=run.preset.temperatures[method],
+        epochs=run.preset.epochs,
+        batch_size=run.preset.batch_size,
+        on_epoch=lambda history: show_epoch(history, run.preset.epochs),
+        preset=run.preset,
+    )
+    return run_entry(history, evaluate_encoder(network.encoder, run.data))
 
 
 def config(run: Run) -> dict[str, Any]:
@@ -122,6 +133,7 @@ def wants_pairs(argv: Sequence[str]) -> list[str] | None:
     return rest
 
 
+@files.command("train.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the reference training; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -133,7 +145,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = read_options(argv)
     set_numerics(run.threads)
-    began, cpu_began = time.perf_counter(), time.process_time()
+    began = clocks()
+    about = {"data": data_entry(run), "config": config(run), "versions": versions(fused=run.loss != "reference")}
+    try:
+        kept = Unfinished(run.out, about, run.resume, read_entry, began)
+    except ValueError as error:
+        parser().error(f"argument --resume: {error}")
+    with kept.explained(len(run.methods) * len(run.implementations) * run.seeds, run.again):
+        return train_and_write(run, about, kept)
+
+
+def train_and_write(run: Run, about: dict[str, Any], kept: Unfinished) -> int:
+    """All that is left to train, the result and its picture; returns the exit status."""
     print(run.data.describe(), flush=True)
     for name in run.data.unpublished:
         print(f"{name} is not the published file: it has another md5", flush=True)
@@ -145,24 +168,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate_encoder(build_network(seed, run.device, run.preset.network, data.images.shape[1]).encoder, data)
         for seed in range(run.seeds)
     ]
-    try:
-        trained = train_all(run)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    trained = train_all(run, kept)
     baselines = [Row("raw pixels", [raw]), Row("random network", random)]
     rows = [*baselines, *trained]
     comparisons: list[Comparison] = []
     if run.loss == "both":
         for fused, reference in zip(trained[::2], trained[1::2], strict=True):
             comparisons += compare(fused, reference)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    seconds, cpu_seconds = kept.seconds
 
     result = {
         "schema": 1,
-        "data": data_entry(run),
-        "config": config(run),
-        "versions": versions(fused=run.loss != "reference"),
+        **about,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "summary": [summary_entry(row) for row in rows],
@@ -171,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs": [entry for row in trained for entry in run_entries(row)],
     }
     write_json(run.out / "result.json", result)
+    kept.remove()
 
     over = f"mean ± sd over {run.seeds} seeds" if run.seeds > 1 else "one seed"
     print(f"\naccuracy on the {data.tested_on}, frozen features, % ({over})\n\n{table(rows)}")

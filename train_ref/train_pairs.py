@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +24,9 @@ if not __package__:
 
 import torch
 
+from train_ref import files
 from train_ref.implementations import LossFunctions
-from train_ref.options import number, read_device, read_implementations, set_numerics
+from train_ref.options import RESUME, again, number, read_device, read_implementations, read_out, set_numerics
 from train_ref.report import device_name, versions, write_json
 from train_ref.two_towers.data import PairData, load_digit_halves, load_emoji, load_tatoeba
 from train_ref.two_towers.figure import save_figure
@@ -40,12 +40,15 @@ from train_ref.two_towers.report import (
     difference_table,
     differences,
     mined_table,
+    read_entry,
     run_entries,
+    run_entry,
     summary_entry,
     table,
 )
 from train_ref.two_towers.retrieval import DIRECTIONS, FURTHER, Retrieval, chance, evaluate
 from train_ref.two_towers.towers import LARGEST_SCALE, TwoTowers, build_towers
+from train_ref.unfinished import Unfinished, clocks
 
 # Chosen on the validation pairs with seed 0 and the plain loss; R@1 in %, left to right. tatoeba, 8 epochs in batches of 4096: with
 # temperature 0.05 and 0.1 34.5 and 37.9 (learning rate 1e-2), with 0.2 and 0.3 40.1 and 40.5 (2e-2); 33.9 with all n-grams and 33.3 with
@@ -127,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1)")
     p.add_argument("--out", type=Path, metavar="DIR", help="for result.json and result.png (default: a new folder in ./runs)")
+    p.add_argument("--resume", action="store_true", help=RESUME)
     p.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run?")
     return p
 
@@ -161,7 +165,7 @@ def read_data(p: argparse.ArgumentParser, options: argparse.Namespace) -> PairDa
         p.error(f"argument --data-dir: {error}")
 
 
-def read_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, PairData, Settings, list[LossFunctions], torch.device]:
+def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, PairData, Settings, list[LossFunctions], torch.device]:
     """The options with their defaults filled in. Exits with status 2 and names the option when one cannot be used."""
     p = parser()
     options = p.parse_args(argv)
@@ -184,13 +188,8 @@ def read_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, PairDa
     )
     if settings.batch_size > len(data.train):
         p.error(f"argument --batch-size: {settings.batch_size} is more than the {len(data.train)} training pairs of {options.data}")
-
-    started = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    options.out = options.out or Path("runs") / f"{started}-{options.data}-{options.loss}"
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        p.error(f"argument --out: cannot make the folder {options.out}: {error.strerror}")
+    out = read_out(p, options, f"{options.data}-{options.loss}")
+    options.again, options.out = ["--method", "clip", *again(argv, options, out)], out
     return options, data, settings, implementations, device
 
 
@@ -213,7 +212,12 @@ def retrieve(towers: TwoTowers, data: PairData, candidates: str) -> dict[str, Re
 
 
 def train_all(
-    options: argparse.Namespace, data: PairData, settings: Settings, implementations: Sequence[LossFunctions], device: torch.device
+    options: argparse.Namespace,
+    data: PairData,
+    settings: Settings,
+    implementations: Sequence[LossFunctions],
+    device: torch.device,
+    kept: Unfinished,
 ) -> list[Row]:
     """A row per variant and implementation. All of them take turns, so that a busy machine slows them alike."""
     keys = [(variant, functions) for variant in options.variant for functions in implementations]
@@ -221,17 +225,21 @@ def train_all(
     found: list[list[dict[str, Retrieval]]] = [[] for _ in keys]
     for seed in range(options.seeds):
         for place, (variant, functions) in enumerate(keys):
-            towers, history = train_towers(
-                data,
-                settings,
-                variant,
-                functions,
-                seed=seed,
-                device=device,
-                on_epoch=lambda history: show_epoch(history, settings.epochs),
-            )
+            entry = kept.find(variant=variant, loss=functions.name, seed=seed)
+            if entry is None:
+                towers, history = train_towers(
+                    data,
+                    settings,
+                    variant,
+                    functions,
+                    seed=seed,
+                    device=device,
+                    on_epoch=lambda history: show_epoch(history, settings.epochs),
+                )
+                entry = kept.add(run_entry(history, retrieve(towers, data, options.candidates)))
+            history, retrieved = read_entry(entry)
             histories[place].append(history)
-            found[place].append(retrieve(towers, data, options.candidates))
+            found[place].append(retrieved)
     return [Row(f"{variant}, {f.name}", found[place], histories[place]) for place, (variant, f) in enumerate(keys)]
 
 
@@ -261,11 +269,31 @@ def config(options: argparse.Namespace, data: PairData, settings: Settings, devi
     }
 
 
+@files.command("train.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the reference training of two towers; returns the exit status."""
-    began, cpu_began = time.perf_counter(), time.process_time()
-    options, data, settings, implementations, device = read_options(argv)
+    began = clocks()
+    options, data, settings, implementations, device = read_options(sys.argv[1:] if argv is None else argv)
     set_numerics(options.threads)
+    about = {"config": config(options, data, settings, device), "versions": versions(fused=options.loss != "reference")}
+    try:
+        kept = Unfinished(options.out, about, options.resume, read_entry, began)
+    except ValueError as error:
+        parser().error(f"argument --resume: {error}")
+    with kept.explained(len(options.variant) * len(implementations) * options.seeds, options.again):
+        return train_and_write(options, data, settings, implementations, device, about, kept)
+
+
+def train_and_write(
+    options: argparse.Namespace,
+    data: PairData,
+    settings: Settings,
+    implementations: Sequence[LossFunctions],
+    device: torch.device,
+    about: dict[str, Any],
+    kept: Unfinished,
+) -> int:
+    """All that is left to train, the result and its picture; returns the exit status."""
     candidates = getattr(data, options.candidates)
     further = getattr(data, f"further_{options.candidates}")
     by_chance = dict.fromkeys(DIRECTIONS, chance(data.ids[candidates]))
@@ -273,22 +301,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_chance |= dict.fromkeys(FURTHER, chance(data.ids[further]))
     untrained = [retrieve(build_towers(data, seed, device), data, options.candidates) for seed in range(options.seeds)]
     baselines = [Row("chance", [by_chance]), Row("untrained towers", untrained)]
-    try:
-        trained = train_all(options, data, settings, implementations, device)
-    except FloatingPointError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
+    trained = train_all(options, data, settings, implementations, device, kept)
     rows, changes = [*baselines, *trained], differences(trained)
     comparisons: list[Comparison] = []
     if options.loss == "both":
         for fused, reference in zip(trained[::2], trained[1::2], strict=True):
             comparisons += compare(fused, reference)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    seconds, cpu_seconds = kept.seconds
 
     result = {
         "schema": 1,
-        "config": config(options, data, settings, device),
-        "versions": versions(fused=options.loss != "reference"),
+        **about,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "summary": [summary_entry(row) for row in rows],
@@ -297,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs": [entry for row in trained for entry in run_entries(row)],
     }
     write_json(options.out / "result.json", result)
+    kept.remove()
 
     over = f"mean ± sd over {options.seeds} seeds" if options.seeds > 1 else "one seed"
     copies, among = trained[0].histories[0].false_negatives, f"{len(candidates)} {options.candidates} pairs"

@@ -25,6 +25,7 @@ if not __package__:
 
 import torch
 
+from train_ref import files
 from train_ref.data import DIGITS_SHA256, N_TRAIN, ImageData, load_digits
 from train_ref.gates.cases import Case, cases
 from train_ref.gates.figure import save_figure
@@ -270,6 +271,7 @@ def conditions(options: Options, found: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
+@files.command("validate.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the gates; returns the exit status: 0 if all that ran passed, 1 if a gate failed or nothing ran."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; cuBLAS is not deterministic without
@@ -288,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = Report(conditions(options, found), found, options.left_out)
     report.conditions["cost"] = f"{time.process_time() - cpu_began:.0f} CPU s, {time.perf_counter() - began:.0f} s"
     page = markdown(report)
-    (options.out / "report.md").write_text(page, encoding="utf-8")
+    files.write(options.out / "report.md", page)
     write_json(options.out / "report.json", report.fields())
     print(f"\n{page}\n{options.out / 'report.md'}\n{options.out / 'report.json'}")
     try:

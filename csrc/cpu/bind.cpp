@@ -1,6 +1,6 @@
 // Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/_native.py has prepared; results are written
 // into tensors that it made. No other unit includes torch.
-#include <algorithm>
+#include <limits>
 
 #include "../tensors.h"
 #include "problem.h"
@@ -61,13 +61,18 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   STD_TORCH_CHECK(!(p.symmetric && mask), "fastnce: a mask need not be its own mirror image: give y");
   STD_TORCH_CHECK(!(p.symmetric && (p.two_sided || k_label || k_exclude)), "fastnce: without y there is no second side");
   p.rules.exclude_self = flags[3];
+  const int64_t farthest = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(!offset || (-farthest <= *offset && *offset <= farthest), "fastnce: offset is ", offset.value_or(0),
+                  ", farther than any two rows are apart");
   p.rules.has_offset = offset.has_value();
-  p.rules.offset = std::clamp(offset.value_or(0), -m, n);  // beyond these no pair is aligned, and indices leave int64
+  p.rules.offset = offset.value_or(0);
+  // Whether ids were given is not a matter of their data: those of no rows have none.
+  const auto one_sided = [&](const Optional& q, const Optional& k) { return !p.symmetric && q.has_value() != k.has_value(); };
+  STD_TORCH_CHECK(!one_sided(q_label, k_label) && !one_sided(q_exclude, k_exclude), "fastnce: ids of one side only");
   p.rules.q_label = ids(q_label, m, "q_label");
   p.rules.k_label = p.symmetric ? p.rules.q_label : ids(k_label, n, "k_label");
   p.rules.q_exclude = ids(q_exclude, m, "q_exclude");
   p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : ids(k_exclude, n, "k_exclude");
-  STD_TORCH_CHECK(!p.rules.q_label == !p.rules.k_label && !p.rules.q_exclude == !p.rules.k_exclude, "fastnce: ids of one side only");
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
     p.rules.mask_rows = mask->size(0);

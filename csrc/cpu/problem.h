@@ -29,7 +29,7 @@ struct Problem {
   const float* y;  // (n, pitch); x where symmetric
   bool symmetric, two_sided;
   bool unshifted;  // |s| <= 40 nats throughout: sums of 2^t need no running maximum
-  bool in_tile;    // positives are found by content; otherwise they are aligned, and not a kernel's business
+  bool in_tile;    // positives are found by content; otherwise they are aligned, and of a kernel's business only by their logit
   Rules rules;
 };
 
@@ -45,7 +45,7 @@ struct Metrics {
   int64_t* hardest;
 };
 
-// What forward adds up per row of one side. top_* stay untouched where unshifted; the positives' where !in_tile.
+// What forward adds up per row of one side. top_* stay untouched where unshifted; the positives', and n_pos, where !in_tile.
 struct Sums {
   double* negative;
   float* top_negative;

@@ -100,7 +100,7 @@ static bool classify(const Problem& p, Range i, Range j, int32_t kind[MR * NR]) 
       if (column >= j.begin && column < j.end) out[column - j.begin] = value;
     };
     if (r.has_offset) {
-      // Without content rules the caller adds the aligned pairs himself: here they only leave the negatives.
+      // Without content rules the caller adds the aligned pairs himself: here they only leave the negatives, and say their logit.
       set(row + r.offset, POSITIVE);
       if (p.symmetric) set(row - r.offset, POSITIVE);
     }
@@ -131,8 +131,8 @@ struct Lanes {
     if constexpr (SHIFTED) {
       Vec best = top;
       for (int v = 0; v < COUNT; ++v) best = larger(best, t[v * stride]);
-      // Nothing yet: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
-      const Vec base = best == NONE ? Vec{} : best;
+      // Nothing yet, or inf already: inf - inf would be nan. From any finite base 2^-inf is 0, and a sum with 2^inf in it is large.
+      const Vec base = best - best == Vec{} ? best : Vec{};
       total *= exp2(top - base);
       for (int v = 0; v < COUNT; ++v) total += exp2(t[v * stride] - base);
       top = best;
@@ -142,16 +142,17 @@ struct Lanes {
   }
 };
 
-// One lane's sum into a running sum in double.
+// One sum into a running sum in double.
 template <bool SHIFTED>
-FASTNCE_INLINE void merge(float total, float top, double* sum, float* highest) {
+FASTNCE_INLINE void merge(double total, float top, double* sum, float* highest) {
   if constexpr (!SHIFTED) {
     *sum += total;
   } else {
     if (top == NONE) return;
     const float best = std::isnan(top) || top > *highest ? top : *highest;
-    const double old = *highest == NONE ? 0.0 : *sum * std::exp2(static_cast<double>(*highest) - best);
-    *sum = old + total * std::exp2(static_cast<double>(top) - best);
+    const double base = std::isinf(best) ? 0.0 : best;
+    const double old = *highest == NONE ? 0.0 : *sum * std::exp2(*highest - base);
+    *sum = old + total * std::exp2(top - base);
     *highest = best;
   }
 }
@@ -220,20 +221,22 @@ FASTNCE_INLINE void flush_columns(const Lanes<SHIFTED>* columns, Range j, Target
   }
 }
 
-FASTNCE_INLINE void add_positive(const Sums& side, int64_t at, float t) {
+FASTNCE_INLINE void add_positive(const Problem& p, const Sums& side, int64_t at, float t) {
   side.pos[at] += t;
+  if (!p.in_tile) return;
   side.n_pos[at] += 1;
   if (side.metrics.pos_max) raise(side.metrics.pos_max[at], t);
 }
 
 // Mean, number and largest logit of the positives, from either end.
-FASTNCE_INLINE void add_positives(const float* t, const int32_t* kind, Range i, Range j, const Sums* rows, const Sums* columns) {
+FASTNCE_INLINE void add_positives(const Problem& p, const float* t, const int32_t* kind, Range i, Range j, const Sums* rows,
+                                  const Sums* columns) {
   for (int64_t row = 0; row < i.size(); ++row)
     for (int64_t c = 0; c < j.size(); ++c)
       if (kind[row * NR + c] == POSITIVE) {
         const float value = t[row * NR + c];
-        add_positive(*rows, i.begin + row, value);
-        if (columns) add_positive(*columns, j.begin + c, value);
+        add_positive(p, *rows, i.begin + row, value);
+        if (columns) add_positive(p, *columns, j.begin + c, value);
       }
 }
 
@@ -304,11 +307,11 @@ static void forward_tile(const Problem& p, const float* panels, Range i, Range j
       keep(t, kind, NEGATIVE, count, kept);
       add_block<SHIFTED, COLUMNS>(kept, count, negative + row - i.begin, by_column[0]);
       if (rows->metrics.rank) see_negatives(kept, own, here, rows, COLUMNS ? columns : nullptr);
-      if (p.in_tile && some) {
-        keep(t, kind, POSITIVE, count, kept);
-        add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
-        add_positives(t, kind, own, here, rows, COLUMNS ? columns : nullptr);
-      }
+      if (!some) continue;
+      add_positives(p, t, kind, own, here, rows, COLUMNS ? columns : nullptr);
+      if (!p.in_tile) continue;
+      keep(t, kind, POSITIVE, count, kept);
+      add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
     }
     if constexpr (COLUMNS) {
       flush_columns(by_column[0], here, {columns->negative, columns->top_negative});
@@ -408,33 +411,30 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
 }
 
 // c (rows, VECTORS vectors) += a b. a is (rows, depth), or its transpose where BY_COLUMN; b is (depth, ldb) in order.
+//
+// The product is summed from zero and then added: were every one of its terms added to the running total of thousands of columns, each
+// would lose what is rounded off a number of that size, and errors would grow with the square root of their number.
 template <int VECTORS, bool BY_COLUMN>
 static void add_product(int64_t rows, int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  int64_t row = 0;
-  for (; row + MR <= rows; row += MR) {
+  for (int64_t row = 0; row < rows; row += MR) {
     const float* lines[MR];
-    for (int m = 0; m < MR; ++m) lines[m] = a + (row + m) * lda;
-    Vec block[MR][VECTORS];
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) block[m][v] = load(c + (row + m) * ldc + v * LANES);
+    for (int m = 0; m < MR; ++m) lines[m] = a + std::min(row + m, rows - 1) * lda;
+    Vec block[MR][VECTORS] = {};
     multiply<VECTORS, BY_COLUMN>(depth, lines, a + row, lda, b, ldb, block);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
+    const auto add = [&](int m) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) store(c + (row + m) * ldc + v * LANES, block[m][v]);
-  }
-  if (row == rows) return;
-  const float* lines[MR];
-  for (int m = 0; m < MR; ++m) lines[m] = a + std::min(row + m, rows - 1) * lda;
-  Vec block[MR][VECTORS] = {};
-  multiply<VECTORS, BY_COLUMN>(depth, lines, a + row, lda, b, ldb, block);
-  for (int m = 0; row + m < rows; ++m)
-    for (int v = 0; v < VECTORS; ++v) {
-      float* at = c + (row + m) * ldc + v * LANES;
-      store(at, load(at) + block[m][v]);
+      for (int v = 0; v < VECTORS; ++v) {
+        float* at = c + (row + m) * ldc + v * LANES;
+        store(at, load(at) + block[m][v]);
+      }
+    };
+    if (row + MR <= rows) {
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) add(m);
+    } else {
+      for (int m = 0; row + m < rows; ++m) add(m);
     }
+  }
 }
 
 // c (rows, pitch) += a b for all columns of b (depth, pitch), a panel of NR columns at a time, copied to lie in order.

@@ -69,7 +69,9 @@ Asked asked(const Call& call, Kernel kernel, PROBLEM_PARAMETERS) {
   r.k_label = call.data<int>(k_label, p.column_padded, "k_label", WIDE);
   r.q_exclude = call.data<int>(q_exclude, p.row_padded, "q_exclude", WIDE);
   r.k_exclude = call.data<int>(k_exclude, p.column_padded, "k_exclude", WIDE);
-  STD_TORCH_CHECK(!r.q_label == !r.k_label && !r.q_exclude == !r.k_exclude, "fastnce: ids must be given for both sides or for none");
+  // Whether ids were given is not a matter of their data: those of no rows have none.
+  const bool both = q_label.has_value() == k_label.has_value() && q_exclude.has_value() == k_exclude.has_value();
+  STD_TORCH_CHECK(both, "fastnce: ids must be given for both sides or for none");
   r.mask_rows = count_of(sizes[0], 1, MOST_ROWS, "mask_rows");
   r.mask_columns = count_of(sizes[1], 1, MOST_ROWS, "mask_columns");
   r.mask_row = sizes[2];

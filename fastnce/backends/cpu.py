@@ -30,8 +30,9 @@ NAME = "cpu"
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for small upstream
-# gradients: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is inside.
+# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for rows whose
+# upstream gradient is smaller than the largest: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is
+# inside.
 UNSHIFTED = {torch.float32: 40.0, torch.float64: 300.0}
 
 
@@ -61,6 +62,8 @@ def forward(problem: Problem) -> list[Side]:
             for view in _views(problem, tile):
                 sums[view.side].see_positive(view, classes)
     for tile, t in _tiles(problem, work):
+        if not work.in_tile:
+            _see_aligned(problem, sums, tile, t)
         classes = _classify(problem, work, tile, t)
         views = _views(problem, tile)
         for view in views:
@@ -75,10 +78,12 @@ def forward(problem: Problem) -> list[Side]:
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = _prepare(problem)
-    weights = [_Weights.of(work, *side) for side in zip(grads, stats, strict=True)]
+    grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
+    lift = _lift(grads)
+    weights = [_Weights.of(work, *side, lift) for side in zip(grads, stats, strict=True)]
     # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
-    due = torch.stack([side.total for side in weights]).sum()
-    moment = _Moment(problem, stats[0], due) if wanted.scale else None
+    due = torch.stack([(grad.dlse_neg + grad.dlse_pos + grad.dpos).sum() for grad in grads]).sum()
+    moment = _Moment(problem, work, stats[0], due, lift) if wanted.scale else None
     dx = torch.zeros_like(work.x) if wanted.q else None
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if not work.in_tile:
@@ -105,9 +110,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
         if dy is not None and not on_diagonal:
             # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
             dy[j] += product(w.T.contiguous(), work.x[i].T)
+    depth, (dq_dtype, dk_dtype) = problem.q.shape[1], problem.gradient_dtypes
     return Gradients(
-        None if dx is None else _project(dx, work.x, work.r_x, work.root, problem.q),
-        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root, problem.keys),
+        None if dx is None else _project(dx, work.x, work.r_x, work.root, lift, depth, dq_dtype),
+        None if dy is None or problem.symmetric else _project(dy, work.y, work.r_y, work.root, lift, depth, dk_dtype),
         None if moment is None else (moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
         due.to(problem.scale.dtype) if wanted.bias else None,
     )
@@ -185,6 +191,17 @@ def _tiles(problem: Problem, work: _Work) -> Iterator[tuple[Tile, Tensor]]:
             yield tile, product(work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
 
 
+def _see_aligned(problem: Problem, sums: list[_Sums], tile: Tile, t: Tensor) -> None:
+    """The logits of the aligned pairs that lie in this tile; where k is q, of those with j above i."""
+    i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
+    offset = j.start - i.start
+    start, stop = max(i.start, tile.i0, tile.j0 - offset), min(i.stop, tile.i1, tile.j1 - offset)
+    if start < stop:
+        aligned = t[start - tile.i0 : stop - tile.i0, start + offset - tile.j0 : stop + offset - tile.j0].diagonal()
+        for side, own in _ends(problem, slice(start, stop), slice(start + offset, stop + offset)):
+            sums[side].tile_pos[own] = aligned
+
+
 class _Classes(NamedTuple):
     """Logits of one tile with all but the negatives at -inf, the same for the positives, and which pairs those are."""
 
@@ -228,8 +245,8 @@ class _LogSum:
             return
         old = self.top[own]
         top = torch.maximum(old, tile.amax(1))
-        # A row without any pair so far: -inf - -inf would be nan. Any finite base gives exp2(-inf) = 0.
-        base = top.masked_fill(top == -torch.inf, 0.0)
+        # No pair so far, or an infinite logit: inf - inf would be nan. From any finite base exp2(-inf) is 0 and exp2(inf) is inf.
+        base = top.masked_fill(top.isinf(), 0.0)
         self.total[own] = self.total[own] * torch.exp2(old - base) + torch.exp2(tile - base[:, None]).sum(1)
         self.top[own] = top
 
@@ -249,6 +266,8 @@ class _Sums:
         self.negative = _LogSum(work, rows)
         self.positive = _LogSum(work, rows) if work.in_tile else None
         self.pos = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
+        # The same as the tiles have it: an aligned pair has a sum of products of its own in `pos`, which is rounded less.
+        self.tile_pos = self.pos if work.in_tile else torch.zeros_like(self.pos)
         self.n_pos = torch.zeros(rows, dtype=torch.int64, device=work.x.device)
         if problem.metrics:
             self.pos_max = work.x.new_full((rows,), -torch.inf)
@@ -290,7 +309,7 @@ class _Sums:
         nothing = self.pos.new_empty(0)
         collected = [self.negative.total, self.negative.top]
         collected += [None, None] if self.positive is None else [self.positive.total, self.positive.top]
-        collected += [self.pos, self.n_pos]
+        collected += [self.tile_pos, self.n_pos]
         if self.problem.metrics:
             given = None if self.problem.threshold is None else self._threshold(slice(None)).to(self.pos_max.dtype)
             collected += [self.pos_max, given, self.rank, self.hardest_logit, self.hardest]
@@ -302,7 +321,7 @@ class _Sums:
         lse_neg, own_neg, none = self._nats(self.negative.log2()), self.negative.own(), self.n_pos == 0
         if self.positive is None:
             pos = self._nats(self.pos).masked_fill_(none, 0.0)
-            side = Side(lse_neg, pos.masked_fill(none, -torch.inf), pos, self.n_pos, own_neg, self.pos)
+            side = Side(lse_neg, pos.masked_fill(none, -torch.inf), pos, self.n_pos, own_neg, self.tile_pos)
         else:
             pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(none, 0.0)
             lse_pos = torch.where(self.n_pos == 1, pos, self._nats(self.positive.log2()))
@@ -322,9 +341,17 @@ class _Sums:
         return s if self.problem.bias is None else s + self.problem.bias
 
 
+def _lift(grads: list[SideGrad]) -> Tensor:
+    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
+    of single pairs would leave the normal numbers of float32."""
+    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
+    most = math.log2(torch.finfo(peak.dtype).max) - 24
+    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
+
+
 class _Weights(NamedTuple):
     """Coefficients of one side: negative * exp2(t - base_neg) for its negatives, positive * exp2(t - base_pos) + mean for its
-    positives.
+    positives, all of them times lift.
 
     Unshifted, the tile holds exp2(t) and exp2(-base) is already inside the coefficient.
     """
@@ -335,14 +362,12 @@ class _Weights(NamedTuple):
     base_neg: Tensor
     base_pos: Tensor
     unshifted: bool
-    total: Tensor
 
     @staticmethod
-    def of(work: _Work, grad: SideGrad, side: Side) -> _Weights:
+    def of(work: _Work, grad: SideGrad, side: Side, lift: Tensor) -> _Weights:
         # Of an empty set, base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
         no_negative, no_positive = side.empty()
-        negative, positive, mean = grad.of_some(side)
-        total = (negative + positive + mean).sum()
+        negative, positive, mean = (v * lift for v in grad)
         if work.in_tile:
             mean = mean / side.n_pos.clamp(min=1)
         empty = 1.0 if work.unshifted else 0.0
@@ -351,7 +376,11 @@ class _Weights(NamedTuple):
         base_neg, base_pos = own_neg.to(dtype), own_pos.to(dtype)
         if work.unshifted:
             negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
-        return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted, total)
+        else:
+            # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
+            negative = negative * _rest(base_neg, own_neg)
+            positive = positive * _rest(base_pos, own_pos) if work.in_tile else positive
+        return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
         def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
@@ -365,20 +394,47 @@ class _Weights(NamedTuple):
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 
+def _rest(base: Tensor, own: Tensor) -> Tensor:
+    """2^(base - own), where base is own rounded; 1 where both are infinite."""
+    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))
+
+
 class _Moment:
     """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
 
     In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
     For the same reason it is not taken from <x_i, dx_i>, which holds it already.
+
+    center        float32, what the tiles subtract from their t
+    aligned, at   t of the aligned pairs that are kept out of the tiles, and the center among these. It is the same one less what the
+                  tiles' rounding adds to every t, as far as that is alike in all aligned pairs: where all rows are equal, everything is 0
     """
 
-    def __init__(self, problem: Problem, rows: Side, due: Tensor) -> None:
-        pos = rows.pos if problem.bias is None else rows.pos - problem.bias
-        self.center = (pos.sum() / max(len(pos), 1) * LOG2E).to(problem.scale.dtype)
-        self.total = self.center * due
+    def __init__(self, problem: Problem, work: _Work, rows: Side, due: Tensor, lift: Tensor) -> None:
+        def base_2(nats: Tensor) -> Tensor:
+            return (nats if problem.bias is None else nats - problem.bias) * LOG2E
+
+        some = rows.n_pos > 0
+        count = some.sum().clamp(min=1)
+        # Once more the float32 numbers that they were.
+        self.aligned = base_2(rows.pos).to(work.x.dtype).to(due.dtype)
+        mean = self.aligned.where(some, 0.0).sum() / count
+        # Where no row has a positive: the mean log-sum over the number of keys, which is t if all are equal.
+        log_mean = base_2(rows.lse_neg - math.log(max(problem.keys.shape[0], 1)))
+        log_mean = log_mean.masked_fill(log_mean.isinf(), 0.0).sum() / max(len(some), 1)
+        alike = torch.zeros_like(due)
+        if not work.in_tile:
+            more = (rows.own_pos - self.aligned).where(some, 0.0)
+            alike = more.sum() / count
+            spread = ((more - alike).where(some, 0.0).square().sum() / count).sqrt()
+            alike = alike.where(alike.abs() > spread, 0.0)
+        self.center = (torch.where(some.any(), mean, log_mean) + alike).to(problem.scale.dtype)
+        self.at = self.center - alike
+        self.lift = lift
+        self.total = self.at * due
 
     def add(self, terms: Tensor) -> None:
-        self.total = self.total + terms.sum(dtype=self.total.dtype)
+        self.total = self.total + terms.sum(dtype=self.total.dtype) / self.lift
 
 
 def _add_aligned(
@@ -389,7 +445,7 @@ def _add_aligned(
     ends = [(weights[side].positive + weights[side].mean)[own] for side, own in _ends(problem, i, j)]
     w = ends[0] if len(ends) == 1 else ends[0] + ends[1]
     if moment is not None:
-        moment.add((_inner(work.x[i], work.y[j]) - moment.center) * w)
+        moment.add((moment.aligned[i] - moment.at) * w)
     if dx is not None:
         dx[i].addcmul_(w[:, None], work.y[j])
     if dy is not None:
@@ -401,14 +457,15 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
 
 
-def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, rows: Tensor) -> Tensor:
-    """From dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q. dx is overwritten."""
+def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, lift: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
+    """From lift * dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q. dx is overwritten."""
+    factor = root / LOG2E / lift
     if r is None:
-        dx.mul_((root / LOG2E).to(dx.dtype))
+        dx.mul_(factor.to(dx.dtype))
     else:
         radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
-        dx.addcmul_(x, radial[:, None]).mul_((r * (root / LOG2E)).to(dx.dtype)[:, None])
-    return dx[:, : rows.shape[1]].to(rows.dtype).contiguous()
+        dx.addcmul_(x, radial[:, None]).mul_((r * factor).to(dx.dtype)[:, None])
+    return dx[:, :depth].to(dtype).contiguous()
 
 
 def _native_backward(

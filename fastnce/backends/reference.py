@@ -45,9 +45,10 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     dk_hat = problem.scale * (w.T @ q_hat)
     # Where k is q each pair was just counted from both of its ends.
     half = 0.5 if problem.symmetric else 1.0
+    dq_dtype, dk_dtype = problem.gradient_dtypes
     return Gradients(
-        _project(dq_hat, q_hat, r_q).to(problem.q.dtype) if wanted.q else None,
-        _project(dk_hat, k_hat, r_k).to(problem.keys.dtype) if wanted.k else None,
+        _project(dq_hat, q_hat, r_q).to(dq_dtype) if wanted.q else None,
+        _project(dk_hat, k_hat, r_k).to(dk_dtype) if wanted.k else None,
         half * (w * (q_hat @ k_hat.T)).sum() if wanted.scale else None,
         half * w.sum() if wanted.bias else None,
     )
@@ -77,6 +78,8 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
         return side
+    if s.shape[1] == 0:  # torch has no maximum of nothing: a column that is left out
+        s, positive, negative = (matrix.new_zeros(len(s), 1) for matrix in (s, positive, negative))
     negatives = s.masked_fill(~negative | s.isnan(), -torch.inf)
     pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
     threshold = pos_max if problem.threshold is None else problem.threshold

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from fastnce import backends
+from fastnce import backends, files
 from fastnce.bench import forms, peers, places, record, sweep, table
 from fastnce.bench.cell import Cell
 
+OUT = Path("fastnce-bench")  # in the current folder: who measures on a machine of theirs changes nothing of a checkout
 ROUNDS = {"cpu": 5, "cuda": 20}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MEASURES = ("time", "memory")
@@ -93,14 +94,10 @@ def _parser(program: str, out: Path) -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=900, help="seconds that each contestant of a cell may take")
     parser.add_argument("--time-budget", type=float, help="seconds after which no cell is started")
     parser.add_argument("--at-least", type=float, help="exit 1 unless every other contestant takes so many times our time in this run")
-    parser.add_argument("--out", type=Path, default=out, help=f"default: {_shown(out)}")
+    parser.add_argument("--out", type=Path, default=out, help=f"default: {out}")
     parser.add_argument("--quick", action="store_true", help="N = 4096, D = 64, 3 rounds, against eager: under a minute")
     parser.add_argument("--dry-run", action="store_true", help="print the cells and stop")
     return parser
-
-
-def _shown(out: Path) -> str:
-    return out.relative_to(places.ROOT).as_posix() if out.is_relative_to(places.ROOT) else str(out)
 
 
 def parse(arguments: list[str], program: str, out: Path) -> argparse.Namespace:
@@ -186,8 +183,12 @@ def spelled_out(options: argparse.Namespace) -> list[str]:
     return words
 
 
-def main(arguments: list[str], program: str = "python -m fastnce bench", out: Path = Path("fastnce-bench")) -> int:
+def main(arguments: list[str], program: str = "python -m fastnce bench", out: Path = OUT) -> int:
     """Run what the arguments say; `out` is where results go unless --out says otherwise. Returns the exit status."""
+    return files.command(program)(_main)(arguments, program, out)
+
+
+def _main(arguments: list[str], program: str, out: Path) -> int:
     options = parse(arguments, program, out)
     try:
         planned = plan(options)

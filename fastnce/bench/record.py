@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import fastnce
-from fastnce import native
+from fastnce import files, native
 from fastnce.bench import packages, places
 from fastnce.bench.table import SCHEMA as SCHEMA
 
-RESULTS = places.ROOT / "bench" / "results"  # of a checkout
+RESULTS = places.ROOT / "bench" / "results"  # of a checkout: those that its pages show
 SOURCES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 # Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
@@ -101,6 +101,6 @@ def save(result: dict[str, Any], markdown: str, out: Path, kind: str = "") -> Pa
     while path.exists():
         again += 1
         path = folder / f"{stem}-{again}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown)
+    files.write(path, json.dumps(result, indent=1) + "\n")
+    files.write(path.with_suffix(".md"), markdown)
     return path

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "problem.h"
+#include "walk.h"
 
 using namespace fastnce;
 
@@ -270,6 +271,77 @@ void run(const Case& c, const Level& level, unsigned seed) {
   if (!c.symmetric) check("dy", c, level.name, relative(dy, y_exact), limit);
 }
 
+// Every block once; no two of a round in one row, or in one column, of the same sums; no place without a block; and of the places that two
+// threads share, run by run, neither gets more than one a round beyond its half.
+void walk(int64_t rows, int64_t columns, bool symmetric, bool apart) {
+  const Walk order = Walk::of(rows, columns, symmetric, apart);
+  std::vector<int> visits(rows * columns);
+  int64_t most = 0, all = 0;
+  bool right = apart || order.groups == 1;
+  for (int64_t round = 0; round < order.rounds(); ++round) {
+    const int64_t places = order.places(round);
+    std::vector<char> row(order.groups * rows), column(order.groups * columns);
+    const bool by_rows = rows <= columns;
+    right = right && places > 0;
+    for (int64_t place = 0; place < places; ++place) {
+      const Block at = order.at(round, place);
+      if (at.row < 0 || at.row >= rows || at.column < 0 || at.column >= columns || at.group < 0 || at.group >= order.groups ||
+          at.row > (symmetric ? at.column : at.row)) {
+        right = false;
+        continue;
+      }
+      ++visits[at.row * columns + at.column];
+      // The longer side has one set of sums for all groups.
+      char& in_row = row[(by_rows ? at.group : 0) * rows + at.row];
+      char& in_column = column[(by_rows ? 0 : at.group) * columns + at.column];
+      right = right && !in_row && !in_column;
+      in_row = in_column = 1;
+      if (symmetric) {
+        right = right && (at.row == at.column || (!row[at.column] && !column[at.row]));
+        row[at.column] = column[at.row] = 1;
+      }
+    }
+    most += (places + 1) / 2;
+    all += places;
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) right = right && visits[i * columns + j] == (symmetric && j < i ? 0 : 1);
+  // Two threads share the work of all but the smallest problems: a round of three places is two for one of them.
+  const bool enough = apart && (symmetric ? rows >= 8 : rows * columns >= 8);
+  if (enough) right = right && 3 * most <= 2 * all;
+  if (right) return;
+  ++failures;
+  std::printf("walk over %ld x %ld blocks, symmetric %d, apart %d: %ld of %ld to one of two threads\n", static_cast<long>(rows),
+              static_cast<long>(columns), symmetric, apart, static_cast<long>(most), static_cast<long>(all));
+}
+
+// Whatever the bits of a nan, what it meets is nan, forward and backward; one column is 2^t = 1 for all other rows.
+void nans(const Level& level, bool unshifted, uint32_t bits) {
+  Case c{20, 70, 16, false, true, false, false, false, false, false, unshifted, false, 0, 8.0f};
+  std::mt19937 random(3);
+  Data data(c, random);
+  float nan;
+  std::memcpy(&nan, &bits, sizeof nan);
+  data.y[33 * data.p.pitch + 5] = nan;
+  std::vector<Side> found{Side(20), Side(70)};
+  const Sums sums[2] = {found[0].sums(false), found[1].sums(false)};
+  level.forward(data.p, sums, pool(1));
+  bool right = true;
+  for (int side = 0; side < 2; ++side)
+    for (size_t i = 0; i < found[side].negative.size(); ++i) right = right && std::isnan(found[side].negative[i]) == (side == 0 || i == 33);
+  const std::vector<float> ones(70, 1.0f), zeros(70, 0.0f);
+  const Weights weights[2] = {{ones.data(), zeros.data(), ones.data(), zeros.data(), zeros.data()},
+                              {ones.data(), zeros.data(), ones.data(), zeros.data(), zeros.data()}};
+  std::vector<float> dx(data.x.size()), dy(data.y.size());
+  std::vector<double> moment(20);
+  level.backward(data.p, weights, {dx.data(), dy.data(), moment.data(), 0.0f}, pool(1));
+  for (int64_t i = 0; i < 20; ++i) right = right && std::isnan(dx[i * data.p.pitch]) && std::isnan(moment[i]);
+  for (int64_t j = 0; j < 70; ++j) right = right && std::isnan(dy[j * data.p.pitch]) == (j == 33);
+  if (right) return;
+  ++failures;
+  std::printf("%s: nan %#x becomes a number, unshifted %d\n", level.name, bits, unshifted);
+}
+
 }  // namespace
 
 int main() {
@@ -297,8 +369,24 @@ int main() {
       c.reach = c.unshifted ? 8.0f : 200.0f;
       run(c, *level, seed);
     }
+  for (int64_t rows = 1; rows <= 24; ++rows) {
+    walk(rows, rows, true, true);
+    for (int64_t columns : {1, 2, 3, 5, 8, 15, 16, 17, 22, 24, 31, 33, 86, 171})
+      for (bool apart : {true, false}) {
+        walk(rows, columns, false, apart);
+        walk(columns, rows, false, apart);
+        cases += 2;
+      }
+  }
+  for (const Level* level : levels())
+    for (bool unshifted : {true, false})
+      for (uint32_t bits :
+           {0x7fc00000u, 0x7fffffffu, 0x7fc00001u, 0x7f800001u, 0x7fbfffffu, 0xffc00000u, 0xffffffffu, 0xff800001u, 0x7fc00180u}) {
+        nans(*level, unshifted, bits);
+        ++cases;
+      }
   // Across the edges of blocks of 64, 192 and 384 rows.
-  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{385, 385}, {1537, 70}, {70, 1537}}) {
+  for (const auto& [m, n] : {std::pair<int64_t, int64_t>{385, 385}, {1537, 70}, {70, 1537}, {130, 1200}}) {
     Case c{m, n, 20, m == n, m != n, true, true, true, false, false, true, false, m / 2, 8.0f};
     run(c, best_level(), 7);
     ++cases;

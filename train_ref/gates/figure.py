@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_ref.figure import write_png
 from train_ref.gates.replay import LIMITS
 from train_ref.gates.report import GATES, Report
 from train_ref.gates.subject import dtype_name
@@ -40,8 +41,7 @@ def save_figure(path: Path, report: Report) -> None:
             entries.setdefault(label, handle)
     options: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
     figure.legend(list(entries.values()), list(entries), fontsize=10, labelcolor=INK, **options)
-    # Without it the file names the version of matplotlib that wrote it.
-    figure.savefig(path, metadata={"Software": None})
+    write_png(path, figure)
 
 
 def name_of(subject: str) -> str:

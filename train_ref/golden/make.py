@@ -280,17 +280,25 @@ def evaluate(case: Case) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is a folder of the checkout, never installed
+def main() -> int:
+    sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ and train_ref/ are folders of the checkout, never installed
+    from train_ref import files
+
+    return files.command("make.py")(make)(files.write)
+
+
+def make(write: Callable[[Path, str], None]) -> int:
+    """Evaluate all cases and write them."""
     torch.set_num_threads(1)
     versions = {name: importlib.metadata.version(name) for name in PEERS}
     if versions != PEERS:
         raise SystemExit(f"make.py: the peers are {versions}; install {PEERS} with pip install --no-deps")
     versions["torch"] = torch.__version__.split("+")[0]
     lines = ",\n".join("  " + json.dumps(evaluate(case), allow_nan=False) for case in cases())
-    FILE.write_text(f'{{"schema": {SCHEMA},\n "versions": {json.dumps(versions)},\n "cases": [\n{lines}\n]}}\n')
+    write(FILE, f'{{"schema": {SCHEMA},\n "versions": {json.dumps(versions)},\n "cases": [\n{lines}\n]}}\n')
     print(f"{FILE.name}: {FILE.stat().st_size} bytes")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

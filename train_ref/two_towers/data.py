@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import zipfile
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from train_ref.data import load_digits
+from train_ref.formats import Damaged, judged, opened, read_all, read_arrays
 from train_ref.two_towers.text import Bags, hashed_n_grams
 
 EMOJI_FILE = "noto_emoji32.npz"
@@ -25,6 +23,9 @@ TATOEBA_FILE = "tatoeba_laser_v1.tsv.gz"
 TATOEBA_WHAT = (
     "gzipped UTF-8 lines 'language<TAB>English sentence<TAB>its translation'; made from github.com/facebookresearch/LASER, data/tatoeba/v1"
 )
+
+# Tatoeba has 7 million bytes in 89,000 lines. A letter of a text takes a hundred bytes of memory while its n-grams are hashed.
+LARGEST_TEXT, MOST_LINES = 2**24, 2**20
 
 # Held out from training, whatever the seed: the candidates of the test, and those on which settings are chosen.
 EMOJI_TEST, EMOJI_VALIDATION = 300, 200  # of 1413 motifs
@@ -146,13 +147,16 @@ def load_emoji(where: Path) -> PairData:
     Raises FileNotFoundError without the file, and ValueError when it is damaged or holds something else.
     """
     path = the_file(where, EMOJI_FILE, EMOJI_WHAT)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            x, names = arrays["x"], arrays["names"].tobytes().decode("utf-8").split("\n")
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or another file ({error}); expected {EMOJI_FILE}, {EMOJI_WHAT}") from None
-    if x.dtype != np.uint8 or x.shape != (len(names), 3, 32, 32):
-        raise ValueError(f"{path} holds x {x.dtype} {x.shape} and {len(names)} names; expected {EMOJI_FILE}, {EMOJI_WHAT}")
+    expected = f"; expected {EMOJI_FILE}, {EMOJI_WHAT}"
+    with judged(path, "is damaged or another file", expected):
+        arrays = read_arrays(path, ("x", "names"))
+        x, text = arrays["x"], arrays["names"].tobytes()
+        n_names = text.count(b"\n") + 1
+        if x.shape != (n_names, 3, 32, 32):
+            raise Damaged(f"{path} holds x {x.dtype} {x.shape} and {n_names} names{expected}")
+        if len(text) > LARGEST_TEXT:
+            raise ValueError(f"its names have more than {LARGEST_TEXT} bytes")
+        names = text.decode("utf-8").split("\n")
     ids = equal_ids([image.tobytes() for image in x])
     motifs = linked(ids, equal_ids([motif(name) for name in names]))
     train, validation, test = split_by_id(motifs, EMOJI_VALIDATION, EMOJI_TEST)
@@ -170,16 +174,17 @@ def load_tatoeba(where: Path, min_copies: int = 1, one_of_each: bool = False) ->
     Raises FileNotFoundError without the file, and ValueError when it is damaged or holds something else.
     """
     path = the_file(where, TATOEBA_FILE, TATOEBA_WHAT)
-    try:
-        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file]
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or another file ({error}); expected {TATOEBA_FILE}, {TATOEBA_WHAT}") from None
-    for number, row in enumerate(rows, 1):
-        if len(row) != 3:
-            raise ValueError(f"{path}: line {number} has {len(row)} fields instead of 3; expected {TATOEBA_FILE}, {TATOEBA_WHAT}")
-    if not rows:
-        raise ValueError(f"{path} is empty; expected {TATOEBA_FILE}, {TATOEBA_WHAT}")
+    expected = f"; expected {TATOEBA_FILE}, {TATOEBA_WHAT}"
+    with opened(path, packed=True) as file, judged(path, "is damaged or another file", expected):
+        text = read_all(file, LARGEST_TEXT).decode("utf-8")
+        if text.count("\n") > MOST_LINES:
+            raise ValueError(f"it has more than {MOST_LINES} lines")
+        rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")] if text else []
+        for number, row in enumerate(rows, 1):
+            if len(row) != 3:
+                raise Damaged(f"{path}: line {number} has {len(row)} fields instead of 3{expected}")
+        if not rows:
+            raise Damaged(f"{path} is empty{expected}")
     _, english, other = zip(*rows, strict=True)
     ids = equal_ids(english)
     train, validation, test = split_by_id(ids, TATOEBA_VALIDATION, TATOEBA_TEST)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train_ref.figure import write_png
 from train_ref.two_towers.data import PairData
 from train_ref.two_towers.report import Row, spread
 from train_ref.two_towers.retrieval import DIRECTIONS
@@ -31,8 +32,7 @@ def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row], da
     losses, bars = figure.subplots(1, 2, width_ratios=(1, 1 + 0.08 * n_bars))
     draw_losses(losses, trained)
     draw_r1(bars, baselines, trained, data)
-    # Without it the file names the version of matplotlib that wrote it.
-    figure.savefig(path, metadata={"Software": None})
+    write_png(path, figure)
 
 
 def is_reference(row: Row) -> bool:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from train_ref.two_towers.data import PairData
-from train_ref.two_towers.loop import History
+from train_ref.two_towers.loop import Epoch, History
 from train_ref.two_towers.retrieval import DIRECTIONS, Retrieval
 
 METRICS = {"r1": "R@1", "r5": "R@5", "mrr": "MRR"}
@@ -141,6 +141,17 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def run_entry(history: History, found: dict[str, Retrieval]) -> dict[str, Any]:
+    """A training and what it finds, for JSON."""
+    return asdict(history) | {"retrieval": {direction: asdict(retrieval) for direction, retrieval in found.items()}}
+
+
+def read_entry(entry: dict[str, Any]) -> tuple[History, dict[str, Retrieval]]:
+    """Both again. JSON keeps every bit of a float."""
+    history = {name: value for name, value in entry.items() if name != "retrieval"}
+    found = {direction: Retrieval(**retrieval) for direction, retrieval in entry["retrieval"].items()}
+    return History(**history | {"epochs": [Epoch(**epoch) for epoch in entry["epochs"]]}), found
+
+
 def run_entries(row: Row) -> list[dict[str, Any]]:
-    pairs = zip(row.histories, row.found, strict=True)
-    return [asdict(history) | {"retrieval": {d: asdict(r) for d, r in found.items()}} for history, found in pairs]
+    return [run_entry(*training) for training in zip(row.histories, row.found, strict=True)]

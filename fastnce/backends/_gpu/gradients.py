@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.backends._gpu.host import View, Work
+from fastnce.backends._gpu.host import NONE, View, Work
 from fastnce.backends._gpu.rows import Coefficients, coefficients, on_device, row_kernels, scalar_gradients
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
@@ -158,8 +158,10 @@ def _finish(run: _Run, view: View, dx: Tensor) -> Tensor:
         pair = torch.zeros_like(x.r)
         for own in ends:
             pair[own] = w  # type: ignore[assignment]
-    out = torch.empty(x.raw.shape, dtype=x.raw.dtype, device=x.raw.device)
-    row_kernels(work.kernels, x.raw).finish(
-        dx, x.raw, y.raw, x.r, y.r, pair, problem.scale, run.lift, *view.diagonals()[1:], problem.normalize, out
-    )
+    # The kernel writes the dtype that it reads. It reads rows of y on these diagonals only: one row stands for keys it does not read.
+    dtype, diagonals = problem.gradient_dtypes[1 if view.flip else 0], view.diagonals()[1:]
+    rows, read = x.raw.to(dtype), diagonals != (NONE, NONE) or dtype == y.raw.dtype
+    partners = y.raw.to(dtype) if read else rows.new_zeros(1, rows.shape[1]).expand(y.raw.shape)
+    out = torch.empty(x.raw.shape, dtype=dtype, device=x.raw.device)
+    row_kernels(work.kernels, x.raw).finish(dx, rows, partners, x.r, y.r, pair, problem.scale, run.lift, *diagonals, problem.normalize, out)
     return out

@@ -1,0 +1,159 @@
+"""Logits of pairs that are listed one by one, so that there are no more of them than keys: explicit negatives of one query each, and the
+positives of MoCo. Forward and backward of
+
+    s_t = scale <q^_i, k^_t>       i: the query that key t is listed for;  x^ = r x,  r = 1 / |x|;  without normalize r = 1
+
+    dq^_i = sum_t g_t scale k^_t        dk^_t = g_t scale q^_i        dx = r (dx^ - x^ <x^, dx^>)        dscale = sum_t g_t s_t / scale
+
+Keys are read a piece at a time: no float32 copy of half-precision keys, and no copy of keys that are one row of memory expanded to many,
+is larger than that. A batch of matrix products is the fastest for many keys of a query, unless torch may round its factors (TF32): then,
+and for one key of each query, elements are multiplied and added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce import tiles
+from fastnce.norms import compute_dtype, inverse, inverse_norms, valid_scale, vector_dtype
+
+
+def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Logits, and the inverse norms of the keys (empty without normalize).
+
+    q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
+    a key of row M is nobody's: its logit is 0
+    """
+    q_hat, _ = _unit(q, normalize)
+    scale = valid_scale(scale)
+    if _shared(keys):
+        k_hat, r = _unit(keys[0], normalize)
+        s = (q_hat @ k_hat.T) * scale
+        return s, s.new_empty(0) if r is None else r.expand(s.shape).contiguous()
+    s = q_hat.new_empty(keys.shape[:-1])
+    norms = torch.empty_like(s) if normalize else s.new_empty(0)
+    for piece in _pieces(q_hat, keys, rows, False):
+        s[piece.at] = piece.dots()
+        if normalize:
+            norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
+    if not normalize:
+        return s.mul_(scale), norms
+    r = inverse(norms)
+    return s.mul_(r).mul_(scale), r
+
+
+def backward(
+    g: Tensor,
+    s: Tensor,
+    r: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    rows: Tensor | None,
+    scale: Tensor,
+    normalize: bool,
+    wanted: Sequence[bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dL/d(q, keys, scale), the first two in these dtypes, from g = dL/ds and the results of forward."""
+    q_hat, r_q = _unit(q, normalize)
+    due = g * valid_scale(scale)
+    dscale = ((g * s).sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
+    # Row M is nobody's. One query's sum over a list of any length is in float64: the order of index_put is that of the list.
+    shape, dtype = (q.shape, q_hat.dtype) if rows is None else ((len(q) + 1, q.shape[1]), vector_dtype(q))
+    dq_hat = q_hat.new_zeros(shape if wanted[0] else 0, dtype=dtype)
+    dkeys = keys.new_empty(keys.shape, dtype=dtypes[1]) if wanted[1] else None
+    if wanted[0] and dkeys is None and _shared(keys):
+        dq_hat = due @ _unit(keys[0], normalize)[0]
+    elif wanted[0] or dkeys is not None:
+        by_key, radial = (due * r, g * s) if normalize else (due, None)
+        for piece in _pieces(q_hat, keys, rows, dkeys is not None):
+            at = piece.at
+            if wanted[0]:
+                if rows is None:
+                    dq_hat[at[0]] += piece.sums(by_key[at])
+                else:
+                    dq_hat.index_put_((rows[at],), piece.times(by_key[at][..., None]).to(dq_hat.dtype), accumulate=True)
+            if dkeys is not None and radial is not None:
+                # k^ first: 1 / |k| squared may be too small for float32.
+                k_hat = piece.times(r[at][..., None])
+                dkeys[at] = k_hat.mul_(-radial[at][..., None]).addcmul_(due[at][..., None], piece.queries).mul_(r[at][..., None])
+            elif dkeys is not None:
+                dkeys[at] = due[at][..., None] * piece.queries
+    if not wanted[0]:
+        return None, dkeys, dscale
+    dq = dq_hat[: len(q)].to(q_hat.dtype)
+    if r_q is not None:
+        dq = dq.addcmul_(q_hat, (q_hat * dq).sum(1, keepdim=True).neg_()).mul_(r_q[:, None])
+    return dq.to(dtypes[0]), dkeys, dscale
+
+
+class _Piece(NamedTuple):
+    """Some of the logits: where they are, their keys, and their queries in a shape that multiplies with these."""
+
+    at: tuple[slice, ...]
+    keys: Tensor
+    queries: Tensor
+    scratch: Tensor
+    batched: bool  # (B, K, D) keys and (B, 1, D) queries, for which matrix products serve
+
+    def dots(self) -> Tensor:
+        """<key, query>."""
+        return torch.bmm(self.keys, self.queries.mT)[..., 0] if self.batched else self.times(self.queries).sum(-1)
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """Sum of weight * key for each query of (B, K, D)."""
+        return torch.bmm(weights[:, None], self.keys)[:, 0] if self.batched else self.times(weights[..., None]).sum(1)
+
+    def times(self, factor: Tensor) -> Tensor:
+        """keys * factor, until the next product."""
+        return torch.mul(self.keys, factor, out=self.scratch[: self.keys.numel()].view(self.keys.shape))
+
+
+def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) -> Iterator[_Piece]:
+    """products: times() will be called also where matrix products serve."""
+    backend: Any = torch.backends.cuda if keys.is_cuda else torch.backends.mkldnn
+    rounds = keys.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")
+    batched = keys.dim() == 3 and keys.shape[1] > 1 and not rounds
+    copies, products = keys.dtype != q_hat.dtype, products or not batched
+    most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
+    most = min(max(1, most), keys.shape[:-1].numel()) if copies or products else keys.shape[:-1].numel()
+    # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
+    scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (products, copies))
+
+    def piece(at: tuple[slice, ...], queries: Tensor) -> _Piece:
+        own = keys[at]
+        if copies:
+            own = copy[: own.numel()].view(own.shape).copy_(own)
+        return _Piece(at, own, queries, scratch, batched)
+
+    if rows is not None:
+        # Row M, for keys that are nobody's.
+        q_hat = F.pad(q_hat, (0, 0, 0, 1))
+        for start in range(0, len(keys), max(most, 1)):
+            own = slice(start, start + most)
+            yield piece((own,), q_hat[rows[own]])
+        return
+    queries, listed = keys.shape[:2]
+    across = max(1, min(listed, most))
+    down = max(1, most // across)
+    for i in range(0, queries, down):
+        some = slice(i, min(i + down, queries))
+        for k in range(0, listed, across):
+            yield piece((some, slice(k, k + across)), q_hat[some, None])
+
+
+def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Normalised rows in the inner precision, inverse norms; without normalize the rows as they are."""
+    x = x.to(compute_dtype(x.dtype))
+    r = inverse_norms(x) if normalize else None
+    return x if r is None else x * r[:, None], r
+
+
+def _shared(keys: Tensor) -> bool:
+    """Whether the lists of all queries are one list in memory: then its product with the queries is a matrix product."""
+    return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0

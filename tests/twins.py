@@ -1,0 +1,89 @@
+"""The modules beside their functions, and the ways in which a module is copied: shared by the tests of modules, queue and scale."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss, clip_loss, info_nce, moco_loss, nt_xent, sup_con
+
+
+def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def on_disk(module: nn.Module) -> nn.Module:
+    """Through torch.save and back, as a checkpoint of the whole module."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": on_disk,
+}
+
+
+class Twin(NamedTuple):
+    """A module, its function, their inputs, and another value of every option."""
+
+    module: Callable[..., nn.Module]
+    function: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    options: dict[str, Any]
+    learnt: int = 3  # that many of its inputs get a gradient, the first ones
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        inputs = [rows(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(self.shapes)]
+        return inputs[: self.learnt] + [z.detach() for z in inputs[self.learnt :]]
+
+
+COMMON = {"reduction": "sum", "normalize": False, "backend": "reference"}
+PAIR = ((6, 5), (6, 5))
+
+
+def clip_function(image: Tensor, text: Tensor, **options: Any) -> Any:
+    """As the module: its own scale, unless the scale is given."""
+    return clip_loss(image, text, LogitScale()(), **options)
+
+
+def moco_module(**options: Any) -> MoCoLoss:
+    module = MoCoLoss(7, 5, **options)
+    module.queue.enqueue(rows(7, 5, seed=9).detach())
+    return module
+
+
+def moco_function(q: Tensor, k: Tensor, **options: Any) -> Any:
+    return moco_loss(q, k, rows(7, 5, seed=9).detach(), **options)
+
+
+TWINS = {
+    "InfoNCE": Twin(InfoNCE, info_nce, PAIR, COMMON | {"temperature": 0.3, "symmetric": True}),
+    "InfoNCE unpaired": Twin(InfoNCE, info_nce, (*PAIR, (7, 5)), COMMON | {"temperature": 0.3, "in_batch": True}),
+    "NTXentLoss": Twin(NTXentLoss, nt_xent, PAIR, COMMON | {"temperature": 0.3}),
+    "SupConLoss": Twin(
+        SupConLoss, sup_con, ((6, 3, 5),), COMMON | {"temperature": 0.3, "variant": "in", "views": "one", "no_positive": "skip"}
+    ),
+    "ClipLoss": Twin(ClipLoss, clip_function, PAIR, COMMON),
+    "MoCoLoss": Twin(moco_module, moco_function, PAIR, COMMON | {"temperature": 0.3}, learnt=1),
+}
+
+
+def run(loss_of: Callable[..., Any], inputs: list[Tensor], **options: Any) -> list[Tensor]:
+    """The loss and the gradients of its inputs."""
+    loss = loss_of(*inputs, **options)
+    return [loss, *torch.autograd.grad(loss.sum(), [z for z in inputs if z.requires_grad])]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
