@@ -128,7 +128,7 @@ def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, 
 
 
 def splits_of(given: Arguments, columns: int) -> tuple[int, int]:
-    splits, least = random.choice((1, 1, 2)), 32  # columns of the narrowest tile
+    splits, least = random.choice((1, 1, 2)), 16  # columns of the narrowest tile
     return splits, max(1, -(-columns // (least * splits)))
 
 

@@ -80,8 +80,8 @@ def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]
         objects = list(pool.map(lambda unit: compiled(native.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
     library = tmp_path / "library.so"
     subprocess.run([COMPILER, *SANITIZERS, "-shared", *objects, *kernels, emulator, *link, "-o", str(library)], check=True)
-    found = fuzz.run(library, seed=0, calls=2000)
-    assert set(found["raised"]) == set(fuzz.CUDA) - {"emulated"} and set(found["ran"]) == set(fuzz.CUDA), found
+    found = fuzz.run(library, seed=0, calls=600)
+    assert all(found[how][name] for how in ("ran", "raised") for name in set(fuzz.CUDA) - fuzz.RARE), found
 
 
 def test_every_form_under_sanitizers(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
