@@ -127,14 +127,15 @@ def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, 
     return given, rows, columns
 
 
-def splits_of(given: Arguments, columns: int) -> tuple[int, int]:
-    splits, least = random.choice((1, 1, 2)), 16  # columns of the narrowest tile
+def splits_of(columns: int) -> tuple[int, int]:
+    """Tiles have 16 to 128 columns, and every split has one."""
+    splits, least = random.choice((1, 2)) if columns > 128 else 1, 16
     return splits, max(1, -(-columns // (least * splits)))
 
 
 def forward_rows() -> Arguments:
     given, rows, columns = tiles_of_cuda((64, 128, 320))
-    (splits, per_split), in_tile = splits_of(given, columns), given["sizes"][9]
+    (splits, per_split), in_tile = splits_of(columns), given["sizes"][9]
     count = new(splits, rows, dtype=INT) if in_tile else None
     more = {"always": some(), "splits": splits, "per_split": per_split, "real": new(5 if in_tile else 2, splits, rows), "count": count}
     return given | more
@@ -150,14 +151,14 @@ def forward_both() -> Arguments:
         new(columns, dtype=INT) if in_tile else None,
     ]
     sums = sums[:2] * 2 if symmetric else sums
-    splits, per_split = splits_of(given, columns)
+    splits, per_split = splits_of(columns)
     names = ("row_sum", "row_count", "column_sum", "column_count")
     return given | {"symmetric": symmetric, "splits": splits, "per_split": per_split} | dict(zip(names, sums, strict=True))
 
 
 def retrieval() -> Arguments:
     given, rows, columns = tiles_of_cuda()
-    splits, per_split = splits_of(given, columns)
+    splits, per_split = splits_of(columns)
     real, whole = new(2, splits, rows), new(2, splits, rows, dtype=INT)
     return given | {"threshold": new(rows), "splits": splits, "per_split": per_split, "real": real, "whole": whole}
 
@@ -169,7 +170,7 @@ def weights_of(given: Arguments) -> Arguments:
 
 def backward_rows() -> Arguments:
     given, rows, columns = tiles_of_cuda()
-    splits, per_split = splits_of(given, columns)
+    splits, per_split = splits_of(columns)
     dx, moment = new(splits, *given["x"].shape[::2]), new(splits, rows) if some() else None
     sides = random.choice(((True, True), (True, False), (False, True)))
     more = {"of_rows": sides[0], "of_columns": sides[1], "splits": splits, "per_split": per_split, "dx": dx, "moment": moment}
@@ -178,7 +179,8 @@ def backward_rows() -> Arguments:
 
 def weights_block() -> Arguments:
     given, _, _ = tiles_of_cuda((320,))
-    content = "ids" if given["sizes"][9] or given["q_exclude"] is not None else "index"
+    # Ids of no rows are none.
+    content = "ids" if given["sizes"][9] or (given["q_exclude"] is not None and len(given["a"])) else "index"
     parts = given["x"].shape[1]
     tile = torch.ops.fastnce_cuda.tile("weights_block", content, parts, 0, 80)
     height, width = len(given["a"]), len(given["b"])

@@ -111,6 +111,8 @@ Grid grid_of(Kernel kernel, const Asked& of, int64_t splits, int64_t per_split, 
   const Problem& p = of.problem;
   const Grid grid{count_of(splits, 1, MOST_ROWS, "splits"), count_of(per_split, p.rules.columns > 0, MOST_ROWS, "per_split")};
   const int across = kernels::ceil_div(p.rules.columns, tile_of(kernel, p, of.family).columns), steps = symmetric ? across / 2 + 1 : across;
+  // A split without a tile computes nothing, and a million of them take their time.
+  STD_TORCH_CHECK(splits <= steps || splits == 1, "fastnce: ", splits, " splits are more than ", steps, " tiles");
   STD_TORCH_CHECK(splits * per_split >= steps || across == 0, "fastnce: ", splits, " splits of ", per_split, " tiles do not cover ", steps);
   return grid;
 }
