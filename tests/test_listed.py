@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import budget
@@ -49,17 +49,22 @@ def defined(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normali
 KINDS = ("paired", "one", "expanded", "turned", "ragged")
 
 
-@pytest.mark.parametrize("rounds", [False, True], ids=["products", "sums"])
+@pytest.fixture(params=[False, True], ids=["products", "sums"])
+def rounds(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whether torch may round the factors of float32 matrix products."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    if request.param:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, rounds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the budget of float64, in pieces of two keys: every kind, dtype and subset of gradients; also where torch may round the
-    factors of matrix products."""
+def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, rounds: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget of float64, in pieces of two keys: every kind, dtype and subset of gradients."""
     monkeypatch.setattr(tiles, "CPU_LISTED", 2 * D)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    if rounds:
-        monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
     (keys, rows), q, scale = keys_of(kind, dtype), random(M, D).to(dtype), torch.tensor(3.0, dtype=dtype if dtype.itemsize > 2 else None)
     exact_inputs = [q.double().requires_grad_(), keys.double().requires_grad_(), scale.double().requires_grad_()]
     exact = defined(exact_inputs[0], exact_inputs[1], rows, exact_inputs[2], normalize)
@@ -81,8 +86,6 @@ def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, ro
                 d = next(found)
                 assert d.dtype == x.dtype
                 assert budget.relative(d, e) <= budget.gradient_budget(x.dtype, 0.0)
-    if rounds:
-        torch.backends.mkldnn.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("kind", KINDS)
