@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fastnce.backends import _native
 from fastnce.backends._gemm import product
+from fastnce.backends._moment import LOG2E, Moment, lift_of, rest_of
 from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.pairs import Tile, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_ROWS, CPU_TILE
 
 NAME = "cpu"
-LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 # While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for rows whose
@@ -79,11 +79,11 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = _prepare(problem)
     grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
-    lift = _lift(grads)
+    lift = lift_of(grads)
     weights = [_Weights.of(work, *side, lift) for side in zip(grads, stats, strict=True)]
     # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
     due = torch.stack([(grad.dlse_neg + grad.dlse_pos + grad.dpos).sum() for grad in grads]).sum()
-    moment = _Moment(problem, work, stats[0], due, lift) if wanted.scale else None
+    moment = Moment(problem, stats[0], work.in_tile, work.x.dtype, due, lift) if wanted.scale else None
     dx = torch.zeros_like(work.x) if wanted.q else None
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if not work.in_tile:
@@ -341,14 +341,6 @@ class _Sums:
         return s if self.problem.bias is None else s + self.problem.bias
 
 
-def _lift(grads: list[SideGrad]) -> Tensor:
-    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
-    of single pairs would leave the normal numbers of float32."""
-    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
-    most = math.log2(torch.finfo(peak.dtype).max) - 24
-    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
-
-
 class _Weights(NamedTuple):
     """Coefficients of one side: negative * exp2(t - base_neg) for its negatives, positive * exp2(t - base_pos) + mean for its
     positives, all of them times lift.
@@ -378,8 +370,8 @@ class _Weights(NamedTuple):
             negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
         else:
             # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
-            negative = negative * _rest(base_neg, own_neg)
-            positive = positive * _rest(base_pos, own_pos) if work.in_tile else positive
+            negative = negative * rest_of(base_neg, own_neg)
+            positive = positive * rest_of(base_pos, own_pos) if work.in_tile else positive
         return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
@@ -394,51 +386,8 @@ class _Weights(NamedTuple):
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 
-def _rest(base: Tensor, own: Tensor) -> Tensor:
-    """2^(base - own), where base is own rounded; 1 where both are infinite."""
-    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))
-
-
-class _Moment:
-    """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
-
-    In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
-    For the same reason it is not taken from <x_i, dx_i>, which holds it already.
-
-    center        float32, what the tiles subtract from their t
-    aligned, at   t of the aligned pairs that are kept out of the tiles, and the center among these. It is the same one less what the
-                  tiles' rounding adds to every t, as far as that is alike in all aligned pairs: where all rows are equal, everything is 0
-    """
-
-    def __init__(self, problem: Problem, work: _Work, rows: Side, due: Tensor, lift: Tensor) -> None:
-        def base_2(nats: Tensor) -> Tensor:
-            return (nats if problem.bias is None else nats - problem.bias) * LOG2E
-
-        some = rows.n_pos > 0
-        count = some.sum().clamp(min=1)
-        # Once more the float32 numbers that they were.
-        self.aligned = base_2(rows.pos).to(work.x.dtype).to(due.dtype)
-        mean = self.aligned.where(some, 0.0).sum() / count
-        # Where no row has a positive: the mean log-sum over the number of keys, which is t if all are equal.
-        log_mean = base_2(rows.lse_neg - math.log(max(problem.keys.shape[0], 1)))
-        log_mean = log_mean.masked_fill(log_mean.isinf(), 0.0).sum() / max(len(some), 1)
-        alike = torch.zeros_like(due)
-        if not work.in_tile:
-            more = (rows.own_pos - self.aligned).where(some, 0.0)
-            alike = more.sum() / count
-            spread = ((more - alike).where(some, 0.0).square().sum() / count).sqrt()
-            alike = alike.where(alike.abs() > spread, 0.0)
-        self.center = (torch.where(some.any(), mean, log_mean) + alike).to(problem.scale.dtype)
-        self.at = self.center - alike
-        self.lift = lift
-        self.total = self.at * due
-
-    def add(self, terms: Tensor) -> None:
-        self.total = self.total + terms.sum(dtype=self.total.dtype) / self.lift
-
-
 def _add_aligned(
-    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: Moment | None
 ) -> None:
     i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
     # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
@@ -469,7 +418,7 @@ def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, lift: Tensor
 
 
 def _native_backward(
-    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: Moment | None
 ) -> None:
     flags = (problem.two_sided, work.unshifted, work.in_tile, problem.pairs.exclude_self)
     keys = None if problem.symmetric else work.y
