@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastnce import checks
-from fastnce.ops import Listed, listed_logits
+from fastnce.ops import listed_logits
 from fastnce.problem import TIE
+from fastnce.schemas import Listed
 from fastnce.stats import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
