@@ -224,7 +224,8 @@ def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: 
     if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
-        raise ValueError(f"{where}: {name} must be {rule}, got {value}{hint}")
+        given = float(value) if isinstance(value, float) else value  # a symbol has no text
+        raise ValueError(f"{where}: {name} must be {rule}, got {given}{hint}")
     return number
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastnce import checks
-from fastnce.ops import Listed, listed_logits
+from fastnce.listed import Listed
+from fastnce.ops import listed_logits
 from fastnce.problem import TIE
 from fastnce.stats import ContrastiveStats
 

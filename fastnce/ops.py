@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
 from fastnce.backends._gpu import rows
+from fastnce.listed import Listed
 from fastnce.norms import compute_dtype, no_autocast, vector_dtype
 from fastnce.pairs import Pairs
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
@@ -48,6 +49,7 @@ _library.define(
     f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {_LISTED}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -91,23 +93,6 @@ class Arguments(NamedTuple):
     def differentiable(self) -> tuple[Tensor, Tensor | None]:
         """What the gradients of the features are of: their stand-ins, where there are any."""
         return self.q if self.q_wide is None else self.q_wide, self.k if self.k_wide is None else self.k_wide
-
-
-class Listed(NamedTuple):
-    """The arguments of fastnce::listed, and the last ones of its backward."""
-
-    q: Tensor
-    keys: Tensor
-    rows: Tensor | None
-    scale: Tensor
-    q_wide: Tensor | None
-    keys_wide: Tensor | None
-    normalize: bool
-
-    @property
-    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the gradients are of: stand-ins, where there are any."""
-        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
 
 
 class Request(NamedTuple):
@@ -276,11 +261,16 @@ class _Gradients(_Derivative):
 
     @staticmethod
     def forward(ctx: Any, below: _Below, *args: Any) -> Any:
+        _Derivative.keep(ctx, *(x if isinstance(x, Tensor) else None for x in args))
         return below(*args)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise _no_second_derivative()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Raised by an operator, which a traced graph meets when it runs: AOT autograd traces the second derivative of every gradient that
+        # leaves the graph, whether or not somebody will ask for it.
+        asked = torch.stack([(g != 0).any() for g in grads]).any()
+        wanted = zip(_Derivative.kept(ctx), ctx.needs_input_grad[1:], strict=True)
+        return (None, *(torch.ops.fastnce.second_derivative(asked, x) if want else None for x, want in wanted))
 
 
 def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[..., Any]:
@@ -295,13 +285,6 @@ def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[.
             return derivative.apply(below, *args)  # type: ignore[attr-defined]
 
     return kernel
-
-
-def _no_second_derivative() -> RuntimeError:
-    return RuntimeError(
-        "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
-        "write the loss as dense torch operations where you need it"
-    )
 
 
 class _FirstOrderOnly(torch.autograd.Function):
@@ -353,6 +336,20 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
 
 
+def _second_derivative(asked: Tensor, x: Tensor) -> Tensor:
+    """0 for x unless asked: what came down for a gradient that was not differentiated is 0, and so is what goes on. Otherwise it raises."""
+    if not asked.is_meta and bool(asked):
+        raise _no_second_derivative()
+    return torch.zeros_like(x)
+
+
+def _no_second_derivative() -> RuntimeError:
+    return RuntimeError(
+        "fastnce: the second derivative of this loss is not implemented (create_graph=True, gradient penalties); "
+        "write the loss as dense torch operations where you need it"
+    )
+
+
 def _fake_forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     problem, out = args.problem(), []
@@ -376,31 +373,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape)
 
 
-def _listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    with no_autocast(a.q):
-        return listed.forward(a.q, a.keys, a.rows, a.scale, a.normalize)
-
-
-def _fake_listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    s = a.keys.new_empty(a.keys.shape[:-1], dtype=compute_dtype(a.q.dtype))
-    return s, s.new_empty(s.shape if a.normalize else 0)
-
-
-def _listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    q, keys, _ = a.differentiable
-    with no_autocast(a.q):
-        found = listed.backward(grad, s, r, a.q, a.keys, a.rows, a.scale, a.normalize, wanted, (q.dtype, keys.dtype))
-    return tuple(a.q.new_empty(0) if g is None else g for g in found)
-
-
-def _fake_listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    return tuple(t.new_empty(t.shape) if want else a.q.new_empty(0) for t, want in zip(a.differentiable, wanted, strict=True))
-
-
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     """vmap rule: the batch is a loop. A batched problem is no faster than its parts: each already fills the device."""
 
@@ -411,10 +383,10 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
-        kind = type(runs[0])
-        if kind is Tensor:
+        if isinstance(runs[0], Tensor):
             return torch.stack(runs), 0
         stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
+        kind = type(runs[0])
         return kind(stacked), kind([0] * len(stacked))
 
     return rule
@@ -423,9 +395,10 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _run, _fake, _derivative in (
     ("forward", _forward, _fake_forward, _Statistics),
     ("backward", _backward, _fake_backward, _Gradients),
+    ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
     ("wide", _wide, _wide, _Wide),
-    ("listed", _listed, _fake_listed, _Listed),
-    ("listed_backward", _listed_backward, _fake_listed_backward, _Gradients),
+    ("listed", listed.forward, listed.fake, _Listed),
+    ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):

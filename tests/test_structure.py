@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wide": {"norms", "ops"},
     "stats": {"backends", "checks", "norms", "ops", "pairs", "problem", "wide"},
     "formulas": {"checks", "norms", "stats"},
-    "negatives": {"checks", "ops", "problem", "stats"},
+    "negatives": {"checks", "listed", "ops", "problem", "stats"},
     "small": {"checks", "norms", "ops", "problem"},
     "losses": {"checks", "formulas", "negatives", "pairs", "problem", "queue", "small", "stats", "wide"},
     "modules": {"formulas", "losses", "negatives", "queue"},
