@@ -20,15 +20,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.norms import compute_dtype, inverse, inverse_norms, valid_scale, vector_dtype
+from fastnce.norms import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
+
+SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 
 
-def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Logits, and the inverse norms of the keys (empty without normalize).
+class Listed(NamedTuple):
+    """The arguments of the operator fastnce::listed, and the last ones of its backward.
 
     q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
     a key of row M is nobody's: its logit is 0
     """
+
+    q: Tensor
+    keys: Tensor
+    rows: Tensor | None
+    scale: Tensor
+    q_wide: Tensor | None
+    keys_wide: Tensor | None
+    normalize: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gradients are of: stand-ins (wide.py), where there are any."""
+        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
+
+
+def forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    """Logits of a Listed, and the inverse norms of the keys (empty without normalize)."""
+    problem = Listed(*flat)
+    with no_autocast(problem.q):
+        return _forward(problem)
+
+
+def fake(*flat: Any) -> tuple[Tensor, Tensor]:
+    """Tensors like those of forward."""
+    problem = Listed(*flat)
+    s = problem.keys.new_empty(problem.keys.shape[:-1], dtype=compute_dtype(problem.q.dtype))
+    return s, s.new_empty(s.shape if problem.normalize else 0)
+
+
+def backward(g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    """dL/d(q, keys, scale) of a Listed from g = dL/ds and the results of forward; empty where not wanted."""
+    problem = Listed(*flat)
+    with no_autocast(problem.q):
+        found = _backward(g, s, r, wanted, problem)
+    return tuple(s.new_empty(0) if d is None else d for d in found)
+
+
+def fake_backward(g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    """Tensors like those of backward."""
+    like = Listed(*flat).differentiable
+    return tuple(t.new_empty(t.shape) if want else s.new_empty(0) for t, want in zip(like, wanted, strict=True))
+
+
+def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
+    q, keys, rows, scale, _, _, normalize = problem
     q_hat, _ = _unit(q, normalize)
     scale = valid_scale(scale)
     if _shared(keys):
@@ -47,19 +94,11 @@ def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normali
     return s.mul_(r).mul_(scale), r
 
 
-def backward(
-    g: Tensor,
-    s: Tensor,
-    r: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    rows: Tensor | None,
-    scale: Tensor,
-    normalize: bool,
-    wanted: Sequence[bool],
-    dtypes: tuple[torch.dtype, torch.dtype],
+def _backward(
+    g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], problem: Listed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dL/d(q, keys, scale), the first two in these dtypes, from g = dL/ds and the results of forward."""
+    q, keys, rows, scale, _, _, normalize = problem
+    dtypes = [t.dtype for t in problem.differentiable]
     q_hat, r_q = _unit(q, normalize)
     due = g * valid_scale(scale)
     dscale = ((g * s).sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
@@ -116,9 +155,7 @@ class _Piece(NamedTuple):
 
 def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) -> Iterator[_Piece]:
     """products: times() will be called also where matrix products serve."""
-    backend: Any = torch.backends.cuda if keys.is_cuda else torch.backends.mkldnn
-    rounds = keys.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")
-    batched = keys.dim() == 3 and keys.shape[1] > 1 and not rounds
+    batched = keys.dim() == 3 and keys.shape[1] > 1 and not _rounds(keys)
     copies, products = keys.dtype != q_hat.dtype, products or not batched
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
     most = min(max(1, most), keys.shape[:-1].numel()) if copies or products else keys.shape[:-1].numel()
@@ -156,4 +193,10 @@ def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 def _shared(keys: Tensor) -> bool:
     """Whether the lists of all queries are one list in memory: then its product with the queries is a matrix product."""
-    return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0
+    return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0 and not _rounds(keys)
+
+
+def _rounds(keys: Tensor) -> bool:
+    """Whether torch may round the factors of a float32 matrix product on this device."""
+    backend: Any = torch.backends.cuda if keys.is_cuda else torch.backends.mkldnn
+    return keys.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")

@@ -124,8 +124,8 @@ def info_nce(
 
     def problem(k: Tensor, keys: slice, offset: int | None, two_sided: bool, threshold: Tensor | None) -> Problem:
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
-        wide = first if offset == 0 else second
-        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *wide)
+        own = first if offset == 0 else second
+        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *own)
 
     def with_none(loss: Tensor) -> Tensor:
         """The loss; it depends on negatives that are none with a gradient of their shape."""

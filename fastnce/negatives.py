@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastnce import checks
+from fastnce.listed import Listed
 from fastnce.ops import listed_logits
 from fastnce.problem import TIE
-from fastnce.schemas import Listed
 from fastnce.stats import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]

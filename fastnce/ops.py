@@ -8,7 +8,7 @@ register_autograd would do).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
 from fastnce.backends._gpu import rows
+from fastnce.listed import Listed
 from fastnce.norms import compute_dtype, no_autocast, vector_dtype
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
-from fastnce.schemas import GRADS, LISTED, PROBLEM, STATS, TENSORS, WIDE, Arguments, Listed, Request
+from fastnce.schemas import GRADS, PROBLEM, STATS, TENSORS, WIDE, Arguments, Request
 
 _library = torch.library.Library("fastnce", "DEF")
 _library.define(f"forward({PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,9 +30,9 @@ _library.define(
 )
 _library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("wide(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"listed({LISTED}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"listed({listed.SCHEMA}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {LISTED}) -> (Tensor, Tensor, Tensor)",
+    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {listed.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -325,31 +326,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape)
 
 
-def _listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    with no_autocast(a.q):
-        return listed.forward(a.q, a.keys, a.rows, a.scale, a.normalize)
-
-
-def _fake_listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    s = a.keys.new_empty(a.keys.shape[:-1], dtype=compute_dtype(a.q.dtype))
-    return s, s.new_empty(s.shape if a.normalize else 0)
-
-
-def _listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    q, keys, _ = a.differentiable
-    with no_autocast(a.q):
-        found = listed.backward(grad, s, r, a.q, a.keys, a.rows, a.scale, a.normalize, wanted, (q.dtype, keys.dtype))
-    return tuple(a.q.new_empty(0) if g is None else g for g in found)
-
-
-def _fake_listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    return tuple(t.new_empty(t.shape) if want else a.q.new_empty(0) for t, want in zip(a.differentiable, wanted, strict=True))
-
-
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     """vmap rule: the batch is a loop. A batched problem is no faster than its parts: each already fills the device."""
 
@@ -360,10 +336,10 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
-        kind = type(runs[0])
-        if kind is Tensor:
+        if isinstance(runs[0], Tensor):
             return torch.stack(runs), 0
         stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
+        kind = type(runs[0])
         return kind(stacked), kind([0] * len(stacked))
 
     return rule
@@ -375,8 +351,8 @@ for _name, _run, _fake, _derivative in (
     ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
     ("wide", _wide, _wide, _Wide),
     ("copy_of_queue", _copy_of_queue, torch.empty_like, _Wide),
-    ("listed", _listed, _fake_listed, _Listed),
-    ("listed_backward", _listed_backward, _fake_listed_backward, _Gradients),
+    ("listed", listed.forward, listed.fake, _Listed),
+    ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):

@@ -17,7 +17,6 @@ PROBLEM = (
 )
 TENSORS = 12  # of the arguments above, the first are tensors
 WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
-LISTED = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 # One argument per vector, not lists of them: for the batched gradients of torch.autograd (is_grads_batched), torch repeats an operator by
 # itself where no argument is a list of tensors.
 GRADS, STATS = (
@@ -65,23 +64,6 @@ class Arguments(NamedTuple):
     def differentiable(self) -> tuple[Tensor, Tensor | None]:
         """What the gradients of the features are of: their stand-ins, where there are any."""
         return self.q if self.q_wide is None else self.q_wide, self.k if self.k_wide is None else self.k_wide
-
-
-class Listed(NamedTuple):
-    """The arguments of fastnce::listed, and the last ones of its backward."""
-
-    q: Tensor
-    keys: Tensor
-    rows: Tensor | None
-    scale: Tensor
-    q_wide: Tensor | None
-    keys_wide: Tensor | None
-    normalize: bool
-
-    @property
-    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the gradients are of: stand-ins, where there are any."""
-        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
 
 
 class Request(NamedTuple):

@@ -269,7 +269,7 @@ def test_upstream_gradients_of_any_size(upstream: float, temperature: float, bac
     usual = gradients(z.clone().requires_grad_(), scale, 1.0, backend)
     least = 2.0**-126 / upstream  # what lies below is no normal number when it is stored
     for mine, plain, e in zip(found, usual, exact, strict=True):
-        # The derivative by scale is a small sum of large terms: cosines by weights whose sizes add up to about 2, of which float32 keeps 2^-24.
+        # The derivative by scale is a small sum of large terms, cosines by weights that add up to about 2; float32 keeps 2^-24 of these.
         more = 2e-6 * e.norm() if e.dim() else 5e-5 * e.norm() + 4 * 2.0**-24
         assert (mine - e).norm() <= (plain - e).norm() + more + least * e.numel() ** 0.5
 

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wide": {"norms", "ops"},
     "stats": {"backends", "checks", "hints", "norms", "ops", "pairs", "problem", "relations", "wide"},
     "formulas": {"hints", "norms", "stats"},
-    "negatives": {"checks", "ops", "problem", "schemas", "stats"},
+    "negatives": {"checks", "listed", "ops", "problem", "stats"},
     "small": {"checks", "norms", "ops", "problem"},
     "losses": {"checks", "formulas", "hints", "negatives", "pairs", "problem", "queue", "relations", "small", "stats", "wide"},
     "logit_scale": set(),
