@@ -114,6 +114,8 @@ def info_nce(
         found = stats.compute(where, in_batch_problem, backend)
     else:
         found = one_positive(query, positive_key, scale, normalize, return_stats)
+        if shared is not None and return_stats:
+            found = found._replace(pos_max=stats.best_of_pairs(where, query, positive_key, scale, normalize, backend))
     before = in_batch_keys if use_batch else 0
     if shared is not None:
         also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
@@ -125,7 +127,12 @@ def info_nce(
             also = stats.compute(where, problem(shared, slice(before, met), None, False, best), backend)
         found = stats.merge(found, also, before)
     elif negatives is not None:
-        found = stats.merge(found, negatives.statistics(query, scale, normalize, found.pos_max), before)
+        threshold = found.pos_max
+        if use_batch and threshold is not None:
+            # As the listed logits come out; with ids another key may be a better positive.
+            own = one_positive(query, positive_key[:rows], scale, normalize, return_stats).pos
+            threshold = own.detach() if label[0] is None else torch.maximum(threshold, own.detach())
+        found = stats.merge(found, negatives.statistics(query, scale, normalize, threshold), before)
     values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
@@ -356,6 +363,8 @@ def moco_loss(
     weight = checks.weights(where, weight, q.shape[0], q)
     scale = checks.scale_of(where, temperature, scale, 0.07, q)
     found = one_positive(q, k, scale, normalize, return_stats)
+    if return_stats:
+        found = found._replace(pos_max=stats.best_of_pairs(where, q, k, scale, normalize, backend))
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max)
     found = stats.merge(found, stats.compute(where, problem, backend))
     return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, q), found, scale, None, return_stats)
