@@ -20,8 +20,8 @@ from fastnce.formulas import RetrievalStats
 U = 2.0**-24
 # Random similarities are further apart, equal ones nearer together.
 NEAR = 1e-6
-# What float32 must get right: the band of ties is 3 u, and the rounding of two logits puts them up to 9 u further apart or together.
-DECIDED = 12 * U
+# What float32 must get right at 24 columns: the band is 3 u, and two logits are rounded, together by less than as much again.
+DECIDED = 8 * U
 
 
 class Asked(NamedTuple):
@@ -40,6 +40,16 @@ def similarities(q: Tensor, k: Tensor) -> Tensor:
 
 def without(s: Tensor, mask: Tensor) -> Tensor:
     return s.masked_fill(mask, -torch.inf)
+
+
+SLOW = ("triton", "cuda")  # interpreted, or emulated: a hundred times as long
+# Of all losses those whose tiles differ: both sides, several sets of keys, keys that are the queries, positives by content, a queue.
+ON_KERNELS = ("clip_loss columns", "shared too", "nt_xent", "ids", "moco_loss")
+
+
+def asked_of(backend: str, q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
+    """Every loss; where kernels are slow, those that differ in the tiles."""
+    return [asked for asked in all_losses(q, k, more) if backend not in SLOW or asked.name in ON_KERNELS]
 
 
 def all_losses(q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
@@ -112,20 +122,20 @@ def features(rows: int, columns: int, seed: int) -> Tensor:
 
 def every_loss_counts_as_a_sort_does(backend: str) -> None:
     q, k, more = (features(22, 24, seed) for seed in range(3))
-    for asked in all_losses(q, q + k, more + q.roll(1, 0)):
+    for asked in asked_of(backend, q, q + k, more + q.roll(1, 0)):
         check(asked.run(backend), asked.negatives, asked.positives, asked.name)
 
 
 def nan_ranks_last(backend: str) -> None:
     """All nan: behind every negative. One query, key or negative that is nan: behind, or above, whatever it meets."""
     q, k, more = (features(22, 24, seed) for seed in range(3))
-    for where in ("everywhere", "a query", "a key", "a negative"):
+    for where in ("everywhere", "a key") if backend in SLOW else ("everywhere", "a query", "a key", "a negative"):
         rows = [t.clone() for t in (q, q + k, more)]
         if where == "everywhere":
             rows = [torch.full_like(t, torch.nan) for t in rows]
         else:
             rows[("a query", "a key", "a negative").index(where)][5, 3] = torch.nan
-        for asked in all_losses(*rows):
+        for asked in asked_of(backend, *rows):
             found = asked.run(backend)
             check(found, asked.negatives, asked.positives, f"{asked.name}: {where}")
             if where == "everywhere":
@@ -134,11 +144,11 @@ def nan_ranks_last(backend: str) -> None:
 
 def equal_rows_tie(backend: str) -> None:
     """A collapsed model, and rows that are there twice: rank 0, and the copies are ties. Lengths that are powers of two round nothing."""
-    one, some = features(1, 40, 3), features(11, 40, 4)
+    one, some = features(1, 24, 3), features(11, 24, 4)
     lengths = torch.exp2(torch.arange(22.0) % 5 - 2)[:, None]
-    collapsed = one.expand(22, 40)
-    for rows in (collapsed, torch.cat([some, some]), one * lengths, torch.cat([some, some]) * lengths):
-        for asked in all_losses(rows, rows, rows):
+    collapsed = one.expand(22, 24)
+    for rows in (collapsed, torch.cat([some, some]) * lengths):
+        for asked in asked_of(backend, rows, rows, rows):
             found = asked.run(backend)
             check(found, asked.negatives, asked.positives, asked.name)
             assert rows is not collapsed or not (found.rank.any() or found.top1.any()), asked.name
@@ -148,20 +158,18 @@ def equal_rows_tie(backend: str) -> None:
 
 def rows_of_any_length_tie(backend: str) -> None:
     """Rows that differ in length alone, but for the few that rounding drives further apart than the band."""
-    lengths = torch.rand(40, 1, generator=torch.Generator().manual_seed(0)) * 3 + 0.2
-    for columns in (8, 64):
-        rows = features(1, columns, 5) * lengths
-        for asked in all_losses(rows, rows, rows):
-            counted = (asked.negatives != -torch.inf).sum(1)
-            assert asked.run(backend).ties.sum() >= 0.9 * counted.sum(), asked.name
+    rows = features(1, 24, 5) * (torch.rand(22, 1, generator=torch.Generator().manual_seed(0)) * 3 + 0.2)
+    for asked in asked_of(backend, rows, rows, rows):
+        counted = (asked.negatives != -torch.inf).sum()
+        assert asked.run(backend).ties.sum() >= 0.9 * counted, asked.name
 
 
 def nearly_equal_rows_keep_their_order(backend: str) -> None:
     """Similarities of 0.99998: what is further from the positive than its rounding is above or below it, and no tie."""
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(1, 64, generator=g) + 0.0036 * torch.randn(60, 64, generator=g)
-    k = q + 0.0036 * 1.2 * torch.randn(60, 64, generator=g)
-    for asked in all_losses(q, k, k.roll(1, 0)):
+    q = torch.randn(1, 24, generator=g) + 0.0036 * torch.randn(22, 24, generator=g)
+    k = q + 0.0036 * torch.randn(22, 24, generator=g)
+    for asked in asked_of(backend, q, k, k.roll(1, 0)):
         found, gap = asked.run(backend), asked.negatives - asked.positives.amax(1, keepdim=True)
         assert (found.rank >= (gap > DECIDED).sum(1)).all(), asked.name
         assert (found.rank + found.ties <= (gap > -DECIDED).sum(1)).all(), asked.name
@@ -226,7 +234,7 @@ def sums_are_right_at_every_temperature(backend: str) -> None:
     """On both sides of the limit up to which exponentials need no running maximum, for the largest and the smallest of them."""
     n, up, down = 70, torch.zeros(70, 24), torch.zeros(70, 24)
     up[:, 0], down[:, 0] = 1.0, -1.0
-    for scale in (39.9, 40.1, 60.0, 86.0, 87.5, 88.5, 120.0):
+    for scale in (39.9, 87.5, 120.0) if backend in SLOW else (39.9, 40.1, 86.0, 87.5, 120.0):
         together = contrastive_stats(up, up, scale=scale, offset=0, backend=backend)
         torch.testing.assert_close(together.lse_neg.double(), torch.full((n,), scale + math.log(n - 1)).double(), rtol=1e-6, atol=0)
         q = up.clone().requires_grad_()
