@@ -161,7 +161,9 @@ def rows_of_any_length_tie(backend: str) -> None:
     rows = features(1, 24, 5) * (torch.rand(22, 1, generator=torch.Generator().manual_seed(0)) * 3 + 0.2)
     for asked in asked_of(backend, rows, rows, rows):
         counted = (asked.negatives != -torch.inf).sum()
-        assert asked.run(backend).ties.sum() >= 0.9 * counted, asked.name
+        # Of listed negatives and in kernels norms are rounded more often.
+        share = 0.9 if backend in SLOW or asked.name.startswith(("paired", "ragged")) else 0.99
+        assert asked.run(backend).ties.sum() >= share * counted, asked.name
 
 
 def nearly_equal_rows_keep_their_order(backend: str) -> None:
@@ -212,6 +214,8 @@ def a_threshold_counts_with_the_bias(backend: str) -> None:
         assert torch.equal(found.rank, (s > s[:, 4:5] + 10 * NEAR).sum(1)) and found.ties.tolist() == [1] * 22
         broken = contrastive_stats(q, k, **call | {"threshold": torch.full((22,), torch.nan)})  # type: ignore[arg-type]
         assert broken.rank.tolist() == [30] * 22 and not broken.ties.any()
+    broken = contrastive_stats(q, k, scale=10.0, offset=0, bias=torch.tensor(torch.nan), metrics=True, backend=backend)
+    assert broken.rank.tolist() == [29] * 22 and not broken.ties.any()
 
 
 def the_first_of_equals_is_the_hardest(backend: str) -> None:
@@ -228,6 +232,8 @@ def the_first_of_equals_is_the_hardest(backend: str) -> None:
     for given, mode in ((more, "unpaired"), (more.expand(5, 14, 7), "paired"), ((more.repeat(5, 1), torch.arange(0, 71, 14)), "unpaired")):
         _, found = info_nce(q, torch.eye(7).roll(1, 0), given, negative_mode=mode, in_batch=True, return_stats=True, backend=backend)  # type: ignore
         assert found.hardest.tolist() == [1, 2, 3, 4, 5]
+        _, found = info_nce(q, torch.eye(7).roll(1, 0)[:5], given, negative_mode=mode, return_stats=True, backend=backend)  # type: ignore
+        assert (found.hardest % 14).tolist() == [0, 1, 2, 3, 4]
 
 
 def sums_are_right_at_every_temperature(backend: str) -> None:
