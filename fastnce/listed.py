@@ -90,7 +90,7 @@ def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
             norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
     if not normalize:
         return s.mul_(scale), norms
-    r = inverse(norms)
+    r = inverse(norms, norms.dtype)
     return s.mul_(r).mul_(scale), r
 
 

@@ -311,7 +311,7 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
         real = x.new_empty(x.shape[0], dtype=vector_dtype(x))
         count = x.new_empty(x.shape[0], dtype=torch.int64)
         own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else real
-        kinds = (real, real, real, count, real, own_pos) + ((count, count, real, real) if args.metrics else ())
+        kinds = (real, real, real, count, real, own_pos) + ((count, count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 

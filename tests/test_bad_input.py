@@ -544,7 +544,7 @@ def test_statistics_of_no_pairs(symmetric: bool, backend: str) -> None:
     for found in (whole,) if symmetric else (whole, whole.columns):
         n = len(found.pos)
         assert found.lse_neg.tolist() == found.lse_pos.tolist() == found.hardest_logit.tolist() == found.pos_max.tolist() == [-math.inf] * n
-        assert found.pos.tolist() == found.n_pos.tolist() == found.rank.tolist() == [0] * n
+        assert found.pos.tolist() == found.n_pos.tolist() == found.rank.tolist() == found.ties.tolist() == [0] * n
         assert found.hardest.tolist() == [-1] * n
         for gradient in gradients(found.lse_neg + 1e3 * found.lse_pos - 1e6 * found.pos, arguments).values():
             assert torch.equal(gradient, torch.zeros_like(gradient))
