@@ -74,8 +74,10 @@ def emulated(report: gpu.Report) -> dict[str, Any]:
     sys.path.append(str(places.ROOT / "tests"))
     emulator: Any = importlib.import_module("emulated")
     begun = time.monotonic()
-    made: Path = emulator.emulate(native.cache_folder())
-    shutil.copy(made, native.cache_folder() / native.name("cuda", ("emulated",)))
+    made: Path = emulator.emulate(build.folder())
+    copy = made.with_name(native.name("cuda", ("emulated",)))
+    shutil.copy(native.record_of(made), native.record_of(copy))
+    shutil.copy(made, copy)
     return {"what": "library", "arch": "emulated", "seconds": time.monotonic() - begun, "status": "built"}
 
 

@@ -14,6 +14,7 @@ import sys
 from typing import Any, NamedTuple
 
 from bench import gpu, gpu_kernels
+from fastnce import build
 from fastnce.bench import places
 
 TESTS = "tests/test_gpu.py"  # the only file that has the marker: collecting all of them takes seconds
@@ -67,7 +68,8 @@ def command(group: Group, report: gpu.Report) -> list[str]:
 
 def run(group: Group, seconds: float, report: gpu.Report) -> dict[str, Any]:
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-    environment |= gpu_kernels.environment(report.where, report.names())
+    # Tests by themselves leave the user's cache alone; here the library that lies there is what they are about.
+    environment |= gpu_kernels.environment(report.where, report.names()) | {"FASTNCE_CACHE_DIR": str(build.folder())}
     begun = report.left()
     with report.log.open("a") as out:
         out.write(f"=== -k '{group.words}'\n")

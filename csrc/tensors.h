@@ -61,4 +61,49 @@ T* contiguous(const Tensor& tensor, int64_t count, const char* name, size_t alig
   return static_cast<T*>(at);
 }
 
+// The memory of an operator's arguments. Threads of a kernel read and write in any order: what is written may be part of no other argument.
+class Memory {
+ public:
+  template <class... T>
+  Memory& reads(const T&... arguments) {
+    (add(arguments, false), ...);
+    return *this;
+  }
+
+  template <class... T>
+  Memory& writes(const T&... arguments) {
+    (add(arguments, true), ...);
+    return *this;
+  }
+
+  void check() const {
+    for (size_t a = 0; a < spans_.size(); ++a)
+      for (size_t b = 0; b < a; ++b) {
+        const bool apart = spans_[a].end <= spans_[b].begin || spans_[b].end <= spans_[a].begin;
+        STD_TORCH_CHECK(apart || !(spans_[a].written || spans_[b].written), "fastnce: what is written overlaps another argument");
+      }
+  }
+
+ private:
+  struct Span {
+    uintptr_t begin, end;
+    bool written;
+  };
+
+  void add(const Tensor& tensor, bool written) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+    if (tensor.numel() > 0) spans_.push_back({begin, begin + (last + 1) * tensor.element_size(), written});
+  }
+  void add(const Optional& tensor, bool written) {
+    if (tensor) add(*tensor, written);
+  }
+  void add(const Tensors& tensors, bool written) {
+    for (const Tensor& tensor : tensors) add(tensor, written);
+  }
+
+  std::vector<Span> spans_;
+};
+
 }  // namespace

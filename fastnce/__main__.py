@@ -28,6 +28,7 @@ COMMANDS = {f"build-{kind}": kind for kind in native.KINDS}
 
 def report() -> dict[str, Any]:
     """Everything this command knows, ready for JSON."""
+    compiled = {kind: _compiled(kind) for kind in native.KINDS}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = [_backend(name, device) for device in devices for name in backends.BACKENDS]
     tests = [_self_test(row["name"], row["device"]) for row in found if row["available"]]
@@ -41,7 +42,7 @@ def report() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if "cuda" in devices else [],
         "cores": os.cpu_count(),
         "backends": found,
-        "compiled": {kind: _compiled(kind) for kind in native.KINDS},
+        "compiled": compiled,
         "auto": {device: _auto(device) for device in devices},
         "self_test": {"limit": selftest.LIMIT, "ok": all(test["ok"] for test in tests), "runs": tests},
     }
@@ -81,10 +82,18 @@ def _self_test(name: str, device: str) -> dict[str, Any]:
 
 def _compiled(kind: str) -> str:
     """What runs of a library, or why it does not; of one that is not built what it would bring, and what is here to build it with."""
-    reason = native.objection(kind)
-    if reason != native.not_built(kind):
-        return reason or native.level(kind)
-    return f"{reason}: {build.BRINGS[kind]}; {build.tool(kind)}"
+    reason = _objection(kind)
+    if reason is None:
+        aside = native.left_aside(kind)
+        return native.level(kind) + (f" (left aside: {aside})" if aside else "")
+    return f"{reason}: {build.BRINGS[kind]}; {build.tool(kind)}" if reason == native.not_built(kind) else reason
+
+
+def _objection(kind: str) -> str | None:
+    """native.objection, which this command prints and therefore need not say aloud."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return native.objection(kind)
 
 
 def _installed(package: str) -> str | None:
@@ -131,7 +140,7 @@ def _build(kind: str, arguments: Sequence[str]) -> int:
     except (build.BuildError, OSError) as error:
         print(f"fastnce build-{kind}: {error}", file=sys.stderr)
         return 1
-    if reason := native.objection(kind):
+    if reason := _objection(kind):
         print(f"fastnce build-{kind}: {reason}", file=sys.stderr)
         return 1
     return 0

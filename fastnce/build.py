@@ -2,12 +2,13 @@
 FASTNCE_BUILD while installing. Imports no torch.
 
 One build at a time per library, by a lock that the system releases when its holder dies; ninja repeats what a killed build left half
-done; the finished library appears under its name in one step, so nobody ever loads part of one. Beside it lies a .json: the compilers, and
-what ptxas said of each kernel.
+done; the finished library appears under its name in one step, so nobody ever loads part of one. Beside it lies a .json: its size and
+digest, the compilers, and what ptxas said of each kernel. What lies under the name and is not what was built is built again.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -17,7 +18,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,47 +71,110 @@ class Plan(NamedTuple):
 
 
 def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Path:
-    """The library of csrc/<kind>, compiled unless it is there already. `into`: its folder, the user's cache by default. `archs`: of ARCHS,
-    for "cuda"; all of them by default. Other architectures are another library.
+    """The library of csrc/<kind>, compiled unless it is there already, and sound. `into`: its folder, the user's cache by default. `archs`:
+    of ARCHS, for "cuda"; all of them by default. Other architectures are another library.
 
-    Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, and where
-    ptxas says that it serialised products; FileNotFoundError without sources.
+    Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, where ptxas
+    says that it serialised products, and without a folder that the user, and nobody else, can write; FileNotFoundError without sources.
     """
     if not native.sources(kind).is_dir():
         raise FileNotFoundError(f"{native.sources(kind)} is missing: this installation has no sources of the {kind} library")
     chosen = _chosen(archs) if kind == "cuda" else ()
-    library = (into or native.cache_folder()) / native.name(kind, chosen)
-    return make(library, native.cache_folder(), lambda: _cuda(chosen) if kind == "cuda" else _cpu())
+    library = (into or folder()) / native.name(kind, chosen)
+    return make(library, folder(), lambda: _cuda(chosen) if kind == "cuda" else _cpu())
+
+
+def folder() -> Path:
+    """The user's cache, made if it is not there. Raises BuildError where there is none, or others can write: nothing is loaded there."""
+    found = native.cache_folder()
+    if found is None:
+        raise BuildError("no home folder to build in: name a folder in FASTNCE_CACHE_DIR")
+    with _written(found):
+        found.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if wrong := native.in_strange_hands(found):
+            raise BuildError(f"{found} {wrong}: nothing that lies there is loaded. FASTNCE_CACHE_DIR names another folder")
+    return found
 
 
 def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
     """`library`, made as `plan` says in a folder of `cache` unless it is there already. The plan is asked for only when it is needed."""
-    if library.is_file():
+    if native.fault(library) is None:
         return library
     work = cache / f"build-{library.stem}"
-    cache.mkdir(parents=True, exist_ok=True)
-    # Beside the folder and never removed: whoever waits for it holds the same file as whoever comes later.
-    with work.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.is_file():  # by whoever held the lock
+    with _written(cache):
+        cache.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # Beside the folder and never removed: whoever waits for it holds the same file as whoever comes later.
+        lock = work.with_suffix(".lock").open("w")
+    with lock, _held(lock.fileno()):
+        if native.fault(library) is None:  # by whoever held the lock
             return library
         where, tool, text, record = plan()
-        work.mkdir(exist_ok=True)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(text)
-        done = subprocess.run([_ninja(), "-C", str(work)], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"{tool} failed on {where}:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
+        with _written(cache, lambda: shutil.rmtree(work, ignore_errors=True)):
+            work.mkdir(mode=0o700, exist_ok=True)
+            (work / "build.ninja").write_text(text)
+            _run_ninja(work, lock.fileno(), f"{tool} failed on {where}")
         logs = {path.name.removesuffix(".o.log"): path.read_text() for path in sorted(work.glob("*.o.log"))}
         if lines := [f"{unit}: {line}" for unit, log in logs.items() for line in log.splitlines() if SERIALISED in line]:
             raise BuildError(f"{tool} compiled {where}, with matrix products that wait for each other:\n" + "\n".join(lines))
-        # First, so that a library never lies there without it.
-        library.with_suffix(".json").write_text(json.dumps(record | _resources(logs), indent=1) + "\n")
-        partial = library.with_suffix(f".{os.getpid()}")
-        shutil.copy(work / "library.so", partial)
-        os.replace(partial, library)
+        record = record | native.identity(work / "library.so") | _resources(logs)
+        _publish(work / "library.so", json.dumps(record, indent=1) + "\n", library)
         shutil.rmtree(work, ignore_errors=True)
     return library
+
+
+@contextmanager
+def _held(lock: int) -> Iterator[None]:
+    """The lock, for as long as somebody may still write what it is about. Ninja and its compilers inherit it: they go on when this process
+    is killed. When they have ended it is given back by name, for a compiler's server that goes on for ever has inherited it too."""
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    except Exception:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        raise
+    fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+@contextmanager
+def _written(folder: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """A folder that cannot be written is one line, and undone is what was written there."""
+    try:
+        yield
+    except OSError as error:
+        undo()
+        raise BuildError(f"cannot write in {error.filename or folder}: {error.strerror}") from error
+
+
+def _run_ninja(work: Path, lock: int, failed: str) -> None:
+    # What a compiler writes for itself lies in the folder too, and goes with it. In English, to be recognised.
+    environment = os.environ | {"TMPDIR": str(work.absolute()), "LC_ALL": "C"}
+    done = subprocess.run([_ninja(), "-C", str(work)], capture_output=True, text=True, env=environment, pass_fds=[lock])
+    if done.returncode:
+        said = f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in said:
+                raise OSError(number, os.strerror(number), str(work.parent))
+        raise BuildError(f"{failed}:\n{said}")
+
+
+def _publish(made: Path, record: str, library: Path) -> None:
+    """Each under its name in one step, and neither is left there in part. The record first: no library lies there without it."""
+    files = ((native.record_of(library), record.encode(), 0o644), (library, made.read_bytes(), 0o755))
+    partial = {name: name.with_name(f"{name.name}.partial") for name, _, _ in files}
+
+    def undo() -> None:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        shutil.rmtree(made.parent, ignore_errors=True)
+
+    with _written(library.parent, undo):
+        library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for name, content, most in files:
+            partial[name].write_bytes(content)
+            # What the user lets others do with what he makes, but never write.
+            partial[name].chmod(made.stat().st_mode & most)
+        for name, path in partial.items():
+            os.replace(path, name)
 
 
 def ninja_file(tool: str, flags: str, units: dict[Path, str], link: str) -> str:
@@ -149,9 +214,14 @@ def compiler() -> str:
     """The command of the C++ compiler: $CXX, or the first of the usual names."""
     wanted = os.environ.get("CXX")
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        if shutil.which(shlex.split(candidate)[0]):
+        try:
+            program = shlex.split(candidate)[:1]
+        except ValueError as error:
+            raise BuildError(f"CXX is {wanted!r}, which is no command: {error}") from None
+        if program and shutil.which(program[0]):
             return candidate
-    raise BuildError(f"no C++ compiler ({wanted or 'c++, g++ or clang++'}); install one, or name it in CXX")
+    looked = f"CXX is {wanted!r}" if wanted else "c++, g++ or clang++"
+    raise BuildError(f"no C++ compiler ({looked}); install one, or name it in CXX")
 
 
 def nvcc() -> str:

@@ -18,8 +18,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import emulated
 
-from fastnce import native
-from fastnce.backends import _native, cpu
+from fastnce import build, native
+from fastnce.backends import cpu
 
 torch.set_num_threads(1)
 
@@ -39,9 +39,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. Of torch's
-    operations also where the compiled kernels are built: theirs have one size."""
-    monkeypatch.setattr(_native, "serves", lambda *_: False)
+    """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. The compiled
+    kernels' have one size."""
     monkeypatch.setattr(cpu, "CPU_TILE", 16)
     monkeypatch.setattr(cpu, "CPU_ROWS", 7)
     return 16
@@ -65,10 +64,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def emulated_library() -> Path:
-    """The CUDA kernels compiled for this CPU: in the user's cache, so that the next run has them too."""
+    """The CUDA kernels compiled for this CPU, kept for the next run."""
     if reason := emulated.unsupported():
         pytest.skip(reason)
-    return emulated.emulate(native.cache_folder())
+    return emulated.emulate(build.folder())
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ each_loss = pytest.mark.parametrize("name", LOSSES)
 each_backend = pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 
 
+@pytest.mark.float64
 @each_loss
 @each_backend
 def test_gradcheck(name: str, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import emulated
 import pytest
@@ -21,10 +23,12 @@ from fastnce.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A "compiler" that writes its output in two halves, and a line per call into `calls`: the output, then the arguments.
+# A "compiler" that writes its output in two halves; a line per call into `calls`: the output, then the arguments; and one at its end into
+# `spans`: session, begin, end.
 PRETENDED = f"""#!{sys.executable}
-import sys, time
+import os, sys, time
 from pathlib import Path
+begun = time.monotonic()
 here = Path(__file__).parent
 if "--version" in sys.argv:
     print("pretended 1.0, release", (here / "release").read_text())
@@ -35,6 +39,8 @@ with open(here / "calls", "a") as calls:
 out.write_text("half")
 time.sleep(float((here / "pause").read_text()))
 out.write_text("whole")
+with open(here / "spans", "a") as spans:
+    print(os.getsid(0), begun, time.monotonic(), file=spans)
 if out.suffix == ".o" and ".cu" in out.name:
     print((here / "says").read_text())
 """
@@ -92,6 +98,12 @@ def calls(pretended: Path) -> dict[str, list[str]]:
     return {line[0]: line[1:] for line in lines}
 
 
+def put(library: Path, place: Path) -> Path:
+    """A copy of a library with its record."""
+    shutil.copy(native.record_of(library), native.record_of(place))
+    return Path(shutil.copy(library, place))
+
+
 def start(kind: str, pretended: Path) -> subprocess.Popen[str]:
     """A process that builds a library and prints what is in it. Without torch, which building does not import and which takes seconds."""
     code = f"""
@@ -135,6 +147,40 @@ def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
     assert library is not None and "rows.cu" in json.loads(library.with_suffix(".json").read_text())["ptxas"]
 
 
+def test_a_killed_build_holds_its_lock_until_its_compilers_have_ended(pretended: Path) -> None:
+    """The builder alone is killed: what ninja has started goes on, and whoever comes next waits for it."""
+    (pretended / "bin" / "pause").write_text("2")
+    first = start("cuda", pretended)
+    while not list((pretended / "cache").glob("*/*.o")):
+        time.sleep(0.02)
+    time.sleep(0.1)
+    (pretended / "bin" / "pause").write_text("0.1")
+    first.kill()
+    first.wait()
+    killed, second = time.monotonic(), start("cuda", pretended)
+    assert second.communicate(timeout=60)[0] == "whole False\n"
+    spans: dict[int, list[tuple[float, float]]] = {first.pid: [], second.pid: []}
+    for line in (pretended / "bin" / "spans").read_text().splitlines():
+        session, begin, end = line.split()
+        spans[int(session)].append((float(begin), float(end)))
+    assert killed < max(end for _, end in spans[first.pid]) < min(begin for begin, _ in spans[second.pid])
+
+
+def test_a_server_that_a_compiler_has_started_holds_no_lock(pretended: Path) -> None:
+    """It inherits the lock as every child does, and goes on for ever."""
+    script = pretended / "bin" / "nvcc"
+    server = "import subprocess\nserver = subprocess.Popen(['sleep', '60'], close_fds=False, start_new_session=True).pid\n"
+    written = 'with open(here / "servers", "a") as servers: print(server, file=servers)\nsys.exit("a fault in the source")'
+    script.write_text(PRETENDED.replace('out.write_text("half")', server + written))
+    try:
+        for _ in range(2):
+            with start("cuda", pretended) as process:
+                assert process.wait(timeout=20) == 1
+    finally:
+        for pid in (pretended / "bin" / "servers").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+
+
 def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended: Path) -> None:
     path = build.build("cuda")
     assert build.build("cuda") == path == native.library_path("cuda")
@@ -143,7 +189,7 @@ def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended:
         (native.sources("cuda") / unit).write_text(f"// {unit}")
         native.digest.cache_clear()
         assert native.library_path("cuda") is None
-        path.rename(path := path.with_name(native.name("cuda", list(build.ARCHS))))
+        path = put(path, path.with_name(native.name("cuda", list(build.ARCHS))))
         assert native.library_path("cuda") == path
 
 
@@ -185,13 +231,13 @@ def test_other_architectures_are_another_library(pretended: Path) -> None:
     assert build.build("cuda", archs=["sm_80", "sm_90a"]) == two != few
     os.utime(two, (1, 1))
     assert native.library_path("cuda") == two, "the most architectures"
-    last = shutil.copy(two, two.with_name(native.name("cuda", ["sm_80", "sm_100"])))
+    last = put(two, two.with_name(native.name("cuda", ["sm_80", "sm_100"])))
     os.utime(last, (2, 2))
     assert native.library_path("cuda") == last, "of equally many the last"
     (pretended / "packaged").mkdir()
     assert native.library_path("cuda") == last
-    packaged = shutil.copy(few, pretended / "packaged")
-    assert native.library_path("cuda") == Path(packaged), "the package first"
+    packaged = put(few, pretended / "packaged" / few.name)
+    assert native.library_path("cuda") == packaged, "the package first"
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "", "sm_80,sm_90", "90a"])
@@ -224,7 +270,7 @@ def test_serialised_products_fail_the_build(pretended: Path) -> None:
 def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     for kind in native.KINDS:
-        with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(no-such-compiler\)"):
+        with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(CXX is 'no-such-compiler'\)"):
             build.build(kind)
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match="false failed on csrc/cpu"):
@@ -239,6 +285,18 @@ def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPat
     shutil.rmtree(native.sources("cuda"))
     with pytest.raises(FileNotFoundError, match="no sources of the cuda library"):
         build.build("cuda")
+
+
+@pytest.mark.parametrize("command", [" ", "\t", "''", "'", '"g++', "g++ \\"])
+def test_a_cxx_that_is_no_command_is_named(
+    command: str, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    for kind in native.KINDS:
+        assert main([f"build-{kind}"]) == 1
+        said = capsys.readouterr().err
+        assert f"CXX is {command!r}" in said and said.count("\n") == 1
+    assert build.tool("cpu") == "no C++ compiler found" and not calls(pretended)
 
 
 def test_where_nvcc_was_looked_for(pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +324,54 @@ def test_an_nvcc_of_no_release(pretended: Path) -> None:
     with pytest.raises(build.BuildError, match="names no release, but: 'pretended 1.0, release none"):
         build.build("cuda")
     assert build.tool("cuda") == "no nvcc found"
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def left(pretended: Path) -> list[str]:
+    """What a build has left in its cache; but for the lock, which stays."""
+    return [path.name for path in (pretended / "cache").rglob("*") if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_while_compiling_is_one_line_and_leaves_nothing(number: int, pretended: Path) -> None:
+    script = pretended / "bin" / "nvcc"
+    full = f'sys.exit(f"{{out}}: fatal error: error writing to {{out}}.s: {os.strerror(number)}\\ncompilation terminated.")'
+    script.write_text(PRETENDED.replace('out.write_text("whole")', full))
+    with pytest.raises(build.BuildError) as raised:
+        build.build("cuda")
+    assert str(raised.value) == f"cannot write in {pretended / 'cache'}: {os.strerror(number)}"
+    assert left(pretended) == [] and calls(pretended)
+
+
+@pytest.mark.parametrize("file", ["build.ninja", ".json.partial", ".so.partial"])
+def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
+    file: str, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the file is there when the disk is full. What lay under the library's name before is what lies there."""
+    before = native.cache_folder() / native.name("cuda", list(build.ARCHS))  # type: ignore[operator]
+    before.parent.mkdir()
+    before.write_text("damaged")
+    write = Path.write_bytes, Path.write_text
+
+    def full(kind: int) -> Any:
+        def half(path: Path, content: Any) -> int:
+            if not path.name.endswith(file):
+                return write[kind](path, content)
+            write[kind](path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        return half
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full(0))
+        patch.setattr(Path, "write_text", full(1))
+        assert main(["build-cuda"]) == 1
+    said = capsys.readouterr().err
+    assert said == f"fastnce build-cuda: cannot write in {before.parent}: No space left on device\n"
+    assert left(pretended) == [before.name] and before.read_text() == "damaged"
+    assert build.build("cuda") == before and native.fault(before) is None
 
 
 # ---------------------------------------------------------------- the command

@@ -1,17 +1,14 @@
-"""The compiled kernels of the CPU backend: the same answers as everybody else's. test_build.py builds them."""
+"""The compiled kernels of the CPU backend. That their answers are everybody else's is tested wherever a backend is tested by name."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import test_statistics
 import torch
-from problems import PROBLEMS, Problem
 
 import fastnce
 from fastnce import build, native
@@ -21,38 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler")
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library of these sources: the one that is built already, or one built for these tests."""
-    found = native.library_path("cpu")
-    return found or build.build("cpu", tmp_path_factory.mktemp("library"))
-
-
-@pytest.fixture
-def compiled(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The backend with the compiled kernels, for one test."""
-    monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "library_path", lambda kind: library if kind == "cpu" else None)
-    native.objection.cache_clear()
-    assert native.objection("cpu") is None
-    yield
-    native.objection.cache_clear()
-
-
 # ---------------------------------------------------------------- numbers
-
-
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_values_and_gradients(p: Problem, dtype: torch.dtype, compiled: None) -> None:
-    test_statistics.test_values_and_gradients(p, dtype, "cpu", 0)
-
-
-@needs_compiler
-@pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_metrics(p: Problem, compiled: None) -> None:
-    test_statistics.test_metrics(p, "cpu", 0)
 
 
 @needs_compiler
@@ -168,20 +134,17 @@ def test_every_level_under_sanitizers(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_only_symbols_of_the_stable_interface(library: Path) -> None:
+def test_only_symbols_of_the_stable_interface(compiled_library: Path) -> None:
     """So that one library serves every torch from 2.11 on."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    command = ["nm", "-D", "--undefined-only", "-C", str(compiled_library)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = [line.split(maxsplit=1)[1] for line in listed.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert not [name for name in names if "::" in name and any(space in name for space in ("torch::", "at::", "c10::"))]
 
 
-def test_no_library_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_library_no_difference(libraries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path)
-    native.objection.cache_clear()
-    try:
-        assert native.objection("cpu") == "not built (python -m fastnce build-cpu)"
-        assert not _native.serves(torch.device("cpu"), torch.float32)
-    finally:
-        native.objection.cache_clear()
+    assert native.objection("cpu") == "not built (python -m fastnce build-cpu)"
+    assert not _native.serves(torch.device("cpu"), torch.float32)

@@ -14,15 +14,18 @@ using fastnce::Wanted;
 using fastnce::Weights;
 
 template <class T>
-T* data(const Tensor& tensor, int64_t count, const char* name) {
+T* data(const Tensor& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
   STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU");
-  return contiguous<T>(tensor, count, name, 1);  // the user's own ids may lie anywhere
+  return contiguous<T>(tensor, count, name, aligned);
 }
 
 template <class T>
-T* data(const Optional& tensor, int64_t count, const char* name) {
-  return tensor ? data<T>(*tensor, count, name) : nullptr;
+T* data(const Optional& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
+  return tensor ? data<T>(*tensor, count, name, aligned) : nullptr;
 }
+
+// The user's own may lie anywhere.
+const int64_t* ids(const Optional& tensor, int64_t count, const char* name) { return data<int64_t>(tensor, count, name, 1); }
 
 fastnce::Pool threads() {
   const int count = static_cast<int>(torch::stable::get_num_threads());
@@ -42,7 +45,8 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   STD_TORCH_CHECK(flags.size() == 4, "fastnce: flags has ", flags.size(), " entries, not 4");
   STD_TORCH_CHECK(x.dim() == 2 && (!y || (y->dim() == 2 && y->size(1) == x.size(1))), "fastnce: x and y must be matrices of equal width");
   const int64_t m = x.size(0), n = y ? y->size(0) : m, pitch = x.size(1);
-  STD_TORCH_CHECK(pitch % fastnce::PITCH == 0 && depth <= pitch, "fastnce: rows of ", pitch, " floats cannot hold ", depth, " columns");
+  STD_TORCH_CHECK(pitch % fastnce::PITCH == 0 && depth >= 0 && depth <= pitch, "fastnce: rows of ", pitch, " floats cannot hold ", depth,
+                  " columns");
   Problem p{};
   p.m = m;
   p.n = n;
@@ -55,6 +59,7 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   p.unshifted = flags[1];
   p.in_tile = flags[2];
   STD_TORCH_CHECK(!(p.symmetric && mask), "fastnce: a mask need not be its own mirror image: give y");
+  STD_TORCH_CHECK(!(p.symmetric && (p.two_sided || k_label || k_exclude)), "fastnce: without y there is no second side");
   p.rules.exclude_self = flags[3];
   const int64_t farthest = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(!offset || (-farthest <= *offset && *offset <= farthest), "fastnce: offset is ", offset.value_or(0),
@@ -64,10 +69,10 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   // Whether ids were given is not a matter of their data: those of no rows have none.
   const auto one_sided = [&](const Optional& q, const Optional& k) { return !p.symmetric && q.has_value() != k.has_value(); };
   STD_TORCH_CHECK(!one_sided(q_label, k_label) && !one_sided(q_exclude, k_exclude), "fastnce: ids of one side only");
-  p.rules.q_label = data<int64_t>(q_label, m, "q_label");
-  p.rules.k_label = p.symmetric ? p.rules.q_label : data<int64_t>(k_label, n, "k_label");
-  p.rules.q_exclude = data<int64_t>(q_exclude, m, "q_exclude");
-  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : data<int64_t>(k_exclude, n, "k_exclude");
+  p.rules.q_label = ids(q_label, m, "q_label");
+  p.rules.k_label = p.symmetric ? p.rules.q_label : ids(k_label, n, "k_label");
+  p.rules.q_exclude = ids(q_exclude, m, "q_exclude");
+  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : ids(k_exclude, n, "k_exclude");
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
     p.rules.mask_rows = mask->size(0);
@@ -93,6 +98,7 @@ void best_positives(const Tensor& x, const Optional& y, int64_t depth, const Int
   STD_TORCH_CHECK(best.size() == static_cast<size_t>(sides_of(p)), "fastnce: best has ", best.size(), " tensors, not one a side");
   float* sides[2] = {};
   for (int side = 0; side < sides_of(p); ++side) sides[side] = data<float>(best[side], rows_of(p, side), "best");
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(best).check();
   if (p.m > 0 && p.n > 0) fastnce::best_level().best_positives(p, sides, threads());
 }
 
@@ -120,13 +126,20 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& 
     found.ties = some<int64_t>(at[9], rows, "ties");
     found.hardest_t = some<float>(at[10], rows, "hardest_t");
     found.hardest = some<int64_t>(at[11], rows, "hardest");
-    if (rows == 0) return;
+  }
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(sums).check();
+  if (p.m == 0 || p.n == 0) return;  // of which side nothing is collected only a row can tell
+  for (int side = 0; side < sides_of(p); ++side) {
+    const Sums& s = sides[side];
+    const Metrics& found = s.metrics;
     STD_TORCH_CHECK(p.unshifted || (s.top_negative && (!p.in_tile || s.top_positive)), "fastnce: a running maximum needs its tensor");
     STD_TORCH_CHECK(!p.in_tile || s.positive, "fastnce: positives by content need their tensor");
-    STD_TORCH_CHECK(!found.rank || (found.low && found.high && found.ties && found.hardest_t && found.hardest),
-                    "fastnce: metrics need all of their tensors");
+    const bool all = found.low && found.high && found.rank && found.ties && found.hardest_t && found.hardest;
+    const bool none = !found.low && !found.high && !found.rank && !found.ties && !found.hardest_t && !found.hardest;
+    STD_TORCH_CHECK(all || none, "fastnce: metrics need all of their tensors");
+    STD_TORCH_CHECK(!found.rank == !sides[0].metrics.rank, "fastnce: metrics must be of both sides or of none");
   }
-  if (p.m > 0 && p.n > 0) fastnce::best_level().forward(p, sides, threads());
+  fastnce::best_level().forward(p, sides, threads());
 }
 
 void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
@@ -134,6 +147,7 @@ void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers&
               const Tensors& weights, double center, const Optional& dx, const Optional& dy, const Optional& moment) {
   const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 5;
+  STD_TORCH_CHECK(!(p.symmetric && dy), "fastnce: without y there is no dy");
   STD_TORCH_CHECK(weights.size() == each * sides_of(p), "fastnce: weights has ", weights.size(), " tensors, not ", each, " a side");
   Weights sides[2] = {};
   for (int side = 0; side < sides_of(p); ++side) {
@@ -147,6 +161,7 @@ void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers&
   wanted.dy = p.symmetric ? wanted.dx : data<float>(dy, p.n * p.pitch, "dy");
   wanted.moment = data<double>(moment, p.m, "moment");
   wanted.center = static_cast<float>(center);
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask, weights).writes(dx, dy, moment).check();
   if (p.m > 0 && p.n > 0) fastnce::best_level().backward(p, sides, wanted, threads());
 }
 

@@ -27,7 +27,8 @@ using kernels::Weights;
 #define PROBLEM_PARAMETERS                                                                                                               \
   const Tensor &x, const Tensor &y, const Tensor &a, const Tensor &b, const Tensor &scale, const Tensor &bound, const Optional &q_label, \
       const Optional &k_label, const Optional &q_exclude, const Optional &k_exclude, const Optional &mask, const Integers &sizes
-#define PROBLEM x, y, a, b, scale, bound, q_label, k_label, q_exclude, k_exclude, mask, sizes
+#define PROBLEM_TENSORS x, y, a, b, scale, bound, q_label, k_label, q_exclude, k_exclude, mask
+#define PROBLEM PROBLEM_TENSORS, sizes
 
 // Rows of tiles that every kernel may read, and columns of float16 that it copies together.
 constexpr int64_t PADDED = 128;
@@ -159,6 +160,7 @@ void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_s
   const kernels::RowSums out{call.data<float>(real, (p.rules.in_tile ? 5 : 2) * each, "real"), call.data<int>(count, each, "count"),
                              always};
   STD_TORCH_CHECK(!p.rules.in_tile || count, "fastnce: positives in the tiles must have a count");
+  Memory().reads(PROBLEM_TENSORS).writes(real, count).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::forward_rows(p, grid, out, of.family, stream); });
 }
 
@@ -174,6 +176,12 @@ void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t pe
                               call.data<float>(column_sum, fields * columns, "column_sum"),
                               call.data<int>(column_count, columns, "column_count"), symmetric};
   STD_TORCH_CHECK(!p.rules.in_tile || (row_count && column_count), "fastnce: positives in the tiles must have their counts");
+  // Of a symmetric problem rows and columns may have the same sums: all additions are atomic.
+  const bool shared = symmetric && out.row == out.column && out.row_count == out.column_count;
+  Memory memory;
+  memory.reads(PROBLEM_TENSORS).writes(row_sum, row_count);
+  if (!shared) memory.writes(column_sum, column_count);
+  memory.check();
   if (rows > 0 && columns > 0) call.run([&](Stream stream) { kernels::forward_both(p, grid, out, of.family, stream); });
 }
 
@@ -185,6 +193,7 @@ void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t
   const int64_t each = splits * p.rules.rows;
   const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"), call.data<float>(real, 2 * each, "real"),
                                call.data<int>(whole, 3 * each, "whole")};
+  Memory().reads(PROBLEM_TENSORS, bounds).writes(real, whole).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::retrieval(p, grid, out, stream); });
 }
 
@@ -211,6 +220,7 @@ void backward_rows(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
   const Weights weights = weights_of(call, p, row, column, center, of_rows, of_columns);
   const kernels::RowGradient out{call.data<float>(dx, splits * p.row_padded * p.depth, "dx", WIDE),
                                  call.data<float>(moment, splits * p.rules.rows, "moment")};
+  Memory().reads(PROBLEM_TENSORS, row, column, center).writes(dx, moment).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::backward_rows(p, grid, weights, out, of.family, stream); });
 }
 
@@ -234,6 +244,7 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
   out.for_rows = call.data<uint16_t>(for_rows, p.parts * pitch * pitch, "for_rows", WIDE);
   out.for_columns = call.data<uint16_t>(for_columns, p.parts * pitch * pitch, "for_columns", WIDE);
   out.moment = call.data<float>(moment, across * pitch, "moment");
+  Memory().reads(PROBLEM_TENSORS, row, column, center).writes(for_rows, for_columns, moment).check();
   if (down > 0 && across > 0) call.run([&](Stream stream) { kernels::weights_block(p, weights, out, stream); });
 }
 
@@ -247,10 +258,17 @@ Real real_of(const Tensor& x, const char* name) {
   return Real::FLOAT;
 }
 
+// Of what need not be contiguous.
+void check_element(const Tensor& tensor, const char* name) {
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
+  STD_TORCH_CHECK(aligned, "fastnce: ", name, " must be aligned to its elements");
+}
+
 RawRows raw_rows(const Call& call, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2, "fastnce: ", name, " must be a matrix");
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "fastnce: ", name, " must have neighbours of a row next to each other");
   call.check(x, name);
+  check_element(x, name);
   return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name), real_of(x, name)};
 }
 
@@ -271,6 +289,7 @@ void prepare(const Tensor& x, const Tensor& operand, const Tensor& factor, const
   out.tiles = call.data<uint16_t>(operand, operand.numel(), "operand", WIDE);
   out.factor = call.data<float>(factor, out.padded, "factor");
   out.inverse_norm = call.data<float>(inverse_norm, raw.rows, "inverse_norm");
+  Memory().reads(x).writes(operand, factor, inverse_norm).check();
   if (out.padded > 0) call.run([&](Stream stream) { kernels::prepare(raw, out, normalize, stream); });
 }
 
@@ -287,6 +306,7 @@ void aligned(const Tensor& x, const Tensor& y, const Tensor& r_x, const Tensor& 
   of.first_row = count_of(first_row, 0, int64_t{left.rows} - of.pairs + 1, "first_row");
   of.first_column = count_of(first_column, 0, int64_t{right.rows} - of.pairs + 1, "first_column");
   of.t = call.data<float>(t, of.pairs, "t");
+  Memory().reads(x, y, r_x, r_y, scale).writes(t).check();
   if (of.pairs > 0) call.run([&](Stream stream) { kernels::aligned(left, right, of, stream); });
 }
 
@@ -302,6 +322,8 @@ void finish(const Tensor& dx, const Tensor& x, const Tensor& y, const Tensor& r_
   STD_TORCH_CHECK(dx.scalar_type() == ScalarType::Float && (dx.stride(2) == 1 || dx.size(2) == 1),
                   "fastnce: dx must be float32 with neighbours of a row next to each other");
   call.check(dx, "dx");
+  check_element(dx, "dx");
+  Memory().reads(dx, x, y, r_x, r_y, pair, scale, lift).writes(out).check();
   kernels::Finish of{};
   of.dx = static_cast<const float*>(dx.data_ptr());
   of.dx_split = dx.stride(0);
@@ -349,6 +371,7 @@ void statistics(const Tensor& real, const Optional& count, const Optional& unshi
   s.n_pos = call.data<int64_t>(n_pos, s.rows, "n_pos");
   s.own_neg = call.data<double>(own_neg, s.rows, "own_neg");
   s.own_pos = call.data<double>(own_pos, s.rows, "own_pos");
+  Memory().reads(real, count, unshifted, unshifted_count, pairs, bias).writes(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos).check();
   if (s.rows > 0) call.run([&](Stream stream) { kernels::statistics(s, stream); });
 }
 
@@ -396,6 +419,7 @@ void coefficients(const Tensors& grads, const Tensors& stats, const Tensors& fac
   c.in_tile = in_tile;
   c.symmetric = symmetric;
   c.scalars = call.data<double>(scalars, 4, "scalars");
+  Memory().reads(grads, stats, factors, bias, pair_t).writes(vectors, pair_weights, scalars).check();
   Optional scratch;
   if (const int64_t doubles = kernels::scratch_of(c)) scratch = torch::stable::new_empty(scalars, {doubles});
   call.run([&](Stream stream) { kernels::coefficients(c, scratch ? static_cast<double*>(scratch->data_ptr()) : nullptr, stream); });
@@ -415,6 +439,7 @@ void scale_gradient(const Tensor& scalars, const Tensors& about, double divide, 
   g.scale = call.data<float>(scale, 1, "scale");
   g.dscale = call.data<float>(dscale, 1, "dscale");
   g.dbias = call.data<float>(dbias, 1, "dbias");
+  Memory().reads(scalars, about, scale).writes(dscale, dbias).check();
   call.run([&](Stream stream) { kernels::scale_gradient(g, stream); });
 }
 
@@ -427,6 +452,7 @@ void log1p_loss(const Tensor& lse_neg, const Tensor& pos, const Tensor& value) {
                           0,
                           call.data<double>(value, rows, "value"),
                           rows};
+  Memory().reads(lse_neg, pos).writes(value).check();
   if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss(of, stream); });
 }
 
@@ -437,9 +463,11 @@ void log1p_loss_backward(const Tensor& lse_neg, const Tensor& pos, const Tensor&
       upstream.scalar_type() == ScalarType::Double && (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.numel() == rows)),
       "fastnce: upstream must be float64 and one number, or one for each row");
   call.check(upstream, "upstream");
+  check_element(upstream, "upstream");
   const kernels::Log1p of{
       call.data<double>(lse_neg, rows, "lse_neg"),  call.data<double>(pos, rows, "pos"), static_cast<const double*>(upstream.data_ptr()),
       upstream.dim() == 0 ? 0 : upstream.stride(0), call.data<double>(d, rows, "d"),     rows};
+  Memory().reads(lse_neg, pos, upstream).writes(d).check();
   if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss_backward(of, stream); });
 }
 

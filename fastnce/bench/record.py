@@ -81,7 +81,8 @@ def environment(command: list[str], threads: int, device: str = "cpu") -> dict[s
         "fastnce": fastnce.__version__,
         "peers": packages.versions(),
         "threads": threads,
-        "compiled": native.objection("cpu") or native.level("cpu"),
+        # Of an objection what it is about, and not where: a record names no place.
+        "compiled": (native.objection("cpu") or native.level("cpu")).partition(":")[0],
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "load": [round(load, 2) for load in os.getloadavg()],
         "sources": digest(),
