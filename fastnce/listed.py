@@ -22,6 +22,9 @@ from torch import Tensor
 from fastnce import tiles
 from fastnce.norms import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
 
+# 1 / |k| squared may leave float32, with its derivative inside: a factor on the way.
+LIFT = 2.0**30
+
 
 class Listed(NamedTuple):
     """The arguments of the operator fastnce::listed, and the last ones of its backward.
@@ -107,20 +110,22 @@ def _backward(
     if wanted[0] and dkeys is None and _shared(keys):
         dq_hat = due @ _unit(keys[0], normalize)[0]
     elif wanted[0] or dkeys is not None:
-        by_key, radial = (due * r, g * s) if normalize else (due, None)
-        for piece in _pieces(q_hat, keys, rows, dkeys is not None):
+        by_key = due * r if normalize else due
+        radial = g * s * r * (LIFT * r) if normalize else None
+        for piece in _pieces(q_hat, keys, rows, dkeys is not None and dkeys.dtype != q_hat.dtype):
             at = piece.at
             if wanted[0]:
                 if rows is None:
                     dq_hat[at[0]] += piece.sums(by_key[at])
                 else:
                     dq_hat.index_put_((rows[at],), piece.times(by_key[at][..., None]).to(dq_hat.dtype), accumulate=True)
-            if dkeys is not None and radial is not None:
-                # k^ first: 1 / |k| squared may be too small for float32.
-                k_hat = piece.times(r[at][..., None])
-                dkeys[at] = k_hat.mul_(-radial[at][..., None]).addcmul_(due[at][..., None], piece.queries).mul_(r[at][..., None])
-            elif dkeys is not None:
-                dkeys[at] = due[at][..., None] * piece.queries
+            if dkeys is not None:
+                out = dkeys[at] if dkeys.dtype == q_hat.dtype else piece.place()
+                torch.mul(piece.queries, by_key[at][..., None], out=out)
+                if radial is not None:
+                    out.addcmul_(piece.keys, radial[at][..., None], value=-1 / LIFT)
+                if dkeys.dtype != q_hat.dtype:
+                    dkeys[at] = out
     if not wanted[0]:
         return None, dkeys, dscale
     dq = dq_hat[: len(q)].to(q_hat.dtype)
@@ -148,17 +153,21 @@ class _Piece(NamedTuple):
 
     def times(self, factor: Tensor) -> Tensor:
         """keys * factor, until the next product."""
-        return torch.mul(self.keys, factor, out=self.scratch[: self.keys.numel()].view(self.keys.shape))
+        return torch.mul(self.keys, factor, out=self.place())
+
+    def place(self) -> Tensor:
+        """Memory of the shape of the keys, until its next use."""
+        return self.scratch[: self.keys.numel()].view(self.keys.shape)
 
 
-def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) -> Iterator[_Piece]:
-    """products: times() will be called also where matrix products serve."""
+def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> Iterator[_Piece]:
+    """place: place() will be called also where matrix products serve. Where no memory is needed all keys are one piece."""
     batched = keys.dim() == 3 and keys.shape[1] > 1 and not _rounds(keys)
-    copies, products = keys.dtype != q_hat.dtype, products or not batched
+    copies, place = keys.dtype != q_hat.dtype, place or not batched
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
-    most = min(max(1, most), keys.shape[:-1].numel()) if copies or products else keys.shape[:-1].numel()
+    most = min(max(1, most), keys.shape[:-1].numel()) if copies or place else keys.shape[:-1].numel()
     # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
-    scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (products, copies))
+    scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (place, copies))
 
     def piece(at: tuple[slice, ...], queries: Tensor) -> _Piece:
         own = keys[at]
