@@ -101,17 +101,16 @@ def _backward(
     q, keys, rows, scale, _, _, normalize = problem
     dtypes = [t.dtype for t in problem.differentiable]
     q_hat, r_q = _unit(q, normalize)
-    due = g * valid_scale(scale)
-    dscale = ((g * s).sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
-    # Row M is nobody's. One query's sum over a list of any length is in float64: the order of index_put is that of the list.
-    shape, dtype = (q.shape, q_hat.dtype) if rows is None else ((len(q) + 1, q.shape[1]), vector_dtype(q))
-    dq_hat = q_hat.new_zeros(shape if wanted[0] else 0, dtype=dtype)
+    due, moment = g * valid_scale(scale), g * s
+    dscale = (moment.sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
+    # Of a list: row M is nobody's, and a query's sums are in float64, because index_put adds its terms one by one.
+    dq_hat = q_hat.new_zeros(q.shape) if rows is None else q_hat.new_zeros((len(q) + 1, q.shape[1]), dtype=vector_dtype(q))
     dkeys = keys.new_empty(keys.shape, dtype=dtypes[1]) if wanted[1] else None
     if wanted[0] and dkeys is None and _shared(keys):
         dq_hat = due @ _unit(keys[0], normalize)[0]
     elif wanted[0] or dkeys is not None:
         by_key = due * r if normalize else due
-        radial = g * s * r * (LIFT * r) if normalize else None
+        radial = moment * r * (LIFT * r) if normalize else None
         for piece in _pieces(q_hat, keys, rows, dkeys is not None and dkeys.dtype != q_hat.dtype):
             at = piece.at
             if wanted[0]:
@@ -130,7 +129,12 @@ def _backward(
         return None, dkeys, dscale
     dq = dq_hat[: len(q)].to(q_hat.dtype)
     if r_q is not None:
-        dq = dq.addcmul_(q_hat, (q_hat * dq).sum(1, keepdim=True).neg_()).mul_(r_q[:, None])
+        # <q^, dq^> is the sum of g s.
+        if rows is None:
+            along = moment.sum(1)
+        else:
+            along = dq_hat.new_zeros(len(dq_hat)).index_put_((rows,), moment.to(dq_hat.dtype), accumulate=True)[: len(q)].to(dq.dtype)
+        dq = dq.addcmul_(q_hat, along[:, None], value=-1).mul_(r_q[:, None])
     return dq.to(dtypes[0]), dkeys, dscale
 
 
