@@ -88,6 +88,24 @@ def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, ro
                 assert budget.relative(d, e) <= budget.gradient_budget(x.dtype, 0.0)
 
 
+@pytest.mark.parametrize("length", [1.01e-12, 1e-6, 1e9, 0.99e18])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_keys_of_any_length(length: float, scale: float) -> None:
+    """The square of 1 / |k| leaves float32; the gradient of each key keeps its digits, with large and with small gradients from above."""
+    q, keys = random(M, D).float(), random(M, K, D, seed=1)
+    keys = (keys / keys.norm(dim=-1, keepdim=True) * length).float()
+
+    def grad(dtype: torch.dtype, upstream: float) -> Tensor:
+        leaf = keys.to(dtype, copy=True).requires_grad_()
+        s = ops.listed_logits(listed.Listed(q.to(dtype), leaf, None, torch.tensor(scale, dtype=dtype), None, None, True))
+        return torch.autograd.grad((s * upstream).sum(), leaf)[0]
+
+    for upstream in (1.0, 1e-6):
+        found, exact = grad(torch.float32, upstream).double(), grad(torch.float64, upstream)
+        error = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert error.max() <= budget.gradient_budget(torch.float32, 0.0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind: str) -> None:
     """Schema, fakes, autograd registration and AOT dispatch of both operators."""
@@ -156,8 +174,8 @@ def test_no_copy_of_the_keys(kind: str, dtype: torch.dtype, monkeypatch: pytest.
 # MiB that may be taken above the inputs, and the loss. Keys of 32 MiB in bfloat16 have a gradient of 32 MiB; a float32 copy of them would
 # take 64 MiB more. Expanded keys written out would take 256 MiB; each of a few vectors of their logits takes 2 MiB.
 WHOLE: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
-    "paired": (40, lambda q, n: fastnce.info_nce(q, q.detach().flip(0), n, negative_mode="paired")),
-    "ragged": (48, lambda q, n: fastnce.info_nce(q, q.detach().flip(0), (n.flatten(0, 1), torch.arange(0, 2**16 + 1, 64)))),
+    "paired": (48, lambda q, n: fastnce.info_nce(q, q.detach().flip(0), n, negative_mode="paired")),
+    "ragged": (60, lambda q, n: fastnce.info_nce(q, q.detach().flip(0), (n.flatten(0, 1), torch.arange(0, 2**16 + 1, 64)))),
     "expanded": (
         24,
         lambda q, n: fastnce.info_nce(q, q.detach().flip(0), n[:8].detach().flatten(0, 1).expand(1024, 512, 256), 0.1, "mean", "paired"),
