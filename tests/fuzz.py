@@ -1,14 +1,15 @@
-"""Operators of a compiled library called with arguments that do not fit together: each call raises or runs, none reads or writes memory that
-is not its own. A program, for a process that watches its memory:
+"""Operators of a compiled library called with arguments that do not fit together: each call raises or runs, none reads or writes memory
+that is not its own. A program, for a process that watches its memory:
 
     python tests/fuzz.py LIBRARY SEED CALLS
 
-A call begins as one that fits, of random shapes and rules; then up to three of its arguments change. The sanitizer's library, loaded before all
-others, ends the process at the first access out of bounds.
+A call begins as one that fits, of random shapes and rules; then up to three of its arguments change. The sanitizer's library, loaded before
+all others, ends the process at the first access out of bounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -127,7 +128,7 @@ def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, 
 
 
 def splits_of(given: Arguments, columns: int) -> tuple[int, int]:
-    splits, least = random.choice((1, 1, 2)), 32  # columns of the narrowest tile
+    splits, least = random.choice((1, 1, 2)), 16  # columns of the narrowest tile
     return splits, max(1, -(-columns // (least * splits)))
 
 
@@ -273,13 +274,13 @@ CPU: dict[str, Callable[[], Arguments]] = {"forward": cpu_forward, "backward": c
 CUDA: dict[str, Callable[[], Arguments]] = {
     made.__name__: made
     for made in (
-        forward_rows, forward_both, retrieval, backward_rows, weights_block, prepare, aligned, finish, statistics, coefficients, scale_gradient,
-        log1p_loss, log1p_loss_backward, tile,
+        forward_rows, forward_both, retrieval, backward_rows, weights_block, prepare, aligned, finish, statistics, coefficients,
+        scale_gradient, log1p_loss, log1p_loss_backward, tile,
     )
 }  # fmt: skip
 CUDA |= {"emulated": dict, "runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
-# Emulated threads take their time: fewer of these.
-SLOW = {"forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block"}
+# What there is little to say to.
+RARE = {"level", "emulated", "runs_on", "tile"}
 
 
 # ---------------------------------------------------------------- what no longer fits
@@ -316,7 +317,7 @@ TENSORS: tuple[Callable[[Tensor], Any], ...] = (
     lambda t: t.to_sparse() if t.dim() and not t.is_sparse else t,
     lambda t: torch.full_like(t, torch.nan) if t.is_floating_point() else torch.full_like(t, random.choice((0, 1, 7))),
     lambda t: torch.nn.Parameter(t.clone()) if t.is_floating_point() else t,
-    lambda t: t.numpy(),
+    lambda t: [t],
 )
 NUMBERS = (
     -1,
@@ -382,7 +383,7 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
     assert known == set(operators), f"operators without calls here, or the other way round: {known ^ set(operators)}"
     ran: Counter[str] = Counter()
     raised: Counter[str] = Counter()
-    names = [name for name in operators for _ in range(1 if name in SLOW or operators[name] is dict else 4)]
+    names = [name for name in operators for _ in range(1 if name in RARE else 8)]
     for number in range(calls):
         random.seed(f"{seed} {number}")
         torch.manual_seed(random.randrange(2**31))
@@ -391,7 +392,8 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
         changes = random.choices((0, 1, 2, 3), (1, 6, 3, 1))[0] if given else 0
         for _ in range(changes):
             at = random.choice(list(given))
-            given[at] = changed(given[at], tensors_of(given))
+            with contextlib.suppress(RuntimeError):  # what has changed already need not change again
+                given[at] = changed(given[at], tensors_of(given))
         try:
             getattr(namespace, name)(**given)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -405,12 +407,11 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
 
 def run(library: Path, seed: int, calls: int, timeout: float = 600) -> dict[str, Any]:
     """The same in a process of its own, with the sanitizer's library loaded before all others. Raises AssertionError with what it said."""
-    preload = subprocess.run(
-        [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so", "-print-file-name=libubsan.so"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    compiler = os.environ.get("CXX", "c++")
+    preload = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
     # Python never frees all it has. Fibers of the emulator have stacks of their own.
     environment = os.environ | {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     command = [sys.executable, __file__, str(library), str(seed), str(calls)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import fuzz
 import pytest
 from emulated import EMULATOR, FLAGS
 
-from fastnce import native
+from fastnce import build, native
 
 COMPILER = os.environ.get("CXX", "c++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -61,12 +63,31 @@ def test_index_arithmetic(tmp_path: Path, emulator: str) -> None:
     assert status == 0 and " checks, 0 wrong" in output, output
 
 
-def test_every_form_under_sanitizers(tmp_path: Path, emulator: str) -> None:
-    """Hundreds of problems of random shapes and rules: no access out of bounds, and the definition's numbers."""
-    units = [path for path in native.sources("cuda").glob("*.cu") if path.stem not in ("rows", "finalise")]
-    todo = [(EMULATOR / "kernels.cpp", DRIVER), *((unit, KERNELS) for unit in sorted(units))]
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Object files of the kernels over tiles, for a program and for a library."""
+    into = tmp_path_factory.mktemp("kernels")
+    units = sorted(path for path in native.sources("cuda").glob("*.cu") if path.stem not in ("rows", "finalise"))
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda unit: compiled(unit[0], tmp_path, unit[1]), todo))
+        return list(pool.map(lambda unit: compiled(unit, into, KERNELS), units))
+
+
+def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
+    """Lengths, dtypes, devices, depths, sizes, one side without the other, memory twice: every call of every operator raises or runs."""
+    headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
+    todo = [("bind.cpp", ["-O0", *SANITIZERS, *headers]), ("rows.cu", KERNELS), ("finalise.cu", KERNELS)]
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda unit: compiled(native.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
+    library = tmp_path / "library.so"
+    subprocess.run([COMPILER, *SANITIZERS, "-shared", *objects, *kernels, emulator, *link, "-o", str(library)], check=True)
+    found = fuzz.run(library, seed=0, calls=600)
+    assert all(found[how][name] for how in ("ran", "raised") for name in set(fuzz.CUDA) - fuzz.RARE), found
+
+
+def test_every_form_under_sanitizers(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
+    """Hundreds of problems of random shapes and rules: no access out of bounds, and the definition's numbers."""
+    with ThreadPoolExecutor(2) as pool:
+        objects = [compiled(EMULATOR / "kernels.cpp", tmp_path, DRIVER), *kernels]
         program = linked([*objects, emulator], tmp_path, SANITIZERS)
         for kernel, (status, output) in zip(WITH_TILES, pool.map(lambda kernel: said(program, kernel), WITH_TILES), strict=True):
             assert status == 0 and " cases, 0 wrong" in output and not output.startswith("0 cases"), f"{kernel}: {output}"

@@ -9,7 +9,6 @@ import pytest
 import test_bad_input as bad
 import torch
 from test_bad_input import ids, leaves_of, same, x
-from test_native import compiled, library  # noqa: F401
 from torch import Tensor
 
 import fastnce

@@ -9,7 +9,6 @@ import rank_promises
 import torch
 import torch.nn.functional as F
 from rank_promises import PROMISES, U, similarities
-from test_native import compiled, library, needs_compiler  # noqa: F401  # fixtures
 
 import fastnce
 from fastnce import checks, contrastive_stats, info_nce, merge, tiles
@@ -18,7 +17,7 @@ from fastnce.backends import cpu
 PLACES = ("reference", "torch", "compiled")
 
 
-@pytest.fixture(params=[pytest.param(place, marks=needs_compiler if place == "compiled" else ()) for place in PLACES])
+@pytest.fixture(params=PLACES)
 def backend(request: pytest.FixtureRequest) -> str:
     """By name: the tiles of torch operations are in tiles of 16 x 16, the compiled ones in blocks of 64 x 64."""
     if request.param == "reference":

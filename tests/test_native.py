@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 
@@ -15,6 +17,8 @@ from fastnce import build, native
 from fastnce.backends import _native
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in os.environ, reason="no C++ compiler")
 
 
@@ -116,21 +120,49 @@ def test_arguments_are_checked(argument: str, value: object, message: str, compi
         torch.ops.fastnce_cpu.forward(**call)
 
 
-@needs_compiler
-def test_every_level_under_sanitizers(tmp_path: Path) -> None:
-    """480 problems of random shapes and rules on every level this processor has: no access out of bounds, and the definition's numbers."""
-    compiler, units = os.environ.get("CXX", "c++"), []
-    flags = ["-O1", "-g", "-std=c++17", "-fno-math-errno", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Object files of all units but bind.cpp, for a program and for a library."""
+    into = tmp_path_factory.mktemp("sanitized")
     sources = [path for path in native.sources("cpu").glob("*.cpp") if path.stem != "bind"]
-    for source in [*sources, ROOT / "tests" / "native" / "driver.cpp"]:
-        units.append(str(tmp_path / f"{source.stem}.o"))
-        level = build.LEVELS.get(source.stem, "").split()
-        subprocess.run([compiler, *flags, *level, f"-I{native.sources('cpu')}", "-c", str(source), "-o", units[-1]], check=True)
-    program = str(tmp_path / "driver")
-    subprocess.run([compiler, "-fsanitize=address,undefined", *units, "-o", program, "-lpthread"], check=True)
+    return [compiled_unit(source, into, *build.LEVELS.get(source.stem, "").split()) for source in sources]
+
+
+def compiled_unit(source: Path, into: Path, *more: str) -> Path:
+    unit = into / f"{source.stem}.o"
+    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", *SANITIZERS, f"-I{native.sources('cpu')}"]
+    subprocess.run([COMPILER, *flags, *more, "-c", str(source), "-o", str(unit)], check=True)
+    return unit
+
+
+@needs_compiler
+def test_calls_that_do_not_fit(sanitized: list[Path], tmp_path: Path) -> None:
+    """Lengths, dtypes, devices, depths, flags, one side without the other, memory twice: every call raises or runs."""
+    headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
+    bind = compiled_unit(native.sources("cpu") / "bind.cpp", tmp_path, "-O0", "-g0", *headers)
+    library = tmp_path / "library.so"
+    subprocess.run([COMPILER, *SANITIZERS, "-shared", *map(str, sanitized), str(bind), *link, "-o", str(library)], check=True)
+    found = fuzz.run(library, seed=0, calls=2000)
+    assert all(found[how][name] > 200 for how in ("ran", "raised") for name in ("forward", "backward")), found
+
+
+@needs_compiler
+def test_every_level_under_sanitizers(sanitized: list[Path], tmp_path: Path) -> None:
+    """480 problems of random shapes and rules on every level this processor has: no access out of bounds, and the definition's numbers."""
+    driver, program = compiled_unit(ROOT / "tests" / "native" / "driver.cpp", tmp_path), str(tmp_path / "driver")
+    subprocess.run([COMPILER, *SANITIZERS, *map(str, sanitized), str(driver), "-o", program, "-lpthread"], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " cases, 0 wrong" in done.stdout
+
+
+@needs_compiler
+def test_ids_may_lie_anywhere(compiled: None) -> None:
+    """In the middle of what was read from a file, say: between the addresses at which int64 are read."""
+    z, labels = torch.randn(30, 8), torch.arange(30) % 4
+    shifted = torch.frombuffer(bytearray(b"." + labels.numpy().tobytes()), dtype=torch.int64, offset=1)
+    assert shifted.data_ptr() % 8 and torch.equal(shifted, labels)
+    assert fastnce.sup_con(z, shifted, backend="cpu") == fastnce.sup_con(z, labels, backend="cpu")
 
 
 @needs_compiler

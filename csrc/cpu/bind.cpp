@@ -14,18 +14,15 @@ using fastnce::Wanted;
 using fastnce::Weights;
 
 template <class T>
-T* data(const Tensor& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
+T* data(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), "fastnce: ", name, " must be on the CPU");
-  return contiguous<T>(tensor, count, name, aligned);
+  return contiguous<T>(tensor, count, name);
 }
 
 template <class T>
-T* data(const Optional& tensor, int64_t count, const char* name, size_t aligned = sizeof(T)) {
-  return tensor ? data<T>(*tensor, count, name, aligned) : nullptr;
+T* data(const Optional& tensor, int64_t count, const char* name) {
+  return tensor ? data<T>(*tensor, count, name) : nullptr;
 }
-
-// The user's own may lie anywhere.
-const int64_t* ids(const Optional& tensor, int64_t count, const char* name) { return data<int64_t>(tensor, count, name, 1); }
 
 fastnce::Pool threads() {
   const int count = static_cast<int>(torch::stable::get_num_threads());
@@ -69,10 +66,10 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   // Whether ids were given is not a matter of their data: those of no rows have none.
   const auto one_sided = [&](const Optional& q, const Optional& k) { return !p.symmetric && q.has_value() != k.has_value(); };
   STD_TORCH_CHECK(!one_sided(q_label, k_label) && !one_sided(q_exclude, k_exclude), "fastnce: ids of one side only");
-  p.rules.q_label = ids(q_label, m, "q_label");
-  p.rules.k_label = p.symmetric ? p.rules.q_label : ids(k_label, n, "k_label");
-  p.rules.q_exclude = ids(q_exclude, m, "q_exclude");
-  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : ids(k_exclude, n, "k_exclude");
+  p.rules.q_label = data<int64_t>(q_label, m, "q_label");
+  p.rules.k_label = p.symmetric ? p.rules.q_label : data<int64_t>(k_label, n, "k_label");
+  p.rules.q_exclude = data<int64_t>(q_exclude, m, "q_exclude");
+  p.rules.k_exclude = p.symmetric ? p.rules.q_exclude : data<int64_t>(k_exclude, n, "k_exclude");
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) > 0 && mask->size(1) > 0, "fastnce: mask must be a matrix");
     p.rules.mask_rows = mask->size(0);

@@ -26,8 +26,13 @@ def pitched(columns: int) -> int:
 def rules(pairs: Pairs, symmetric: bool) -> list[object]:
     """The arguments of both operators that say which pair is what."""
     ids = [pairs.q_label, None if symmetric else pairs.k_label, pairs.q_exclude, None if symmetric else pairs.k_exclude]
-    dense = [None if vector is None else vector.to(torch.int64).contiguous() for vector in ids]
+    dense = [None if vector is None else _aligned(vector.to(torch.int64).contiguous()) for vector in ids]
     return [pairs.offset, *dense, None if pairs.mask is None else pairs.mask.contiguous()]
+
+
+def _aligned(ids: Tensor) -> Tensor:
+    """The user's own may lie anywhere: numpy reads them from the middle of a file."""
+    return ids if ids.data_ptr() % ids.element_size() == 0 else ids.clone()
 
 
 def best_positives(x: Tensor, y: Tensor | None, depth: int, flags: Sequence[bool], pairs: Pairs, best: list[Tensor]) -> None:
