@@ -20,15 +20,65 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.norms import compute_dtype, inverse, inverse_norms, valid_scale, vector_dtype
+from fastnce.norms import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
+
+SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
+
+# 1 / |k| squared may leave float32, with its derivative inside: a factor on the way.
+LIFT = 2.0**30
 
 
-def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Logits, and the inverse norms of the keys (empty without normalize).
+class Listed(NamedTuple):
+    """The arguments of the operator fastnce::listed, and the last ones of its backward.
 
     q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
     a key of row M is nobody's: its logit is 0
     """
+
+    q: Tensor
+    keys: Tensor
+    rows: Tensor | None
+    scale: Tensor
+    q_wide: Tensor | None
+    keys_wide: Tensor | None
+    normalize: bool
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the gradients are of: stand-ins (wide.py), where there are any."""
+        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
+
+
+def forward(*flat: Any) -> tuple[Tensor, Tensor]:
+    """Logits of a Listed, and the inverse norms of the keys (empty without normalize)."""
+    problem = Listed(*flat)
+    with no_autocast(problem.q):
+        return _forward(problem)
+
+
+def fake(*flat: Any) -> tuple[Tensor, Tensor]:
+    """Tensors like those of forward."""
+    problem = Listed(*flat)
+    s = problem.keys.new_empty(problem.keys.shape[:-1], dtype=compute_dtype(problem.q.dtype))
+    return s, s.new_empty(s.shape if problem.normalize else 0)
+
+
+def backward(g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    """dL/d(q, keys, scale) of a Listed from g = dL/ds and the results of forward; empty where not wanted."""
+    problem = Listed(*flat)
+    with no_autocast(problem.q):
+        found = _backward(g, s, r, wanted, problem)
+    return tuple(s.new_empty(0) if d is None else d for d in found)
+
+
+def fake_backward(g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
+    """Tensors like those of backward."""
+    like = Listed(*flat).differentiable
+    return tuple(t.new_empty(t.shape) if want else s.new_empty(0) for t, want in zip(like, wanted, strict=True))
+
+
+def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
+    q, keys, rows, scale, _, _, normalize = problem
     q_hat, _ = _unit(q, normalize)
     scale = valid_scale(scale)
     if _shared(keys):
@@ -41,54 +91,54 @@ def forward(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normali
         s[piece.at] = piece.dots()
         if normalize:
             norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
-    if not normalize:
-        return s.mul_(scale), norms
-    r = inverse(norms)
-    return s.mul_(r).mul_(scale), r
+    r = inverse(norms, norms.dtype) if normalize else norms
+    s.mul_(r if normalize else 1.0).mul_(scale)
+    # What belongs to nobody may be nan, and 0 times nan must not reach the others.
+    return s if rows is None else s.masked_fill_(rows == len(q), 0.0), r
 
 
-def backward(
-    g: Tensor,
-    s: Tensor,
-    r: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    rows: Tensor | None,
-    scale: Tensor,
-    normalize: bool,
-    wanted: Sequence[bool],
-    dtypes: tuple[torch.dtype, torch.dtype],
+def _backward(
+    g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], problem: Listed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dL/d(q, keys, scale), the first two in these dtypes, from g = dL/ds and the results of forward."""
+    q, keys, rows, scale, _, _, normalize = problem
+    dtypes = [t.dtype for t in problem.differentiable]
     q_hat, r_q = _unit(q, normalize)
-    due = g * valid_scale(scale)
-    dscale = ((g * s).sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
-    # Row M is nobody's. One query's sum over a list of any length is in float64: the order of index_put is that of the list.
-    shape, dtype = (q.shape, q_hat.dtype) if rows is None else ((len(q) + 1, q.shape[1]), vector_dtype(q))
-    dq_hat = q_hat.new_zeros(shape if wanted[0] else 0, dtype=dtype)
+    due, moment = g * valid_scale(scale), g * s
+    dscale = (moment.sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
+    # Of a list: row M is nobody's, and a query's sums are in float64, because index_put adds its terms one by one.
+    dq_hat = q_hat.new_zeros(q.shape) if rows is None else q_hat.new_zeros((len(q) + 1, q.shape[1]), dtype=vector_dtype(q))
     dkeys = keys.new_empty(keys.shape, dtype=dtypes[1]) if wanted[1] else None
     if wanted[0] and dkeys is None and _shared(keys):
         dq_hat = due @ _unit(keys[0], normalize)[0]
     elif wanted[0] or dkeys is not None:
-        by_key, radial = (due * r, g * s) if normalize else (due, None)
-        for piece in _pieces(q_hat, keys, rows, dkeys is not None):
+        by_key = due * r if normalize else due
+        radial = moment * r * (LIFT * r) if normalize else None
+        for piece in _pieces(q_hat, keys, rows, dkeys is not None and dkeys.dtype != q_hat.dtype):
             at = piece.at
             if wanted[0]:
                 if rows is None:
                     dq_hat[at[0]] += piece.sums(by_key[at])
                 else:
                     dq_hat.index_put_((rows[at],), piece.times(by_key[at][..., None]).to(dq_hat.dtype), accumulate=True)
-            if dkeys is not None and radial is not None:
-                # k^ first: 1 / |k| squared may be too small for float32.
-                k_hat = piece.times(r[at][..., None])
-                dkeys[at] = k_hat.mul_(-radial[at][..., None]).addcmul_(due[at][..., None], piece.queries).mul_(r[at][..., None])
-            elif dkeys is not None:
-                dkeys[at] = due[at][..., None] * piece.queries
+            if dkeys is not None:
+                out = dkeys[at] if dkeys.dtype == q_hat.dtype else piece.place()
+                torch.mul(piece.queries, by_key[at][..., None], out=out)
+                if radial is not None:
+                    out.addcmul_(piece.keys, radial[at][..., None], value=-1 / LIFT)
+                if dkeys.dtype != q_hat.dtype:
+                    dkeys[at] = out
+    if rows is not None and dkeys is not None:
+        dkeys.masked_fill_((rows == len(q))[:, None], 0.0)
     if not wanted[0]:
         return None, dkeys, dscale
     dq = dq_hat[: len(q)].to(q_hat.dtype)
     if r_q is not None:
-        dq = dq.addcmul_(q_hat, (q_hat * dq).sum(1, keepdim=True).neg_()).mul_(r_q[:, None])
+        # <q^, dq^> is the sum of g s.
+        if rows is None:
+            along = moment.sum(1)
+        else:
+            along = dq_hat.new_zeros(len(dq_hat)).index_put_((rows,), moment.to(dq_hat.dtype), accumulate=True)[: len(q)].to(dq.dtype)
+        dq = dq.addcmul_(q_hat, along[:, None], value=-1).mul_(r_q[:, None])
     return dq.to(dtypes[0]), dkeys, dscale
 
 
@@ -111,19 +161,21 @@ class _Piece(NamedTuple):
 
     def times(self, factor: Tensor) -> Tensor:
         """keys * factor, until the next product."""
-        return torch.mul(self.keys, factor, out=self.scratch[: self.keys.numel()].view(self.keys.shape))
+        return torch.mul(self.keys, factor, out=self.place())
+
+    def place(self) -> Tensor:
+        """Memory of the shape of the keys, until its next use."""
+        return self.scratch[: self.keys.numel()].view(self.keys.shape)
 
 
-def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, products: bool) -> Iterator[_Piece]:
-    """products: times() will be called also where matrix products serve."""
-    backend: Any = torch.backends.cuda if keys.is_cuda else torch.backends.mkldnn
-    rounds = keys.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")
-    batched = keys.dim() == 3 and keys.shape[1] > 1 and not rounds
-    copies, products = keys.dtype != q_hat.dtype, products or not batched
+def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> Iterator[_Piece]:
+    """place: place() will be called also where matrix products serve. Where no memory is needed all keys are one piece."""
+    batched = keys.dim() == 3 and keys.shape[1] > 1 and not _rounds(keys)
+    copies, place = keys.dtype != q_hat.dtype, place or not batched
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
-    most = min(max(1, most), keys.shape[:-1].numel()) if copies or products else keys.shape[:-1].numel()
+    most = min(max(1, most), keys.shape[:-1].numel()) if copies or place else keys.shape[:-1].numel()
     # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
-    scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (products, copies))
+    scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (place, copies))
 
     def piece(at: tuple[slice, ...], queries: Tensor) -> _Piece:
         own = keys[at]
@@ -156,4 +208,10 @@ def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 def _shared(keys: Tensor) -> bool:
     """Whether the lists of all queries are one list in memory: then its product with the queries is a matrix product."""
-    return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0
+    return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0 and not _rounds(keys)
+
+
+def _rounds(keys: Tensor) -> bool:
+    """Whether torch may round the factors of a float32 matrix product on this device."""
+    backend: Any = torch.backends.cuda if keys.is_cuda else torch.backends.mkldnn
+    return keys.dtype != torch.float64 and backend.matmul.fp32_precision in ("tf32", "bf16")

@@ -124,8 +124,8 @@ def info_nce(
 
     def problem(k: Tensor, keys: slice, offset: int | None, two_sided: bool, threshold: Tensor | None) -> Problem:
         ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
-        wide = first if offset == 0 else second
-        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *wide)
+        own = first if offset == 0 else second
+        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *own)
 
     def with_none(loss: Tensor) -> Tensor:
         """The loss; it depends on negatives that are none with a gradient of their shape."""
@@ -138,6 +138,8 @@ def info_nce(
         found = stats.compute(where, in_batch_problem, backend)
     else:
         found = one_positive(query, positive_key, first, scale, normalize, return_stats)
+        if shared is not None and return_stats:
+            found = found._replace(pos_max=stats.best_of_pairs(where, query, positive_key, scale, normalize, backend))
     before = in_batch_keys if use_batch else 0
     if shared is not None:
         also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
@@ -149,7 +151,12 @@ def info_nce(
             also = stats.compute(where, problem(shared, slice(before, met), None, False, best), backend)
         found = stats.merge(found, also, before)
     elif negatives is not None:
-        found = stats.merge(found, negatives.statistics(query, second, scale, normalize, found.pos_max), before)
+        threshold = found.pos_max
+        if use_batch and threshold is not None:
+            # As the listed logits come out; with ids another key may be a better positive.
+            own = one_positive(query.detach(), positive_key[:rows].detach(), (None, None), scale.detach(), normalize, return_stats).pos
+            threshold = own if label[0] is None else torch.maximum(threshold, own)
+        found = stats.merge(found, negatives.statistics(query, second, scale, normalize, threshold), before)
     values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
@@ -429,6 +436,8 @@ def moco_loss(
     scale = checks.scale_of(where, temperature, scale, q)
     wide = shared_uses(q, k, q, negatives)
     found = one_positive(q, k, wide[:2], scale, normalize, return_stats)
+    if return_stats:
+        found = found._replace(pos_max=stats.best_of_pairs(where, q, k, scale, normalize, backend))
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max, False, *wide[2:])
     found = stats.merge(found, stats.compute(where, problem, backend))
     return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, q), found, scale, None, return_stats)

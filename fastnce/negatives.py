@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fastnce import checks
-from fastnce.ops import Listed, listed_logits
-from fastnce.problem import TIE
+from fastnce.listed import Listed
+from fastnce.norms import compute_dtype
+from fastnce.ops import listed_logits
+from fastnce.problem import tied
 from fastnce.stats import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
+Bounds: TypeAlias = tuple[Tensor, Tensor]  # see problem.tied
 
 # The two of a ragged tuple as the caller writes them.
 VALUES, OFFSETS = "negative_keys[0]", "negative_keys[1]"
@@ -54,20 +57,13 @@ class Negatives(NamedTuple):
     def statistics(
         self, query: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool, threshold: Tensor | None
     ) -> ContrastiveStats:
-        """Row statistics of listed negatives. wide: stand-ins for query and keys. threshold (M,): metrics too, rank counted from there."""
-        if threshold is not None and normalize:
-            threshold = threshold + scale.detach() * TIE
+        """Row statistics of listed negatives. wide: stand-ins for query and keys. threshold (M,): metrics too, rank and ties counted from
+        there."""
+        bounds = None if threshold is None else tied(threshold, scale, normalize, compute_dtype(query.dtype))
         s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize))
-        if self.rows is None:
-            lse, most, hardest, above = _by_row(s, threshold)
-        else:
-            lse, most, hardest, above = self._by_segment(s, query.shape[0], threshold)
-        none = lse.new_full((query.shape[0],), -torch.inf)
-        zero = torch.zeros_like(hardest)
-        found = ContrastiveStats(lse, none, torch.zeros_like(none), zero)
-        return found if threshold is None else found._replace(rank=above, hardest=hardest, hardest_logit=most, pos_max=none)
+        return _by_row(s, bounds) if self.rows is None else self._by_segment(s, query.shape[0], bounds)
 
-    def _by_segment(self, s: Tensor, n: int, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _by_segment(self, s: Tensor, n: int, bounds: Bounds | None) -> ContrastiveStats:
         """As _by_row, over the values of each of n queries; a query without any has lse -inf and hardest -1."""
         assert self.rows is not None
         count = len(self.rows)
@@ -78,13 +74,17 @@ class Negatives(NamedTuple):
         total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
         # log(0) has an infinite gradient; a query without values takes none.
         lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
-        if threshold is None:
-            return lse, most, rows.new_full((n,), -1), rows.new_zeros(n)
-        above = rows.new_zeros(n).index_add(0, rows, (s > threshold[rows]).to(rows.dtype))
+        if bounds is None:
+            return _of_negatives(lse)
+        s, (low, high) = s.detach(), (bound[rows] for bound in bounds)
+        above = rows.new_zeros(n).index_add(0, rows, (~(s <= high)).to(rows.dtype))
+        ties = rows.new_zeros(n).index_add(0, rows, ((low <= s) & (s <= high)).to(rows.dtype))
+        s = s.masked_fill(s.isnan(), -torch.inf)
+        most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s, "amax")
         position = torch.arange(count, device=rows.device)
-        candidate = torch.where((s.detach() == most[rows]) & ~nobody, position, count)
+        candidate = torch.where((s == most[rows]) & (s > -torch.inf), position, count)
         hardest = rows.new_full((n,), count).scatter_reduce(0, rows, candidate, "amin")
-        return lse, most, hardest.masked_fill(hardest == count, -1), above
+        return _of_negatives(lse, above, ties, hardest.masked_fill(hardest == count, -1), most)
 
 
 def one_positive(
@@ -99,7 +99,8 @@ def one_positive(
     found = ContrastiveStats(none, pos, pos, one)
     if not metrics:
         return found
-    return found._replace(rank=torch.zeros_like(one), hardest=torch.full_like(one, -1), hardest_logit=none, pos_max=pos.detach())
+    zero = torch.zeros_like(one)
+    return found._replace(rank=zero, ties=zero, hardest=torch.full_like(one, -1), hardest_logit=none, pos_max=pos.detach())
 
 
 def _no_temperature(where: str, given: object) -> None:
@@ -137,10 +138,24 @@ def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Nega
     return Negatives("ragged", values, rows.where(rows >= 0, query.shape[0]))
 
 
-def _by_row(s: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _of_negatives(lse: Tensor, *metrics: Tensor) -> ContrastiveStats:
+    """Of rows without a positive. metrics: rank, ties, hardest, hardest_logit, or none of them."""
+    none = torch.full_like(lse, -torch.inf)
+    found = ContrastiveStats(lse, none, torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64))
+    if not metrics:
+        return found
+    rank, ties, hardest, hardest_logit = metrics
+    return found._replace(rank=rank, ties=ties, hardest=hardest, hardest_logit=hardest_logit, pos_max=none)
+
+
+def _by_row(s: Tensor, bounds: Bounds | None) -> ContrastiveStats:
     if s.shape[1] == 0:  # only where there is no query either
         none = s.new_empty(0)
-        return s.sum(1), none, none.long(), none.long()
-    most, hardest = s.detach().max(1)
-    above = hardest if threshold is None else (s > threshold[:, None]).sum(1)
-    return s.logsumexp(1), most, hardest, above
+        return _of_negatives(s.sum(1), *() if bounds is None else (none.long(), none.long(), none.long(), none))
+    lse = s.logsumexp(1)
+    if bounds is None:
+        return _of_negatives(lse)
+    s, (low, high) = s.detach(), (bound[:, None] for bound in bounds)
+    most, hardest = s.masked_fill(s.isnan(), -torch.inf).max(1)
+    ties = ((low <= s) & (s <= high)).sum(1)
+    return _of_negatives(lse, (~(s <= high)).sum(1), ties, hardest.masked_fill(most == -torch.inf, -1), most)

@@ -39,17 +39,19 @@ def valid_scale(scale: Tensor) -> Tensor:
     return scale.where((scale > 0) & (scale < math.inf), math.nan)
 
 
-def inverse_norms(x: Tensor) -> Tensor:
-    """r = 1 / |x| of every row (last dimension of x), in compute_dtype, differentiable.
+def inverse_norms(x: Tensor, exact: bool = False) -> Tensor:
+    """r = 1 / |x| of every row (last dimension of x), in compute_dtype, differentiable; exact: in vector_dtype, so that the logits of rows
+    which differ in length alone differ by fewer roundings.
 
     0 for a zero row: its similarities and its gradient are then 0, where torch's x / max(|x|, eps) has a gradient of 1e12.
     NaN for a row longer than 1e18: torch silently returns similarity 0 there.
     """
-    return inverse(torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype)))
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=vector_dtype(x) if exact else compute_dtype(x.dtype))
+    return inverse(norm, x.dtype)
 
 
-def inverse(norm: Tensor) -> Tensor:
-    """inverse_norms from the norms, in compute_dtype."""
+def inverse(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """inverse_norms from the norms of rows of this dtype."""
     short = norm < EPS
     r = norm.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
-    return r if norm.dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)
+    return r if dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)

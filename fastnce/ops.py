@@ -8,7 +8,7 @@ register_autograd would do).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,119 +17,27 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
 from fastnce.backends._gpu import rows
+from fastnce.listed import Listed
 from fastnce.norms import compute_dtype, no_autocast, vector_dtype
-from fastnce.pairs import Pairs
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
-
-_PROBLEM = (
-    "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
-    "Tensor? mask, Tensor? threshold, Tensor? q_wide, Tensor? k_wide, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
-    "bool metrics, bool frozen, str backend"
-)
-_TENSORS = 12  # of the arguments above, the first are tensors
-_WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
-_LISTED = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
-# One argument per vector, not lists of them: for the batched gradients of torch.autograd (is_grads_batched), torch repeats an operator by
-# itself where no argument is a list of tensors.
-_GRADS, _STATS = (
-    ", ".join(f"Tensor? {side}_{field}" for side in ("rows", "columns") for field in fields)
-    for fields in (SideGrad._fields, Side._fields[:WITHOUT_METRICS])
-)
+from fastnce.schemas import GRADS, PROBLEM, STATS, TENSORS, WIDE, Arguments, Request
 
 _library = torch.library.Library("fastnce", "DEF")
-_library.define(f"forward({_PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"forward({PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    f"backward({_GRADS}, {_STATS}, bool[4] wanted, {_PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"backward({GRADS}, {STATS}, bool[4] wanted, {PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("wide(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"listed({_LISTED}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"listed({listed.SCHEMA}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {_LISTED}) -> (Tensor, Tensor, Tensor)",
+    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {listed.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-
-
-class Arguments(NamedTuple):
-    """The problem as the flat arguments of the operators."""
-
-    q: Tensor
-    k: Tensor | None
-    scale: Tensor
-    bias: Tensor | None
-    q_label: Tensor | None
-    k_label: Tensor | None
-    q_exclude: Tensor | None
-    k_exclude: Tensor | None
-    mask: Tensor | None
-    threshold: Tensor | None
-    q_wide: Tensor | None
-    k_wide: Tensor | None
-    offset: int | None
-    exclude_self: bool
-    two_sided: bool
-    normalize: bool
-    metrics: bool
-    frozen: bool
-    backend: str
-
-    @staticmethod
-    def of(problem: Problem, backend: str) -> Arguments:
-        p, rules = problem, problem.pairs
-        ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
-        flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
-        return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, p.q_wide, p.k_wide, rules.offset, *flags, backend)
-
-    def problem(self) -> Problem:
-        rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
-        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen, self.q_wide, self.k_wide)
-        return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
-
-    @property
-    def differentiable(self) -> tuple[Tensor, Tensor | None]:
-        """What the gradients of the features are of: their stand-ins, where there are any."""
-        return self.q if self.q_wide is None else self.q_wide, self.k if self.k_wide is None else self.k_wide
-
-
-class Listed(NamedTuple):
-    """The arguments of fastnce::listed, and the last ones of its backward."""
-
-    q: Tensor
-    keys: Tensor
-    rows: Tensor | None
-    scale: Tensor
-    q_wide: Tensor | None
-    keys_wide: Tensor | None
-    normalize: bool
-
-    @property
-    def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the gradients are of: stand-ins, where there are any."""
-        return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
-
-
-class Request(NamedTuple):
-    """What backward is asked: vectors of the rows, then of the columns, which are None where not two_sided."""
-
-    grads: Sequence[Tensor]
-    stats: Sequence[Tensor]
-    wanted: Sequence[bool]
-    of: Arguments
-
-    @staticmethod
-    def read(flat: Sequence[Any]) -> Request:
-        grads, stats = 2 * DIFFERENTIABLE, 2 * WITHOUT_METRICS
-        return Request(flat[:grads], flat[grads : grads + stats], flat[grads + stats], Arguments(*flat[grads + stats + 1 :]))
-
-    def flat(self) -> list[Any]:
-        def two(vectors: Sequence[Tensor], per_side: int) -> list[Tensor | None]:
-            return [*vectors, *[None] * (2 * per_side - len(vectors))]
-
-        return [*two(self.grads, DIFFERENTIABLE), *two(self.stats, WITHOUT_METRICS), self.wanted, *self.of]
 
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
@@ -215,22 +123,22 @@ class _Statistics(_Derivative):
             args = args._replace(frozen=args.frozen and alone and not torch._C._are_functorch_transforms_active())
         output = tuple(below(*args))
         per_side = FIELDS if args.metrics else WITHOUT_METRICS
-        ctx.per_side, ctx.flags = per_side, args[_TENSORS:]
+        ctx.per_side, ctx.flags = per_side, args[TENSORS:]
         vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
-        _Derivative.keep(ctx, *flat[:_TENSORS], *vectors)
+        _Derivative.keep(ctx, *flat[:TENSORS], *vectors)
         ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = _Derivative.kept(ctx)
-        tensors, vectors = saved[:_TENSORS], saved[_TENSORS:]
+        tensors, vectors = saved[:TENSORS], saved[TENSORS:]
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[1:5])
         request = Request(differentiable, vectors, wanted, Arguments(*tensors, *ctx.flags))
         found = torch.ops.fastnce.backward(*request.flat())
         given = [g if wanted[i] else None for i, g in enumerate(found)] + [None] * (len(ctx.needs_input_grad) - 1 - len(found))
-        for feature, wide in enumerate(_WIDE):
+        for feature, wide in enumerate(WIDE):
             if tensors[wide] is not None:
                 given[wide], given[feature] = given[feature], None
         return None, *given
@@ -403,7 +311,7 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
         real = x.new_empty(x.shape[0], dtype=vector_dtype(x))
         count = x.new_empty(x.shape[0], dtype=torch.int64)
         own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else real
-        kinds = (real, real, real, count, real, own_pos) + ((count, count, real, real) if args.metrics else ())
+        kinds = (real, real, real, count, real, own_pos) + ((count, count, count, real, real) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 
@@ -418,31 +326,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape)
 
 
-def _listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    with no_autocast(a.q):
-        return listed.forward(a.q, a.keys, a.rows, a.scale, a.normalize)
-
-
-def _fake_listed(*flat: Any) -> tuple[Tensor, Tensor]:
-    a = Listed(*flat)
-    s = a.keys.new_empty(a.keys.shape[:-1], dtype=compute_dtype(a.q.dtype))
-    return s, s.new_empty(s.shape if a.normalize else 0)
-
-
-def _listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    q, keys, _ = a.differentiable
-    with no_autocast(a.q):
-        found = listed.backward(grad, s, r, a.q, a.keys, a.rows, a.scale, a.normalize, wanted, (q.dtype, keys.dtype))
-    return tuple(a.q.new_empty(0) if g is None else g for g in found)
-
-
-def _fake_listed_backward(grad: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat: Any) -> tuple[Tensor, ...]:
-    a = Listed(*flat)
-    return tuple(t.new_empty(t.shape) if want else a.q.new_empty(0) for t, want in zip(a.differentiable, wanted, strict=True))
-
-
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     """vmap rule: the batch is a loop. A batched problem is no faster than its parts: each already fills the device."""
 
@@ -453,10 +336,10 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         runs = [operator(*(pick(a, d, n) for a, d in zip(args, in_dims, strict=True))) for n in range(info.batch_size)]
-        kind = type(runs[0])
-        if kind is Tensor:
+        if isinstance(runs[0], Tensor):
             return torch.stack(runs), 0
         stacked = [torch.stack(parts) for parts in zip(*runs, strict=True)]
+        kind = type(runs[0])
         return kind(stacked), kind([0] * len(stacked))
 
     return rule
@@ -468,8 +351,8 @@ for _name, _run, _fake, _derivative in (
     ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
     ("wide", _wide, _wide, _Wide),
     ("copy_of_queue", _copy_of_queue, torch.empty_like, _Wide),
-    ("listed", _listed, _fake_listed, _Listed),
-    ("listed_backward", _listed_backward, _fake_listed_backward, _Gradients),
+    ("listed", listed.forward, listed.fake, _Listed),
+    ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):

@@ -55,6 +55,10 @@ class Pairs(NamedTuple):
         """
         return not self.positives_by_content() and not (symmetric and self.offset is not None and 2 * self.offset < rows)
 
+    def may_be_positive(self, tile: Tile, symmetric: bool) -> bool:
+        """False where no pair of the tile can be a positive."""
+        return self.positives_by_content() or any(crosses(tile, diagonal) for diagonal in self.diagonals(symmetric)[1])
+
     def diagonals(self, symmetric: bool) -> tuple[list[int], list[int]]:
         """Diagonals j - i of the whole matrix that are (excluded, positive) by index alone."""
         excluded = [0] if self.exclude_self else []
@@ -99,9 +103,13 @@ class Pairs(NamedTuple):
 
 def fill_diagonal(matrix: Tensor, tile: Tile, diagonal: int, value: float) -> None:
     """Write value where j - i == diagonal, in the coordinates of the whole matrix, if that line crosses the tile."""
-    local = diagonal - (tile.j0 - tile.i0)
-    if -matrix.shape[0] < local < matrix.shape[1]:
-        matrix.diagonal(local).fill_(value)
+    if crosses(tile, diagonal):
+        matrix.diagonal(diagonal - (tile.j0 - tile.i0)).fill_(value)
+
+
+def crosses(tile: Tile, diagonal: int) -> bool:
+    """Whether the line j - i == diagonal has a pair in the tile."""
+    return tile.i0 + diagonal < tile.j1 and tile.j0 < tile.i1 + diagonal
 
 
 def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: Tile, shape: tuple[int, int], device: torch.device) -> Tensor:

@@ -8,9 +8,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastnce.norms import compute_dtype
 from fastnce.pairs import Pairs
 
-TIE = 2.0**-20  # of a cosine: 16 units in the last place of float32
+# Cosines that are no further apart are a tie, by the dtype of the products: 3 u of float32, u = 2^-24, and 16 u of float64. The threshold
+# and the logits that are compared with it come from one routine: equal rows have equal bits, whatever the order of the sums. Rows that
+# differ in length alone have not: either logit is rounded, by up to u, and so is either length. Together that is 0.8 u (rms); of such
+# pairs, of 8 to 2,048 columns, 1 in 200 is more than 3 u apart. In float64 there are bits to spare, and all such pairs are inside.
+TIE = {torch.float32: 3 * 2.0**-24, torch.float64: 2.0**-49}
+
+
+def tied(threshold: Tensor, scale: Tensor, normalize: bool, dtype: torch.dtype, unit: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(low, high), as threshold: where low <= logit <= high, a negative ties with the threshold; unless logit <= high, it is above.
+
+    threshold   logits without the bias, in a unit of which a nat has `unit`
+    normalize   otherwise logits have any size, and the band is the same fraction of the threshold itself
+    A threshold that is nan has every negative above it, and so has -inf, a row without a positive, with which nothing ties. A negative
+    that is nan is above any threshold: it is not <= high.
+    """
+    band = TIE[dtype] * (unit * scale.detach() if normalize else threshold.abs())
+    low, high = threshold - band, threshold + band
+    return low.where(low > -torch.inf, torch.inf), high.masked_fill(high.isnan(), -torch.inf)
 
 
 class Problem(NamedTuple):
@@ -20,7 +38,7 @@ class Problem(NamedTuple):
     k          (N, D), or None where the keys are the queries (symmetric logits)
     scale      0-dim, compute dtype; bias the same or None
     two_sided  column statistics as well as row statistics
-    metrics    also rank, hardest negative and best positive
+    metrics    also rank, ties, hardest negative and best positive
     threshold  (M,) logits that rank counts from; None: the row's own best positive
     frozen     q will be asked for its gradient and k will not (MoCo's queue)
     q_wide     stand-in for q, of its shape and in the inner precision: dq is not rounded and goes there (wide.shared); k_wide the same
@@ -53,10 +71,14 @@ class Problem(NamedTuple):
         q, k = self.q if self.q_wide is None else self.q_wide, self.keys if self.k_wide is None else self.k_wide
         return q.dtype, k.dtype
 
-    @property
-    def tie(self) -> Tensor | float:
-        """How much larger a negative's logit must be to be above: two similarities that are equal may differ by their rounding."""
-        return self.scale * TIE if self.normalize else 0.0
+    def tied(self, best: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        """(low, high) of the rows, see tied(). best: the largest positive logits without the bias, in a unit of which a nat has `unit`."""
+        given, bias, threshold = self.threshold, self.bias, best
+        if given is not None:
+            threshold = (given if bias is None else given - bias) * unit
+        elif bias is not None:
+            threshold = best + 0.0 * bias  # a bias that is no number makes every logit nan
+        return tied(threshold, self.scale, self.normalize, compute_dtype(self.q.dtype), unit)
 
 
 class Side(NamedTuple):
@@ -67,7 +89,8 @@ class Side(NamedTuple):
     n_pos             how many positives, int64
     own_neg, own_pos  the two log-sums in the form the backend's backward wants them back; from a backend whose keeps_output(problem) is
                       true, own_pos is (M, D + 1) float32: the mean of the keys, and of the logits, by the weights of the row
-    rank              negatives above the threshold, int64            } metrics only
+    rank              negatives above the threshold, int64            } metrics only. A logit that is nan is above, and never the
+    ties              negatives that float32 cannot tell from it      } hardest; a threshold that is nan is below every negative
     hardest           column of the largest negative, -1 without      }
     hardest_logit     its logit, -inf without                         }
     pos_max           largest positive logit, -inf without            }
@@ -80,6 +103,7 @@ class Side(NamedTuple):
     own_neg: Tensor
     own_pos: Tensor
     rank: Tensor | None = None
+    ties: Tensor | None = None
     hardest: Tensor | None = None
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None

@@ -23,8 +23,11 @@ class ContrastiveStats(NamedTuple):
     pos       mean logit of its positives; 0 without any                                differentiable
     n_pos     number of positives, int64
     With metrics=True, else None:
-    rank      negatives whose logit is above the threshold (the row's best positive by default), int64; 0 is a top-1 hit
-    hardest   index of the largest negative, int64; -1 without any
+    rank      negatives whose logit is above the threshold (the row's best positive by default), int64
+    ties      negatives that cannot be told from it in this precision, int64; 0 of both is a top-1 hit. Between the best and the worst
+              place that the rounding allows are rank and rank + ties, in the middle rank + ties / 2
+              A logit that is nan is above, and so is every negative where the threshold is nan or there is no positive
+    hardest   index of the largest negative that is not nan, int64; -1 without any
     hardest_logit, pos_max   logits of the largest negative and of the best positive; -inf without any
     """
 
@@ -33,6 +36,7 @@ class ContrastiveStats(NamedTuple):
     pos: Tensor
     n_pos: Tensor
     rank: Tensor | None = None
+    ties: Tensor | None = None
     hardest: Tensor | None = None
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None
@@ -70,8 +74,8 @@ def contrastive_stats(
     q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
     positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]
     two_sided       also the statistics of every key over the queries, from the same tiles, in `columns`
-    metrics         also rank, hardest negative and best positive (no gradient)
-    threshold       (M,) logits from which rank counts; default: each row's best positive
+    metrics         also rank, ties, hardest negative and best positive (no gradient)
+    threshold       (M,) logits from which rank and ties count; default: each row's best positive
     backend         "auto", "triton", "cuda" (NVIDIA GPUs), "cpu" (tiled, any device) or "reference" (dense)
 
     Returns ContrastiveStats, float32 (float64 for float64 input). Memory is O((M + N) D), never O(M N).
@@ -148,8 +152,18 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
 
+def best_of_pairs(where: str, q: Tensor, k: Tensor, scale: Tensor, normalize: bool, backend: str) -> Tensor:
+    """(M,) logits of the pairs (q_i, k_i) as the tiles of a backend give them, without a gradient: where ranks among other keys count
+    from. From another routine they could be off by more than the band of ties, and equal rows would be above or below by chance."""
+    q, k, scale = q.detach(), k.detach(), scale.detach()
+    found = compute(where, Problem(q, k, scale, None, Pairs(False, 0), False, normalize, metrics=True), backend).pos_max
+    assert found is not None
+    return found
+
+
 def _public(side: Side) -> ContrastiveStats:
-    return ContrastiveStats(side.lse_neg, side.lse_pos, side.pos, side.n_pos, side.rank, side.hardest, side.hardest_logit, side.pos_max)
+    metrics = (side.rank, side.ties, side.hardest, side.hardest_logit, side.pos_max)
+    return ContrastiveStats(side.lse_neg, side.lse_pos, side.pos, side.n_pos, *metrics)
 
 
 def _rounded(found: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
@@ -163,9 +177,10 @@ def _rounded(found: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
 def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> ContrastiveStats:
     """Statistics (M,) of the same rows over two disjoint sets of keys, as if they were one: what a ring, a queue or a chunk adds up.
 
-        lse = log(exp lse_a + exp lse_b)      pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)      n_pos, rank: sums
+        lse = log(exp lse_a + exp lse_b)      pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)      n_pos, rank, ties: sums
 
-    Rank is right if both counted from the same threshold. `shift` is added to the hardest index of b: the number of keys before b's.
+    Rank and ties are right if both counted from the same threshold. `shift` is added to the hardest index of b: the number of keys
+    before b's.
     Returns ContrastiveStats. `columns` are dropped: the columns of the two are different keys.
     """
     n_pos = a.n_pos + b.n_pos
@@ -178,11 +193,13 @@ def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> Contrasti
     )
     if a.rank is None or b.rank is None:
         return merged
+    assert a.ties is not None and b.ties is not None
     assert a.hardest is not None and a.hardest_logit is not None and a.pos_max is not None
     assert b.hardest is not None and b.hardest_logit is not None and b.pos_max is not None
     harder = b.hardest_logit > a.hardest_logit
     return merged._replace(
         rank=a.rank + b.rank,
+        ties=a.ties + b.ties,
         hardest=torch.where(harder, b.hardest + shift, a.hardest),
         hardest_logit=torch.maximum(a.hardest_logit, b.hardest_logit),
         pos_max=torch.maximum(a.pos_max, b.pos_max),

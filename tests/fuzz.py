@@ -46,8 +46,8 @@ def new(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
 # Per side what forward collects, in its order: name, dtype, whether it belongs to the metrics.
 COLLECTED = (
     ("negative", DOUBLE, False), ("top_negative", FLOAT, False), ("positive", DOUBLE, False), ("top_positive", FLOAT, False),
-    ("pos", DOUBLE, False), ("n_pos", LONG, False), ("pos_max", FLOAT, True), ("threshold", FLOAT, True), ("rank", LONG, True),
-    ("hardest_t", FLOAT, True), ("hardest", LONG, True),
+    ("pos", DOUBLE, False), ("n_pos", LONG, False), ("low", FLOAT, True), ("high", FLOAT, True), ("rank", LONG, True),
+    ("ties", LONG, True), ("hardest_t", FLOAT, True), ("hardest", LONG, True),
 )  # fmt: skip
 
 
@@ -74,14 +74,13 @@ def tiles_of_cpu() -> tuple[Arguments, int, int]:
 
 def cpu_forward() -> Arguments:
     given, m, n = tiles_of_cpu()
-    metrics, threshold = some(), some()
+    metrics, sides = some(), (m, n)[: 1 + given["flags"][0]]
+    return given | {"sums": [new(0 if metric and not metrics else rows, dtype=dtype) for rows in sides for _, dtype, metric in COLLECTED]}
 
-    def collected(name: str, metric: bool) -> bool:
-        return not metric or (metrics and (threshold or name != "threshold"))
 
-    sides = (m, n)[: 1 + given["flags"][0]]
-    sums = [new(rows if collected(name, metric) else 0, dtype=dtype) for rows in sides for name, dtype, metric in COLLECTED]
-    return given | {"tie": 1e-6, "sums": sums}
+def cpu_best_positives() -> Arguments:
+    given, m, n = tiles_of_cpu()
+    return given | {"best": [new(rows) for rows in (m, n)[: 1 + given["flags"][0]]]}
 
 
 def cpu_backward() -> Arguments:
@@ -159,8 +158,8 @@ def forward_both() -> Arguments:
 def retrieval() -> Arguments:
     given, rows, columns = tiles_of_cuda()
     splits, per_split = splits_of(columns)
-    real, whole = new(2, splits, rows), new(2, splits, rows, dtype=INT)
-    return given | {"threshold": new(rows), "splits": splits, "per_split": per_split, "real": real, "whole": whole}
+    real, whole = new(2, splits, rows), new(3, splits, rows, dtype=INT)
+    return given | {"bounds": new(2, rows), "splits": splits, "per_split": per_split, "real": real, "whole": whole}
 
 
 def weights_of(given: Arguments) -> Arguments:
@@ -272,7 +271,12 @@ def tile() -> Arguments:
     return {"kernel": kernel, "rules": random.choice(("index", "ids", "mask"))} | given
 
 
-CPU: dict[str, Callable[[], Arguments]] = {"forward": cpu_forward, "backward": cpu_backward, "level": dict}
+CPU: dict[str, Callable[[], Arguments]] = {
+    "best_positives": cpu_best_positives,
+    "forward": cpu_forward,
+    "backward": cpu_backward,
+    "level": dict,
+}
 CUDA: dict[str, Callable[[], Arguments]] = {
     made.__name__: made
     for made in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnce
 from fastnce import ops
+from fastnce.backends import cpu
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -37,7 +39,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "symmetric": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, symmetric=True, **o),
     "unpaired": lambda q, k, s, **o: fastnce.info_nce(q, k, k.flip(0), scale=s, in_batch=True, **o),
     "paired": lambda q, k, s, **o: fastnce.info_nce(q, k, paired(k), scale=s, negative_mode="paired", in_batch=True, **o),
-    "ragged": lambda q, k, s, **o: fastnce.info_nce(q, k, (paired(k).flatten(0, 1), torch.arange(0, 25, 2)), scale=s, **o),
+    "ragged": lambda q, k, s, **o: fastnce.info_nce(q, k, (paired(k).flatten(0, 1), torch.arange(0, 2 * len(k) + 1, 2)), scale=s, **o),
     "nt_xent": lambda q, k, s, **o: fastnce.nt_xent(q, k, scale=s, **o),
     "sup_con": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, scale=s, **o),
     "sup_con in": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, variant="in", scale=s, **o),
@@ -231,3 +233,255 @@ def test_uninitialised_memory_is_never_read() -> None:
         torch.use_deterministic_algorithms(False)
     assert torch.isfinite(grad).all()
     assert torch.isfinite(loss)
+
+
+# The size of a batch decides who computes: dense operations for 24 rows, a backend for 520. It decides nothing else.
+
+KINDS: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], object]] = {}
+
+
+def kind(of: Callable[..., object]) -> Callable[..., object]:
+    KINDS[of.__name__] = of
+    return of
+
+
+def made_in_inference_mode(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return x.clone()
+
+
+def gradients(loss: Tensor, *inputs: Tensor, **options: object) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, **options)  # type: ignore[arg-type]
+
+
+@kind
+def plain(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return gradients(loss(q, k, s), q, k, s)
+
+
+@kind
+def frozen_teacher(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return gradients(loss(q, made_in_inference_mode(k), made_in_inference_mode(s)), q)[0], None, None
+
+
+@kind
+def frozen_student(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return None, *gradients(loss(made_in_inference_mode(q), k, s), k, s)
+
+
+@kind
+def only_scale(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return None, None, gradients(loss(made_in_inference_mode(q), made_in_inference_mode(k), s), s)[0]
+
+
+@kind
+def inference_weight(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    rows = loss(q, k, s, reduction="none")
+    weight = made_in_inference_mode(torch.ones(len(rows), dtype=q.dtype))
+    return gradients(loss(q, k, s, weight=weight), q, k, s)
+
+
+@kind
+def batched(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    found = gradients(loss(q, k, s), q, k, s, grad_outputs=torch.tensor([1.0, -2.0], dtype=q.dtype), is_grads_batched=True)
+    assert all(torch.allclose(x[1], -2 * x[0]) for x in found)
+    return tuple(x[0] for x in found)
+
+
+@kind
+def jacobian(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return torch.autograd.functional.jacobian(loss, (q, k, s), vectorize=True)
+
+
+@kind
+def create_graph(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return tuple(x.detach() for x in gradients(loss(q, k, s), q, k, s, create_graph=True))
+
+
+@kind
+def twice(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return gradients(gradients(loss(q, k, s), q, create_graph=True)[0].square().sum(), q)
+
+
+@kind
+def tangent(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return torch.func.jvp(lambda q: loss(q, k, s), (q.detach(),), (q.detach(),))
+
+
+@kind
+def tangent_without_grad(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        return loss(torch.autograd.forward_ad.make_dual(q, q), k, s)
+
+
+@kind
+def transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return torch.func.grad(loss, argnums=(0, 1, 2))(q.detach(), k.detach(), s.detach())
+
+
+@kind
+def tangent_of_transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return torch.func.jvp(torch.func.grad(lambda q: loss(q, k, s)), (q.detach(),), (q.detach(),))
+
+
+@kind
+def transformed_twice(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return torch.func.grad(lambda q: torch.func.grad(lambda q: loss(q, k, s))(q).square().sum())(q.detach())
+
+
+@kind
+def outside_of_transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return gradients(torch.func.grad(lambda q: loss(q, k, s))(q).square().sum(), q)
+
+
+@kind
+def mapped_keys(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    values = torch.func.vmap(lambda k: loss(q, k, s))(k[None].expand(2, *k.shape))
+    return tuple(x / 2 for x in gradients(values.sum(), q, k, s))
+
+
+@kind
+def hooked(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    inner = q * 1.0
+    inner.register_hook(lambda g: 2 * g)
+    dq, dk, ds = gradients(loss(inner, k, s), q, k, s)
+    return dq / 2, dk, ds
+
+
+@kind
+def strided(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    return gradients(loss(q.T.contiguous().T, torch.stack([k, -k], 1)[:, 0], s.expand(1)), q, k, s)
+
+
+@kind
+def nothing_recorded(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
+    with torch.no_grad():
+        value = loss(q, k, s)
+    with torch.inference_mode():
+        assert torch.equal(value, loss(q, k, s))
+    assert not value.requires_grad
+    return plain(loss, q, k, s)
+
+
+REFUSED = {
+    "twice": "second derivative of this loss is not implemented",
+    "transformed_twice": "second derivative of this loss is not implemented",
+    "outside_of_transformed": "second derivative of this loss is not implemented",
+    "tangent": "forward-mode derivatives",
+    "tangent_without_grad": "forward-mode derivatives",
+    "tangent_of_transformed": "forward-mode derivatives",
+}
+
+
+@each_loss
+@pytest.mark.parametrize("how", KINDS)
+def test_size_decides_nothing(name: str, how: str) -> None:
+    """Every way to ask for a gradient: right at both sizes, or refused at both with one message."""
+    for rows in (24, 520):
+        inputs = (*q_and_k(rows, rows, 3), torch.tensor(3.0, dtype=torch.float64))
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if how in REFUSED:
+            with pytest.raises((RuntimeError, NotImplementedError), match=REFUSED[how]):
+                KINDS[how](LOSSES[name], *leaves)
+            continue
+        found = KINDS[how](LOSSES[name], *leaves)
+        assert isinstance(found, tuple)
+        expected = torch.autograd.grad(LOSSES[name](*leaves, backend="reference"), leaves)
+        for a, b in zip(found, expected, strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ids", "labels", "mask", "queue", "bias"])
+@pytest.mark.parametrize("rows", [24, 520])
+def test_tensors_of_inference_mode(name: str, rows: int) -> None:
+    """What is no feature, scale or weight may come from inference mode too, with any number of rows."""
+    q, k = q_and_k(rows, rows, 3)
+    groups = made_in_inference_mode(torch.arange(rows) // 3)
+    with torch.inference_mode():
+        mask, queue, bias = groups[:, None] == groups, k.flip(0).clone(), torch.tensor(0.5, dtype=torch.float64)
+    losses: dict[str, Callable[..., Tensor]] = {
+        "ids": lambda q, **o: fastnce.info_nce(q, k, query_ids=groups, exclude_query_ids=groups, **o),
+        "labels": lambda q, **o: fastnce.sup_con(q, groups, **o),
+        "mask": lambda q, **o: fastnce.sup_con(q, mask=mask, **o),
+        "queue": lambda q, **o: fastnce.moco_loss(q, k, queue, **o),
+        "bias": lambda q, **o: fastnce.contrastive_stats(q, k, scale=3.0, bias=bias, offset=0, **o).lse_neg.sum(),
+    }
+    leaf = q.requires_grad_()
+    found, expected = (torch.autograd.grad(losses[name](leaf, backend=b), leaf)[0] for b in ("auto", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@each_loss
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_create_graph_keeps_vectors(name: str, backend: str, dtype: torch.dtype) -> None:
+    """A second derivative is refused, so that nothing is kept for it beyond what backward had; and torch has nothing to warn of."""
+    q, k = (x.requires_grad_() for x in q_and_k(40, 40, 2, dtype))
+    s = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+    loss, kept = LOSSES[name](q, k, s, backend=backend), [0]
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.autograd.grad(loss, (q, k, s), create_graph=True)
+    assert len(kept) > 1
+    assert max(kept) < 40 * 40 / 2
+
+
+def test_operators_have_derivatives() -> None:
+    """Whoever calls an operator by hand gets its gradient, or an error."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fastnce::"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), f"{name} would be differentiated as a constant"
+    q, k = (x.requires_grad_() for x in q_and_k())
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    arguments = ops.Arguments.of(Problem(q, k, scale, None, Pairs(offset=0), False, True), "cpu")
+    lse_neg, _, pos, *_ = torch.ops.fastnce.forward(*arguments)
+    found = torch.autograd.grad((lse_neg - pos).sum(), (q, k, scale), create_graph=True)
+    s = 3.0 * torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T
+    expected = s.masked_fill(torch.eye(12, dtype=torch.bool), -torch.inf).logsumexp(1) - s.diagonal()
+    torch.testing.assert_close(found[:2], torch.autograd.grad(expected.sum(), (q, k), retain_graph=True))
+    torch.testing.assert_close(found[2], (s * torch.autograd.grad(expected.sum(), s)[0]).sum() / 3.0)
+    with pytest.raises(RuntimeError, match="second derivative of this loss is not implemented"):
+        found[0].square().sum().backward()
+
+
+def test_frozen_keys_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend is told that k will get no gradient where that is so in every level, and only there."""
+    told: list[bool] = []
+    forward = cpu.forward
+
+    def listening(problem: Problem) -> object:
+        told.append(problem.frozen)
+        return forward(problem)
+
+    monkeypatch.setattr(cpu, "forward", listening)
+    q, k = q_and_k(5, 5, 3)
+    leaf, learned, keys = q.clone().requires_grad_(), k.clone().requires_grad_(), k[None].expand(2, 5, 3)
+
+    def loss(q: Tensor, k: Tensor) -> Tensor:
+        return fastnce.contrastive_stats(q, k, scale=3.0, offset=0).lse_neg.sum()
+
+    calls: dict[str, tuple[Callable[[], object], bool]] = {
+        "queue": (lambda: loss(leaf, k).backward(), True),
+        "a batch of queues": (lambda: torch.func.vmap(lambda k: loss(leaf, k))(keys).sum().backward(), True),
+        "both learn": (lambda: loss(leaf, learned).backward(), False),
+        "only the keys learn": (lambda: loss(q, learned).backward(), False),
+        "one tensor": (lambda: loss(leaf, leaf).backward(), False),
+        "nobody learns": (lambda: loss(q, k), False),
+        "a batch of learned keys": (lambda: torch.func.vmap(lambda k: loss(leaf, k))(keys * learned).sum().backward(), False),
+        "inside by q, outside by k": (lambda: torch.func.grad(lambda q: loss(q, learned))(q), False),
+        "by k in a transform": (lambda: torch.func.grad(lambda k: loss(leaf, k))(k), False),
+    }
+    for name, (call, frozen) in calls.items():
+        told.clear()
+        call()
+        assert set(told) == {frozen}, name
+    with torch.no_grad():
+        told.clear()
+        loss(leaf, k)
+        assert told == [False]

@@ -58,6 +58,10 @@ class Entry(NamedTuple):
     def name(self) -> str:
         return "info_nce" if self.function is ragged else self.function.__name__
 
+    def called(self, argument: str) -> str:
+        """What messages call it: the two of a ragged tuple as the caller writes them."""
+        return {"values": "negative_keys[0]", "offsets": "negative_keys[1]"}.get(argument, argument)
+
     def __call__(self, **changes: Any) -> Any:
         return self.function(**(self.arguments() | changes))
 
@@ -141,7 +145,7 @@ LAYOUT_MISTAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_features(name: str, feature: str, mistake: str) -> None:
     entry, (spoil, error, words) = ENTRIES[name], FEATURE_MISTAKES[mistake]
     for mode in MODES:
-        with kind(mode), raises(error, f"{entry.name}: {words.format(feature)}"):
+        with kind(mode), raises(error, f"{entry.name}: {words.format(entry.called(feature))}"):
             entry(**{feature: spoil(entry.arguments()[feature])})
 
 
@@ -150,9 +154,8 @@ def test_features(name: str, feature: str, mistake: str) -> None:
 @pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_layouts_that_are_not_dense(name: str, feature: str, mistake: str) -> None:
     entry, (spoil, layout) = ENTRIES[name], LAYOUT_MISTAKES[mistake]
-    with raises(
-        NotImplementedError, f"{entry.name}: {feature} is a ...{layout} tensor...does not support ...{layout} tensors; pass a dense"
-    ):
+    start = f"{entry.name}: {entry.called(feature)} is a "
+    with raises(NotImplementedError, f"{start}...{layout} tensor...does not support ...{layout} tensors; pass a dense"):
         entry(**{feature: spoil(entry.arguments()[feature])})
 
 
@@ -165,20 +168,19 @@ def test_features_of_different_width(name: str, feature: str, mode: str) -> None
         given[feature] = given[feature][..., :4]
         with raises(ValueError, f"{entry.name}: ...expected the same feature size, got ") as caught:
             entry.function(**given)
-        shapes = re.findall(r"(\w+) is (\(.*?\))", str(caught.value))
-        assert feature in dict(shapes) and len(shapes) == 2
+        shapes = re.findall(r"([\w\[\]]+) is (\(.*?\))", str(caught.value))
+        assert entry.called(feature) in dict(shapes) and len(shapes) == 2
         for argument, shape in shapes:
-            assert shape == str(tuple(given[argument].shape)), "a shape that the caller never gave"
+            own = next(given[name] for name in entry.features if entry.called(name) == argument)
+            assert shape == str(tuple(own.shape)), "a shape that the caller never gave"
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "feature"), SEVERAL)
 def test_features_of_different_dtypes(name: str, feature: str, mode: str) -> None:
     entry = ENTRIES[name]
-    with (
-        kind(mode),
-        raises(RuntimeError, f"{entry.name}: Expected all features to have the same dtype, but got ...{feature}.dtype: float64"),
-    ):
+    start = f"{entry.name}: Expected all features to have the same dtype, but got "
+    with kind(mode), raises(RuntimeError, f"{start}...{entry.called(feature)}.dtype: float64"):
         entry(**{feature: entry.arguments()[feature].double()})
 
 
@@ -192,7 +194,7 @@ def test_another_device(name: str, argument: str) -> None:
     given = (given if isinstance(given, Tensor) else torch.ones(())).to("meta")
     with raises(RuntimeError, f"{entry.name}: Expected all tensors to be on the same device, but found at least two devices, ") as caught:
         entry(**{argument: given})
-    assert re.search(rf"\b{argument} on (meta|cpu)", str(caught.value))
+    assert re.search(rf"[ (]{re.escape(entry.called(argument))} on (meta|cpu)", str(caught.value))
 
 
 def test_another_device_of_a_mask_a_threshold_or_a_queue() -> None:
@@ -223,16 +225,16 @@ def test_temperature_on_the_host_for_features_on_a_gpu() -> None:
 def test_ids(name: str, vector: str, mode: str) -> None:
     entry = ENTRIES[name]
     with kind(mode):
-        given = entry.arguments()[vector]
+        given, called = entry.arguments()[vector], entry.called(vector)
         n = len(given)
         for wrong in (torch.float32, torch.complex64):
-            with raises(TypeError, f"{entry.name}: {vector} must have an integer dtype, got {wrong} ({vector}.long())"):
+            with raises(TypeError, f"{entry.name}: {called} must have an integer dtype, got {wrong} ({called}.long())"):
                 entry(**{vector: given.to(wrong)})
-        with raises(TypeError, f"{entry.name}: argument '{vector}' must be Tensor, not list"):
+        with raises(TypeError, f"{entry.name}: argument '{called}' must be Tensor, not list"):
             entry(**{vector: [0] * n})
-        with raises(ValueError, f"{entry.name}: Expected {vector} batch_size ({n - 1}) to match ...batch_size ({n}); {vector} must have "):
-            entry(**{vector: given[1:]})
-        with raises(ValueError, f"{entry.name}: ...{vector} must have shape ({n},), got ({n}, 1); use {vector}.reshape(-1)"):
+        with raises(ValueError, f"{entry.name}: Expected {called} batch_size ({n - 2}) to match ...batch_size ({n}); {called} must have "):
+            entry(**{vector: given[2:]})
+        with raises(ValueError, f"{entry.name}: ...{called} must have shape ({n},), got ({n}, 1); use {called}.reshape(-1)"):
             entry(**{vector: given[:, None]})
 
 
@@ -335,6 +337,19 @@ VALUE_ERRORS: dict[str, Callable[[], object]] = {
     "info_nce: negative_keys is (6, 0, 5); at least one key is": lambda: ENTRIES["paired"](negative_keys=x(6, 0, 5)),
     "info_nce: negative_keys is (4, 3, 5) and query is (6, 5); paired": lambda: ENTRIES["paired"](negative_keys=x(4, 3, 5)),
     "info_nce: ragged negative_keys is (values, offsets), got 1": lambda: info_nce(x(6, 5), x(6, 5), (x(3, 5),)),
+    "info_nce: negative_keys[0] is (0, 5); at least one key is needed; with in_batch=True": lambda: ENTRIES["ragged"](
+        values=x(0, 5), offsets=torch.zeros(7, dtype=torch.int64)
+    ),
+    "info_nce: 'ragged' is not a valid value for negative_mode; ...tuple (values (T, D), offsets (M + 1,))": lambda: ENTRIES["ragged"](
+        negative_mode="ragged"
+    ),
+    "info_nce: negative_keys[1] has 6 entries, one per query; ...torch.nn.functional.pad(counts.cumsum(0), (1, 0))": lambda: ENTRIES[
+        "ragged"
+    ](offsets=torch.ones(6, dtype=torch.int64)),
+    "info_nce: expected negative_keys to be 2-D or 3-D, got one number: ...temperature=": lambda: info_nce(
+        x(6, 5), x(6, 5), torch.tensor(0.07)
+    ),
+    "info_nce: expected negative_keys to be ...got one number: ...by its name": lambda: info_nce(x(6, 5), x(6, 5), torch.tensor([0.07])),
     "info_nce: ids relate queries to in-batch or unpaired keys, and there": lambda: ENTRIES["paired"](query_ids=ids(6)),
     "info_nce: query has 2147483648 rows; at most 2^31 - 1": lambda: info_nce(torch.zeros(1, 1).expand(2**31, 1), x(6, 1)),
     "nt_xent: z0 is (5, 5); without z1 it holds two views, ...an even number of rows": lambda: nt_xent(x(5, 5)),
@@ -371,7 +386,9 @@ VALUE_ERRORS: dict[str, Callable[[], object]] = {
 }
 TYPE_ERRORS: dict[str, Callable[[], object]] = {
     "info_nce: argument 'negative_keys' must be Tensor, not NegativeQueue": lambda: info_nce(x(6, 5), x(6, 5), NegativeQueue(4, 5)),
-    "info_nce: argument 'values' must be Tensor, not list": lambda: ENTRIES["ragged"](values=[[1.0]]),
+    "info_nce: argument 'negative_keys' must be Tensor, not float: ...temperature=0.07": lambda: info_nce(x(6, 5), x(6, 5), 0.07),
+    "info_nce: argument 'negative_keys' must be Tensor, not int: ...temperature=1": lambda: fastnce.InfoNCE()(x(6, 5), x(6, 5), 1),
+    "info_nce: argument 'negative_keys[0]' must be Tensor, not list": lambda: ENTRIES["ragged"](values=[[1.0]]),
     "moco_loss: argument 'queue' must be Tensor, not list": lambda: ENTRIES["moco"](queue=[[1.0]]),
     "clip_loss: logit_bias must be a float or a one-element tensor, got str": lambda: clip_loss(x(6, 5), x(6, 5), 10.0, "0"),
     "contrastive_stats: offset must be an integer, got ...1.5": lambda: ENTRIES["stats"](offset=1.5),
@@ -401,7 +418,7 @@ def test_message(error: type[Exception], words: str) -> None:
     ],
 )
 def test_modules_raise_what_their_functions_raise(twin: Any, function: Any, shapes: list[tuple[int, ...]]) -> None:
-    wrong, right = [x(*shape) for shape in shapes], [x(6, 5) for _ in shapes]
+    wrong, right = [x(*shape) for shape in shapes], [x(6, 2, 5) if len(shape) == 3 else x(6, 5) for shape in shapes]
     for inputs, options in ((wrong, {}), (right, {"reduction": "foo"}), (right, {"backend": "tritn"})):
         with pytest.raises(ValueError, match=": ") as expected:
             function(*inputs, **options)
@@ -527,7 +544,7 @@ def test_statistics_of_no_pairs(symmetric: bool, backend: str) -> None:
     for found in (whole,) if symmetric else (whole, whole.columns):
         n = len(found.pos)
         assert found.lse_neg.tolist() == found.lse_pos.tolist() == found.hardest_logit.tolist() == found.pos_max.tolist() == [-math.inf] * n
-        assert found.pos.tolist() == found.n_pos.tolist() == found.rank.tolist() == [0] * n
+        assert found.pos.tolist() == found.n_pos.tolist() == found.rank.tolist() == found.ties.tolist() == [0] * n
         assert found.hardest.tolist() == [-1] * n
         for gradient in gradients(found.lse_neg + 1e3 * found.lse_pos - 1e6 * found.pos, arguments).values():
             assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -798,7 +815,7 @@ def test_mixed_dtypes_under_autocast_are_an_explicit_cast(name: str, feature: st
         assert [g.dtype == dtype for g in found[1:]] == [n in few for n in entry.features]
         for got, wanted in zip(found, expected, strict=True):
             assert torch.equal(got, wanted.to(got.dtype))
-    words = f"{entry.name}: Expected all features to have the same dtype, but got ...{feature}.dtype: float64"
+    words = f"{entry.name}: Expected all features to have the same dtype, but got ...{entry.called(feature)}.dtype: float64"
     with torch.autocast("cpu", dtype=dtype), raises(RuntimeError, words):
         entry(**{feature: arguments[feature].double()})
 
@@ -889,7 +906,7 @@ def test_debug_mode_names_the_row(name: str, feature: str, bad: float) -> None:
     entry = ENTRIES[name]
     arguments = entry.arguments()
     arguments[feature][3:5] = bad
-    place = f"{feature} row 3 " if arguments[feature].dim() == 2 else f"{feature} row ..."
+    place = f"{entry.called(feature)} row 3 " if arguments[feature].dim() == 2 else f"{entry.called(feature)} row ..."
     with fastnce.debug(), raises(ValueError, f"{entry.name}: {place}{BAD_ROWS[bad]}"):
         entry.function(**arguments)
 
@@ -947,7 +964,7 @@ def test_debug_mode_is_content_where_some_keys_are_left() -> None:
 @pytest.mark.parametrize("offsets", [(1, 1, 2, 3, 4, 5, 6), (0, 1, 2, 3, 4, 5, 5), (0, 1, 2, 3, 4, 5, 9), (0, 3, 2, 3, 4, 5, 6)], ids=str)
 def test_debug_mode_checks_ragged_offsets(offsets: tuple[int, ...]) -> None:
     """They must rise from 0 to the number of values, or values would belong to the wrong query, or to none."""
-    with fastnce.debug(), raises(ValueError, "info_nce: offsets must rise from 0 to 6"):
+    with fastnce.debug(), raises(ValueError, "info_nce: negative_keys[1] must rise from 0 to 6"):
         ENTRIES["ragged"](offsets=torch.tensor(offsets))
 
 

@@ -7,12 +7,13 @@ program: tests/native/emulator.h. The passes over rows and vectors are in test_c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import budget
 import gpu_promises
 import pytest
+import rank_promises
 import test_statistics as whole_suite
 import test_wide
 import torch
@@ -209,10 +210,15 @@ def test_metrics_are_exact_where_logits_are(p: Problem, dtype: torch.dtype, fami
     found = contrastive_stats(q.to(dtype), None if k is None else k.to(dtype), backend="cuda", **call)
     dense = contrastive_stats(q.double(), None if k is None else k.double(), backend="reference", **call)
     for mine, exact in [(found, dense), (found.columns, dense.columns)][: 2 if p.two_sided else 1]:
-        for name in ("rank", "hardest"):
+        for name in ("rank", "ties", "hardest"):
             assert torch.equal(getattr(mine, name), getattr(exact, name)), name
         for name in ("hardest_logit", "pos_max"):
             torch.testing.assert_close(getattr(mine, name).double(), getattr(exact, name), rtol=4 * budget.U, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("promise", rank_promises.PROMISES, ids=lambda promise: promise.__name__)
+def test_ranks(promise: Callable[[str], None], family: str) -> None:
+    promise("cuda")
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 8])
@@ -225,6 +231,8 @@ def test_the_first_of_equal_columns_is_the_hardest(multiprocessors: int, family:
     assert torch.equal(found.hardest, own)
     # Row i's positive is column i + 2, which is at similarity 0: the 60 at similarity 1 are above it.
     assert torch.equal(found.rank, torch.full_like(own, 60))
+    # Of the other 240 at similarity 0 one is the positive itself.
+    assert torch.equal(found.ties, torch.full_like(own, 239))
 
 
 # What is read and what is written -------------------------------------------------------------------------------------------------------

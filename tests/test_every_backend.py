@@ -9,7 +9,6 @@ import pytest
 import test_bad_input as bad
 import torch
 from test_bad_input import ids, leaves_of, same, x
-from test_native import compiled, library  # noqa: F401
 from torch import Tensor
 
 import fastnce
@@ -269,9 +268,9 @@ def test_upstream_gradients_of_any_size(upstream: float, temperature: float, bac
     usual = gradients(z.clone().requires_grad_(), scale, 1.0, backend)
     least = 2.0**-126 / upstream  # what lies below is no normal number when it is stored
     for mine, plain, e in zip(found, usual, exact, strict=True):
-        # The derivative by scale is a small sum of large terms.
-        more = 2e-6 if e.dim() else 5e-5
-        assert (mine - e).norm() <= (plain - e).norm() + more * e.norm() + least * e.numel() ** 0.5
+        # The derivative by scale is a small sum of large terms, cosines by weights that add up to about 2; float32 keeps 2^-24 of these.
+        more = 2e-6 * e.norm() if e.dim() else 5e-5 * e.norm() + 4 * 2.0**-24
+        assert (mine - e).norm() <= (plain - e).norm() + more + least * e.numel() ** 0.5
 
 
 @pytest.mark.parametrize("lengths", ["equal", "different"])

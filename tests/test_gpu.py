@@ -235,7 +235,7 @@ def test_large_problems(p: Problem, dtype: torch.dtype, deterministic: bool, pla
 @on_gpu
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9], ids=str)
 def test_metrics(p: Problem, place: Place) -> None:
-    """Rank, hardest negative and best positive; a rank may count a negative that is as near to the threshold as float32 rounds."""
+    """Rank, ties, hardest negative and best positive; a rank may count a negative that is as near to the threshold as float32 rounds."""
     tensors = p.tensors(torch.float32)
     q, k, scale, bias = (None if t is None else t.to(place.device) for t in tensors)
     call = {name: v.to(place.device) if isinstance(v, Tensor) else v for name, v in p.call().items()}
@@ -245,13 +245,12 @@ def test_metrics(p: Problem, place: Place) -> None:
     kinds = oracle.classes(p)
     near = 32 * budget.U * max(1.0, s.abs().max().item())
     for side, t, c in [(found, s, kinds), (found.columns, s.T, kinds.T)][: 2 if p.two_sided else 1]:
-        rank, hardest, hardest_logit, pos_max = (v.cpu() for v in side[4:8])
+        rank, ties, hardest, hardest_logit, pos_max = (v.cpu() for v in side[4:9])
         negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
         best = t.masked_fill(c != oracle.POSITIVE, -torch.inf).amax(1)
         some = (c == oracle.NEGATIVE).any(1)
-        tie = p.scale * 2.0**-20 if p.normalize else 0.0
-        assert (rank >= (negatives > best[:, None] + tie + near).sum(1)).all()
-        assert (rank <= (negatives > best[:, None] + tie - near).sum(1)).all()
+        assert (rank >= (negatives > best[:, None] + near).sum(1)).all()
+        assert (rank + ties <= (negatives > best[:, None] - near).sum(1)).all()
         assert budget.row_error(pos_max, best) <= near
         assert budget.row_error(hardest_logit, negatives.amax(1)) <= near
         assert torch.equal(hardest >= 0, some)

@@ -111,7 +111,7 @@ def check(p: Problem, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9], ids=str)
 def test_metrics(p: Problem, backend: str, small_tiles: int) -> None:
-    """Rank, hardest negative and best positive equal a dense sort, rows and columns."""
+    """Rank, ties, hardest negative and best positive equal a dense sort, rows and columns."""
     q, k, scale, bias = p.tensors()
     found = contrastive_stats(q, k, scale=scale, bias=bias, metrics=True, backend=backend, **p.call())
     s, kinds = oracle.logits(q, q if k is None else k, scale, bias, p.normalize), oracle.classes(p)
@@ -119,8 +119,10 @@ def test_metrics(p: Problem, backend: str, small_tiles: int) -> None:
         negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
         best = t.masked_fill(c != oracle.POSITIVE, -torch.inf).amax(1)
         some = (c == oracle.NEGATIVE).any(1)
-        tie = p.scale * 2.0**-20 if p.normalize else 0.0
-        assert torch.equal(side.rank, (negatives > best[:, None] + tie).sum(1))
+        # Of random float64 rows no two logits are nearer without being equal.
+        near = 1e-12 * p.scale
+        assert torch.equal(side.rank, (negatives > best[:, None] + near).sum(1))
+        assert torch.equal(side.ties, ((negatives - best[:, None]).abs() <= near).sum(1))
         torch.testing.assert_close(side.pos_max, best)
         torch.testing.assert_close(side.hardest_logit, negatives.amax(1))
         assert torch.equal(side.hardest >= 0, some)
@@ -156,7 +158,7 @@ def test_merge_of_disjoint_keys(cut: int) -> None:
             part = call | {"k_labels": call["k_labels"][keys], "k_exclude_ids": call["k_exclude_ids"][keys]}
             parts.append(contrastive_stats(q, k[keys], scale=scale, metrics=True, threshold=best, **part))
     merged = merge(parts[0], parts[1], cut) if len(parts) == 2 else parts[0]
-    for name in ("lse_neg", "lse_pos", "pos", "n_pos", "rank", "hardest", "hardest_logit", "pos_max"):
+    for name in ("lse_neg", "lse_pos", "pos", "n_pos", "rank", "ties", "hardest", "hardest_logit", "pos_max"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=1e-12, msg=name)
     some = torch.isfinite(whole.lse_pos) & torch.isfinite(whole.lse_neg)
 

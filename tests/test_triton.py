@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import budget
@@ -11,6 +11,7 @@ import gpu_promises
 import numpy as np
 import oracle
 import pytest
+import rank_promises
 import test_statistics as whole_suite
 import test_wide
 import torch
@@ -135,7 +136,7 @@ def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9 and "low" not in p.why and "cone" not in p.why], ids=str)
 def test_metrics(p: Problem, family: str) -> None:
-    """Rank, hardest negative and best positive equal a dense sort of the float64 logits, up to ties."""
+    """Rank, ties, hardest negative and best positive equal a dense sort of the float64 logits, up to their rounding."""
     q, k, scale, bias = p.tensors(torch.float32)
     with Checked(arguments=True) as checked:
         found = contrastive_stats(q, k, scale=scale, bias=bias, metrics=True, backend="triton", **p.call())
@@ -147,17 +148,20 @@ def test_metrics(p: Problem, family: str) -> None:
     for side, t, c in [(found, s, kinds), (found.columns, s.T, kinds.T)][: 2 if p.two_sided else 1]:
         negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
         best = t.masked_fill(c != oracle.POSITIVE, -torch.inf).amax(1)
-        tie = p.scale * 2.0**-20 if p.normalize else 0.0
-        near = 2 * tolerance
-        least = (negatives > best[:, None] + tie + near).sum(1)
-        most = (negatives > best[:, None] + tie - near).sum(1)
-        assert ((least <= side.rank) & (side.rank <= most)).all()
+        least = (negatives > best[:, None] + 2 * tolerance).sum(1)
+        most = (negatives > best[:, None] - 2 * tolerance).sum(1)
+        assert ((least <= side.rank) & (side.rank + side.ties <= most)).all()
         torch.testing.assert_close(side.pos_max.double(), best, rtol=0, atol=tolerance)
         torch.testing.assert_close(side.hardest_logit.double(), negatives.amax(1), rtol=0, atol=tolerance)
         some = (c == oracle.NEGATIVE).any(1)
         assert torch.equal(side.hardest >= 0, some)
         chosen = negatives.gather(1, side.hardest.clamp(min=0)[:, None])[some, 0]
         torch.testing.assert_close(chosen, side.hardest_logit[some].double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("promise", rank_promises.PROMISES, ids=lambda promise: promise.__name__)
+def test_ranks(promise: Callable[[str], None], family: str) -> None:
+    promise("triton")
 
 
 def checked() -> Checked:

@@ -88,11 +88,22 @@ T* some(const Tensor& tensor, int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : data<T>(tensor, count, name);
 }
 
+void best_positives(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
+                    const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude,
+                    const Optional& mask, const Tensors& best) {
+  const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
+  STD_TORCH_CHECK(best.size() == static_cast<size_t>(sides_of(p)), "fastnce: best has ", best.size(), " tensors, not one a side");
+  float* sides[2] = {};
+  for (int side = 0; side < sides_of(p); ++side) sides[side] = data<float>(best[side], rows_of(p, side), "best");
+  Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(best).check();
+  if (p.m > 0 && p.n > 0) fastnce::best_level().best_positives(p, sides, threads());
+}
+
 void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
              const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude, const Optional& mask,
-             double tie, const Tensors& sums) {
+             const Tensors& sums) {
   const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
-  constexpr size_t each = 11;
+  constexpr size_t each = 12;
   STD_TORCH_CHECK(sums.size() == each * sides_of(p), "fastnce: sums has ", sums.size(), " tensors, not ", each, " a side");
   Sums sides[2] = {};
   for (int side = 0; side < sides_of(p); ++side) {
@@ -106,25 +117,24 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& 
     s.pos = data<double>(at[4], rows, "pos");
     s.n_pos = data<int64_t>(at[5], rows, "n_pos");
     Metrics& found = s.metrics;
-    found.pos_max = some<float>(at[6], rows, "pos_max");
-    found.threshold = some<float>(at[7], rows, "threshold");
+    found.low = some<float>(at[6], rows, "low");
+    found.high = some<float>(at[7], rows, "high");
     found.rank = some<int64_t>(at[8], rows, "rank");
-    found.hardest_t = some<float>(at[9], rows, "hardest_t");
-    found.hardest = some<int64_t>(at[10], rows, "hardest");
-    found.tie = static_cast<float>(tie);
+    found.ties = some<int64_t>(at[9], rows, "ties");
+    found.hardest_t = some<float>(at[10], rows, "hardest_t");
+    found.hardest = some<int64_t>(at[11], rows, "hardest");
   }
   Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(sums).check();
   if (p.m == 0 || p.n == 0) return;  // of which side nothing is collected only a row can tell
   for (int side = 0; side < sides_of(p); ++side) {
     const Sums& s = sides[side];
-    const Metrics &found = s.metrics, &first = sides[0].metrics;
+    const Metrics& found = s.metrics;
     STD_TORCH_CHECK(p.unshifted || (s.top_negative && (!p.in_tile || s.top_positive)), "fastnce: a running maximum needs its tensor");
     STD_TORCH_CHECK(!p.in_tile || s.positive, "fastnce: positives by content need their tensor");
-    const bool all = found.pos_max && found.rank && found.hardest_t && found.hardest;
-    const bool none = !found.pos_max && !found.threshold && !found.rank && !found.hardest_t && !found.hardest;
+    const bool all = found.low && found.high && found.rank && found.ties && found.hardest_t && found.hardest;
+    const bool none = !found.low && !found.high && !found.rank && !found.ties && !found.hardest_t && !found.hardest;
     STD_TORCH_CHECK(all || none, "fastnce: metrics need all of their tensors");
-    STD_TORCH_CHECK(!found.rank == !first.rank && !found.threshold == !first.threshold,
-                    "fastnce: metrics must be of both sides or of none");
+    STD_TORCH_CHECK(!found.rank == !sides[0].metrics.rank, "fastnce: metrics must be of both sides or of none");
   }
   fastnce::best_level().forward(p, sides, threads());
 }
@@ -158,8 +168,11 @@ std::string level() { return fastnce::best_level().name; }
 
 STABLE_TORCH_LIBRARY(fastnce_cpu, m) {
   m.def(
+      "best_positives(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
+      "Tensor? k_exclude, Tensor? mask, Tensor(a!)[] best) -> ()");
+  m.def(
       "forward(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
-      "Tensor? k_exclude, Tensor? mask, float tie, Tensor(a!)[] sums) -> ()");
+      "Tensor? k_exclude, Tensor? mask, Tensor(a!)[] sums) -> ()");
   m.def(
       "backward(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
       "Tensor? k_exclude, Tensor? mask, Tensor[] weights, float center, Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? moment) -> ()");
@@ -167,6 +180,7 @@ STABLE_TORCH_LIBRARY(fastnce_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnce_cpu, CPU, m) {
+  m.impl("best_positives", TORCH_BOX(&best_positives));
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("backward", TORCH_BOX(&backward));
 }

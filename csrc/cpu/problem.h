@@ -37,10 +37,10 @@ constexpr int PITCH = 16;  // floats: one vector of the widest unit
 
 // What forward finds per row of one side where metrics are asked for; null pointers where not.
 struct Metrics {
-  float* pos_max;          // largest positive t; kept where !in_tile: the aligned pair is in it already
-  const float* threshold;  // a negative above it is counted; null: pos_max + tie
-  float tie;
+  const float* low;   // a negative whose t is in [low, high] ties with the threshold; unless t <= high it is above. Never nan:
+  const float* high;  // fastnce/problem.py, tied()
   int64_t* rank;
+  int64_t* ties;
   float* hardest_t;
   int64_t* hardest;
 };
@@ -81,6 +81,8 @@ struct Pool {
 
 struct Level {
   const char* name;
+  // best[side] (rows of the side,) = max(best[side], largest positive t); nan where one of them is. best[1] only where two_sided.
+  void (*best_positives)(const Problem&, float* const best[2], const Pool&);
   void (*forward)(const Problem&, const Sums sides[2], const Pool&);
   void (*backward)(const Problem&, const Weights sides[2], const Wanted&, const Pool&);
 };

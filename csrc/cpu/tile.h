@@ -157,20 +157,8 @@ FASTNCE_INLINE void merge(double total, float top, double* sum, float* highest) 
   }
 }
 
-// raise(most, value): most = max(most, value).
-FASTNCE_INLINE void raise(float& most, float value) { most = value > most ? value : most; }
-
-// body(rows, columns) for every register block of i x j, with its logits in t.
-template <class Body>
-FASTNCE_INLINE void for_blocks(const Problem& p, const float* panels, Range i, Range j, float* t, const Body& body) {
-  for (int64_t column = j.begin; column < j.end; column += NR)
-    for (int64_t row = i.begin; row < i.end; row += MR) {
-      const float* lines[MR];
-      for (int m = 0; m < MR; ++m) lines[m] = p.x + std::min(row + m, i.end - 1) * p.pitch;
-      logits(p.d, lines, panels + column / NR * p.d * NR, t);
-      body(Range{row, std::min(row + MR, i.end)}, Range{column, std::min(column + NR, j.end)});
-    }
-}
+// raise(most, value): most = max(most, value), nan where either is.
+FASTNCE_INLINE void raise(float& most, float value) { most = value <= most || std::isnan(most) ? most : value; }
 
 struct Target {
   double* sum;
@@ -225,10 +213,9 @@ FASTNCE_INLINE void add_positive(const Problem& p, const Sums& side, int64_t at,
   side.pos[at] += t;
   if (!p.in_tile) return;
   side.n_pos[at] += 1;
-  if (side.metrics.pos_max) raise(side.metrics.pos_max[at], t);
 }
 
-// Mean, number and largest logit of the positives, from either end.
+// Mean and number of the positives, from either end.
 FASTNCE_INLINE void add_positives(const Problem& p, const float* t, const int32_t* kind, Range i, Range j, const Sums* rows,
                                   const Sums* columns) {
   for (int64_t row = 0; row < i.size(); ++row)
@@ -242,25 +229,31 @@ FASTNCE_INLINE void add_positives(const Problem& p, const float* t, const int32_
 
 // ---------------------------------------------------------------- metrics: few ask for them, so plain loops
 
-// pos_max of the rows, and of the columns where they count, before any negative is compared with it.
-static void see_positives(const Problem& p, const float* panels, Range i, Range j, const Sums* rows, const Sums* columns) {
+// The largest positive t of the rows, and of the columns where they count, before any negative is compared with it. Of the same logits as
+// the negatives: those of equal rows have the same bits.
+static void see_positives(const Problem& p, const float* panels, Range i, Range j, float* rows, float* columns) {
   alignas(64) float t[MR * NR];
   alignas(64) int32_t kind[MR * NR];
-  for_blocks(p, panels, i, j, t, [&](Range own, Range here) {
-    if (all_negative(p, own, here) || !classify(p, own, here, kind)) return;
-    for (int64_t row = 0; row < own.size(); ++row)
-      for (int64_t c = 0; c < here.size(); ++c)
-        if (kind[row * NR + c] == POSITIVE) {
-          const float value = t[row * NR + c];
-          raise(rows->metrics.pos_max[own.begin + row], value);
-          if (columns) raise(columns->metrics.pos_max[here.begin + c], value);
-        }
-  });
+  for (int64_t column = j.begin; column < j.end; column += NR)
+    for (int64_t row = i.begin; row < i.end; row += MR) {
+      const Range own{row, std::min(row + MR, i.end)}, here{column, std::min(column + NR, j.end)};
+      if (all_negative(p, own, here) || !classify(p, own, here, kind)) continue;
+      const float* lines[MR];
+      for (int m = 0; m < MR; ++m) lines[m] = p.x + std::min(row + m, i.end - 1) * p.pitch;
+      logits(p.d, lines, panels + column / NR * p.d * NR, t);
+      for (int64_t r = 0; r < own.size(); ++r)
+        for (int64_t c = 0; c < here.size(); ++c)
+          if (kind[r * NR + c] == POSITIVE) {
+            raise(rows[own.begin + r], t[r * NR + c]);
+            if (columns) raise(columns[here.begin + c], t[r * NR + c]);
+          }
+    }
 }
 
 FASTNCE_INLINE void see_negative(const Metrics& side, int64_t at, int64_t other, float t) {
-  // A negative without a pair, or nan, is above nothing.
-  side.rank[at] += t > (side.threshold ? side.threshold[at] : side.pos_max[at] + side.tie);
+  // A pair that is no negative has -inf, which is neither; a negative that is nan is above.
+  side.rank[at] += !(t <= side.high[at]);
+  side.ties[at] += t >= side.low[at] && t <= side.high[at];
   // The first of equals, whatever the order of the blocks.
   if (t > side.hardest_t[at] || (t == side.hardest_t[at] && t > NONE && other < side.hardest[at])) {
     side.hardest_t[at] = t;

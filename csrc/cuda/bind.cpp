@@ -187,15 +187,15 @@ void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t pe
   if (rows > 0 && columns > 0) call.run([&](Stream stream) { kernels::forward_both(p, grid, out, of.family, stream); });
 }
 
-void retrieval(PROBLEM_PARAMETERS, const Tensor& threshold, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
+void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
   const Call call(x);
   const Asked of = asked(call, Kernel::RETRIEVAL, PROBLEM);
   const Problem& p = of.problem;
   const Grid grid = grid_of(Kernel::RETRIEVAL, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
-  const kernels::Retrieval out{call.data<float>(threshold, p.rules.rows, "threshold"), call.data<float>(real, 2 * each, "real"),
-                               call.data<int>(whole, 2 * each, "whole")};
-  Memory().reads(PROBLEM_TENSORS, threshold).writes(real, whole).check();
+  const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"), call.data<float>(real, 2 * each, "real"),
+                               call.data<int>(whole, 3 * each, "whole")};
+  Memory().reads(PROBLEM_TENSORS, bounds).writes(real, whole).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::retrieval(p, grid, out, stream); });
 }
 
@@ -488,7 +488,7 @@ STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
   m.def("forward_both(" PROBLEM_SCHEMA
         ", bool symmetric, int splits, int per_split, Tensor(a!) row_sum, Tensor(b!)? row_count, "
         "Tensor(c!) column_sum, Tensor(d!)? column_count) -> ()");
-  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor threshold, int splits, int per_split, Tensor(a!) real, Tensor(b!) whole) -> ()");
+  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor bounds, int splits, int per_split, Tensor(a!) real, Tensor(b!) whole) -> ()");
   m.def("backward_rows(" PROBLEM_SCHEMA
         ", Tensor row, Tensor column, Tensor center, bool of_rows, bool of_columns, int splits, "
         "int per_split, Tensor(a!) dx, Tensor(b!)? moment) -> ()");

@@ -56,9 +56,9 @@ struct BothSums {
 };
 
 struct Retrieval {
-  const float* threshold;  // (rows,)
-  float* real;             // (2, splits, rows): largest t of the negatives, of the positives
-  int* whole;              // (2, splits, rows): negatives above the threshold, column of the largest negative
+  const float* bounds;  // (2, rows): low, high; neither is nan
+  float* real;          // (2, splits, rows): largest t of the negatives, of the positives
+  int* whole;           // (3, splits, rows): negatives unless t <= high, and with low <= t <= high; column of the largest negative
 };
 
 // w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive, and the same of column j.

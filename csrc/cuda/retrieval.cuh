@@ -5,15 +5,16 @@
 
 namespace fastnce::cuda {
 
-// Of one row. A nan is none of the largest.
+// Of one row. A nan is none of the largest, and not <= a bound.
 struct Ranking {
-  float best, best_pos, threshold;
-  int rank, where;
+  float best, best_pos, low, high;
+  int above, ties, where;
 
   FASTNCE_DEVICE void see(float t, int j, bool negative, bool positive) {
     if (positive) best_pos = larger(best_pos, t);
-    if (!negative || t != t) return;
-    rank += t > threshold;
+    if (!negative) return;
+    above += !(t <= high);
+    ties += t >= low && t <= high;
     // Columns come in ascending order: the first of equals stays.
     if (t > best) {
       best = t;
@@ -22,7 +23,8 @@ struct Ranking {
   }
 
   FASTNCE_DEVICE void merge_quad() {
-    rank = quad_sum(rank);
+    above = quad_sum(above);
+    ties = quad_sum(ties);
     best_pos = over_quad(best_pos, [](float a, float b) { return larger(a, b); });
 #pragma unroll
     for (int mask = 1; mask < 4; mask *= 2) {
@@ -47,8 +49,11 @@ retrieval(const Problem p, const Grid grid, const Retrieval out) {
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      found[mt][h] = {-infinity(), -infinity(), rows[mt].i[h] < r.rows ? out.threshold[rows[mt].i[h]] : 0.0f, 0, -1};
+    for (int h = 0; h < 2; ++h) {
+      const bool inside = rows[mt].i[h] < r.rows;
+      const float* bounds = out.bounds + rows[mt].i[h];
+      found[mt][h] = {-infinity(), -infinity(), inside ? bounds[0] : 0.0f, inside ? bounds[r.rows] : 0.0f, 0, 0, -1};
+    }
   for_each_tile<S>(
       p, column_vectors<FORWARD_FIELDS<true>>(p, nullptr), shared_memory(), i0, tiles.end - tiles.begin,
       [&](int n) { return (tiles.begin + n) * S::BN; },
@@ -77,8 +82,9 @@ retrieval(const Problem p, const Grid grid, const Retrieval out) {
       const int64_t at = static_cast<int64_t>(split) * r.rows + rows[mt].i[h];
       out.real[at] = row.best;
       out.real[at + field] = row.best_pos;
-      out.whole[at] = row.rank;
-      out.whole[at + field] = row.where;
+      out.whole[at] = row.above;
+      out.whole[at + field] = row.ties;
+      out.whole[at + 2 * field] = row.where;
     }
 }
 

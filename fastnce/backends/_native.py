@@ -35,8 +35,12 @@ def _aligned(ids: Tensor) -> Tensor:
     return ids if ids.data_ptr() % ids.element_size() == 0 else ids.clone()
 
 
-def forward(x: Tensor, y: Tensor | None, depth: int, flags: Sequence[bool], pairs: Pairs, tie: float, sums: list[Tensor]) -> None:
-    torch.ops.fastnce_cpu.forward(x, y, depth, [int(flag) for flag in flags], *rules(pairs, y is None), tie, sums)
+def best_positives(x: Tensor, y: Tensor | None, depth: int, flags: Sequence[bool], pairs: Pairs, best: list[Tensor]) -> None:
+    torch.ops.fastnce_cpu.best_positives(x, y, depth, [int(flag) for flag in flags], *rules(pairs, y is None), best)
+
+
+def forward(x: Tensor, y: Tensor | None, depth: int, flags: Sequence[bool], pairs: Pairs, sums: list[Tensor]) -> None:
+    torch.ops.fastnce_cpu.forward(x, y, depth, [int(flag) for flag in flags], *rules(pairs, y is None), sums)
 
 
 def backward(

@@ -17,17 +17,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.backends import _native
 from fastnce.backends._gemm import product
+from fastnce.backends._moment import LOG2E, Moment, lift_of, rest_of
 from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
-from fastnce.pairs import Tile, fill_diagonal
+from fastnce.pairs import Pairs, Tile, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_ROWS, CPU_TILE
 
 NAME = "cpu"
-LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 # While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for rows whose
@@ -50,17 +51,11 @@ def forward(problem: Problem) -> list[Side]:
         aligned = _inner(work.x[i], work.y[j])
         for side, own in _ends(problem, i, j):
             sums[side].set_positive(own, aligned)
+    if problem.metrics:
+        _find_best_positives(problem, work, sums)
     if work.native:
-        flags = (problem.two_sided, work.unshifted, work.in_tile, problem.pairs.exclude_self)
-        columns = problem.q.shape[1]
-        keys, tie = None if problem.symmetric else work.y, float(problem.tie) * LOG2E
-        _native.forward(work.x, keys, columns, flags, problem.pairs, tie, [vector for side in sums for vector in side.vectors()])
+        _native.forward(*_native_problem(problem, work), [vector for side in sums for vector in side.vectors()])
         return [side.result() for side in sums]
-    if work.in_tile and problem.metrics:
-        for tile, t in _tiles(problem, work):
-            classes = _classify(problem, work, tile, t)
-            for view in _views(problem, tile):
-                sums[view.side].see_positive(view, classes)
     for tile, t in _tiles(problem, work):
         if not work.in_tile:
             _see_aligned(problem, sums, tile, t)
@@ -79,11 +74,11 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = _prepare(problem)
     grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
-    lift = _lift(grads)
+    lift = lift_of(grads)
     weights = [_Weights.of(work, *side, lift) for side in zip(grads, stats, strict=True)]
     # sum_ij w_ij: the exponentials of a set, over their own sum, add up to one.
     due = torch.stack([(grad.dlse_neg + grad.dlse_pos + grad.dpos).sum() for grad in grads]).sum()
-    moment = _Moment(problem, work, stats[0], due, lift) if wanted.scale else None
+    moment = Moment(problem, stats[0], work.in_tile, work.x.dtype, due, lift) if wanted.scale else None
     dx = torch.zeros_like(work.x) if wanted.q else None
     dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
     if not work.in_tile:
@@ -136,8 +131,8 @@ def _prepare(problem: Problem) -> _Work:
     q, k, scale = problem.q, problem.keys, problem.scale
     root = (valid_scale(scale).to(vector_dtype(q)) * LOG2E).sqrt()
     native = _native.serves(q.device, compute_dtype(q.dtype))
-    x, r_x = _scaled(q, root, problem.normalize, native)
-    y, r_y = (x, r_x) if problem.symmetric else _scaled(k, root, problem.normalize, native)
+    x, r_x = _scaled(problem, q, root, native)
+    y, r_y = (x, r_x) if problem.symmetric else _scaled(problem, k, root, native)
     unshifted = False
     if q.device.type == "cpu":
         # Reading a value costs nothing here. On any other device it would stall the host: the running maximum is used instead.
@@ -149,9 +144,9 @@ def _prepare(problem: Problem) -> _Work:
     return _Work(x, y, r_x, r_y, root, unshifted, in_tile, native)
 
 
-def _scaled(rows: Tensor, root: Tensor, normalize: bool, native: bool) -> tuple[Tensor, Tensor | None]:
+def _scaled(problem: Problem, rows: Tensor, root: Tensor, native: bool) -> tuple[Tensor, Tensor | None]:
     dtype = compute_dtype(rows.dtype)
-    r = inverse_norms(rows) if normalize else None
+    r = inverse_norms(rows, problem.metrics) if problem.normalize else None
     # One rounding per row: that of root alone would shift all logits the same way, and the mean loss with them.
     factor = root.to(dtype) if r is None else (r.to(root.dtype) * root).to(dtype)[:, None]
     if not native:
@@ -183,12 +178,23 @@ def _views(problem: Problem, tile: Tile) -> list[_View]:
     return views
 
 
-def _tiles(problem: Problem, work: _Work) -> Iterator[tuple[Tile, Tensor]]:
+def _tiles(problem: Problem, work: _Work, positives: bool = False) -> Iterator[tuple[Tile, Tensor]]:
+    """positives: only tiles in which some pair may be one."""
     rows, columns = len(work.x), len(work.y)
     for i in range(0, rows, CPU_TILE):
         for j in range(i if problem.symmetric else 0, columns, CPU_TILE):
             tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
-            yield tile, product(work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
+            if not positives or problem.pairs.may_be_positive(tile, problem.symmetric):
+                yield tile, _logits(problem, work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
+
+
+def _logits(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
+    if not problem.metrics:
+        return product(x, y)
+    # Ranks compare logits of different tiles. The order in which a product is summed depends on its shape: give it one shape, so that
+    # equal rows have equal logits.
+    whole = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x, y)]
+    return product(*whole)[: len(x), : len(y)]
 
 
 def _see_aligned(problem: Problem, sums: list[_Sums], tile: Tile, t: Tensor) -> None:
@@ -232,6 +238,18 @@ def _ends(problem: Problem, i: slice, j: slice) -> list[tuple[int, slice]]:
     return [(0, i), (1, j)] if problem.two_sided else [(0, i), (0, j)] if problem.symmetric else [(0, i)]
 
 
+def _find_best_positives(problem: Problem, work: _Work, sums: list[_Sums]) -> None:
+    """Before the negatives above them are counted, and from the tiles: the same product gives the same bits for equal rows."""
+    if work.native:
+        _native.best_positives(*_native_problem(problem, work), [side.pos_max for side in sums])
+    for tile, t in () if work.native else _tiles(problem, work, positives=True):
+        positive, _ = problem.pairs.classify(tile, problem.symmetric, t.device)
+        for view in _views(problem, tile):
+            sums[view.side].see_positives(view, t.masked_fill(~positive, -torch.inf))
+    for side in sums:
+        side.compare()
+
+
 class _LogSum:
     """log2 of a running sum of exp2 per row. Unshifted it is given exponentials, otherwise logits, and keeps a running maximum."""
 
@@ -271,19 +289,21 @@ class _Sums:
         self.n_pos = torch.zeros(rows, dtype=torch.int64, device=work.x.device)
         if problem.metrics:
             self.pos_max = work.x.new_full((rows,), -torch.inf)
-            self.rank = torch.zeros_like(self.n_pos)
+            self.low, self.high = self.pos_max, self.pos_max
+            self.rank, self.ties = torch.zeros_like(self.n_pos), torch.zeros_like(self.n_pos)
             self.hardest = torch.full_like(self.n_pos, -1)
             self.hardest_logit = torch.full_like(self.pos_max, -torch.inf)
 
     def set_positive(self, own: slice, t: Tensor) -> None:
         self.pos[own] = t
         self.n_pos[own] = 1
-        if self.problem.metrics:
-            self.pos_max[own] = t
 
-    def see_positive(self, view: _View, classes: _Classes) -> None:
-        assert classes.positive is not None
-        self.pos_max[view.own] = torch.maximum(self.pos_max[view.own], view.of(classes.positive).amax(1))
+    def see_positives(self, view: _View, positives: Tensor) -> None:
+        self.pos_max[view.own] = torch.maximum(self.pos_max[view.own], view.of(positives).amax(1))
+
+    def compare(self) -> None:
+        """From the best positives to the bounds that negatives are compared with."""
+        self.low, self.high = (bound.to(self.pos_max.dtype) for bound in self.problem.tied(self.pos_max, LOG2E))
 
     def add_logits(self, view: _View, classes: _Classes) -> None:
         if classes.is_positive is not None and classes.positive is not None:
@@ -291,10 +311,11 @@ class _Sums:
             self.pos[view.own] += view.of(classes.positive).where(is_positive, 0.0).sum(1)
             self.n_pos[view.own] += is_positive.sum(1)
         if self.problem.metrics:
-            negative, threshold = view.of(classes.negative), self._threshold(view.own)
-            negative = negative.masked_fill(negative.isnan(), -torch.inf)
-            self.rank[view.own] += (negative > threshold[:, None]).sum(1)
-            best, where = negative.max(1)
+            negative, low, high = view.of(classes.negative), self.low[view.own, None], self.high[view.own, None]
+            self.rank[view.own] += (~(negative <= high)).sum(1)
+            self.ties[view.own] += ((low <= negative) & (negative <= high)).sum(1)
+            best, where = negative.masked_fill(negative.isnan(), -torch.inf).max(1)
+            # Tiles come in the order of their columns: the first of equally hard ones stays.
             better = best > self.hardest_logit[view.own]
             self.hardest_logit[view.own] = torch.where(better, best, self.hardest_logit[view.own])
             self.hardest[view.own] = torch.where(better, where + view.other.start, self.hardest[view.own])
@@ -311,10 +332,9 @@ class _Sums:
         collected += [None, None] if self.positive is None else [self.positive.total, self.positive.top]
         collected += [self.tile_pos, self.n_pos]
         if self.problem.metrics:
-            given = None if self.problem.threshold is None else self._threshold(slice(None)).to(self.pos_max.dtype)
-            collected += [self.pos_max, given, self.rank, self.hardest_logit, self.hardest]
+            collected += [self.low, self.high, self.rank, self.ties, self.hardest_logit, self.hardest]
         else:
-            collected += [None] * 5
+            collected += [None] * 6
         return [nothing if vector is None else vector for vector in collected]
 
     def result(self) -> Side:
@@ -329,24 +349,11 @@ class _Sums:
         if not self.problem.metrics:
             return side
         logits = {"hardest_logit": self._nats(self.hardest_logit), "pos_max": self._nats(self.pos_max)}
-        return side._replace(rank=self.rank, hardest=self.hardest, **logits)
-
-    def _threshold(self, own: slice) -> Tensor:
-        given, bias = self.problem.threshold, self.problem.bias
-        best = self.pos_max[own] if given is None else (given[own] if bias is None else given[own] - bias) * LOG2E
-        return best + self.problem.tie * LOG2E
+        return side._replace(rank=self.rank, ties=self.ties, hardest=self.hardest, **logits)
 
     def _nats(self, t: Tensor) -> Tensor:
         s = t.to(self.pos.dtype) * LN2
         return s if self.problem.bias is None else s + self.problem.bias
-
-
-def _lift(grads: list[SideGrad]) -> Tensor:
-    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
-    of single pairs would leave the normal numbers of float32."""
-    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
-    most = math.log2(torch.finfo(peak.dtype).max) - 24
-    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
 
 
 class _Weights(NamedTuple):
@@ -378,8 +385,8 @@ class _Weights(NamedTuple):
             negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
         else:
             # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
-            negative = negative * _rest(base_neg, own_neg)
-            positive = positive * _rest(base_pos, own_pos) if work.in_tile else positive
+            negative = negative * rest_of(base_neg, own_neg)
+            positive = positive * rest_of(base_pos, own_pos) if work.in_tile else positive
         return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
@@ -394,51 +401,8 @@ class _Weights(NamedTuple):
             w.add_(self.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
 
 
-def _rest(base: Tensor, own: Tensor) -> Tensor:
-    """2^(base - own), where base is own rounded; 1 where both are infinite."""
-    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))
-
-
-class _Moment:
-    """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
-
-    In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
-    For the same reason it is not taken from <x_i, dx_i>, which holds it already.
-
-    center        float32, what the tiles subtract from their t
-    aligned, at   t of the aligned pairs that are kept out of the tiles, and the center among these. It is the same one less what the
-                  tiles' rounding adds to every t, as far as that is alike in all aligned pairs: where all rows are equal, everything is 0
-    """
-
-    def __init__(self, problem: Problem, work: _Work, rows: Side, due: Tensor, lift: Tensor) -> None:
-        def base_2(nats: Tensor) -> Tensor:
-            return (nats if problem.bias is None else nats - problem.bias) * LOG2E
-
-        some = rows.n_pos > 0
-        count = some.sum().clamp(min=1)
-        # Once more the float32 numbers that they were.
-        self.aligned = base_2(rows.pos).to(work.x.dtype).to(due.dtype)
-        mean = self.aligned.where(some, 0.0).sum() / count
-        # Where no row has a positive: the mean log-sum over the number of keys, which is t if all are equal.
-        log_mean = base_2(rows.lse_neg - math.log(max(problem.keys.shape[0], 1)))
-        log_mean = log_mean.masked_fill(log_mean.isinf(), 0.0).sum() / max(len(some), 1)
-        alike = torch.zeros_like(due)
-        if not work.in_tile:
-            more = (rows.own_pos - self.aligned).where(some, 0.0)
-            alike = more.sum() / count
-            spread = ((more - alike).where(some, 0.0).square().sum() / count).sqrt()
-            alike = alike.where(alike.abs() > spread, 0.0)
-        self.center = (torch.where(some.any(), mean, log_mean) + alike).to(problem.scale.dtype)
-        self.at = self.center - alike
-        self.lift = lift
-        self.total = self.at * due
-
-    def add(self, terms: Tensor) -> None:
-        self.total = self.total + terms.sum(dtype=self.total.dtype) / self.lift
-
-
 def _add_aligned(
-    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: Moment | None
 ) -> None:
     i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
     # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
@@ -468,14 +432,18 @@ def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, lift: Tensor
     return dx[:, :depth].to(dtype).contiguous()
 
 
-def _native_backward(
-    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: _Moment | None
-) -> None:
+def _native_problem(problem: Problem, work: _Work) -> tuple[Tensor, Tensor | None, int, tuple[bool, ...], Pairs]:
+    """The first arguments of all operators of the library."""
     flags = (problem.two_sided, work.unshifted, work.in_tile, problem.pairs.exclude_self)
-    keys = None if problem.symmetric else work.y
+    return work.x, None if problem.symmetric else work.y, problem.q.shape[1], flags, problem.pairs
+
+
+def _native_backward(
+    problem: Problem, work: _Work, weights: list[_Weights], dx: Tensor | None, dy: Tensor | None, moment: Moment | None
+) -> None:
     vectors = [v for side in weights for v in (side.negative, side.base_neg, side.positive, side.base_pos, side.mean)]
     sums = None if moment is None else work.x.new_zeros(len(work.x), dtype=torch.float64)
     center = 0.0 if moment is None else float(moment.center)
-    _native.backward(work.x, keys, problem.q.shape[1], flags, problem.pairs, vectors, center, dx, None if keys is None else dy, sums)
+    _native.backward(*_native_problem(problem, work), vectors, center, dx, None if problem.symmetric else dy, sums)
     if moment is not None and sums is not None:
         moment.add(sums)

@@ -25,9 +25,9 @@ def unsupported(problem: Problem) -> list[str]:
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
     q_hat, k_hat, _, _ = _operands(problem)
-    s, positive, negative = _logits(problem, q_hat, k_hat)
-    views = [(s, positive, negative), (s.T, positive.T, negative.T)]
-    precise = vector_dtype(s)
+    t, positive, negative = _logits(problem, q_hat, k_hat)
+    views = [(t, positive, negative), (t.T, positive.T, negative.T)]
+    precise = vector_dtype(t)
     found = [_statistics(problem, *view) for view in views[: 2 if problem.two_sided else 1]]
     return [Side(*[v if v is None or not v.is_floating_point() else v.to(precise) for v in side]) for side in found]  # type: ignore[arg-type]
 
@@ -35,7 +35,8 @@ def forward(problem: Problem) -> list[Side]:
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     q_hat, k_hat, r_q, r_k = _operands(problem)
-    s, positive, negative = _logits(problem, q_hat, k_hat)
+    t, positive, negative = _logits(problem, q_hat, k_hat)
+    s = _biased(problem, t)
     w = _weights(s, positive, negative, grads[0], stats[0])
     if problem.two_sided:
         w = w + _weights(s.T, positive.T, negative.T, grads[1], stats[1]).T
@@ -58,19 +59,23 @@ def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor |
     dtype = compute_dtype(problem.q.dtype)
     if not problem.normalize:
         return problem.q.to(dtype), problem.keys.to(dtype), None, None
-    r_q, r_k = inverse_norms(problem.q)[:, None], inverse_norms(problem.keys)[:, None]
+    r_q, r_k = (inverse_norms(x, problem.metrics)[:, None].to(dtype) for x in (problem.q, problem.keys))
     return problem.q.to(dtype) * r_q, problem.keys.to(dtype) * r_k, r_q, r_k
 
 
 def _logits(problem: Problem, q_hat: Tensor, k_hat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    s = valid_scale(problem.scale) * (q_hat @ k_hat.T)
-    if problem.bias is not None:
-        s = s + problem.bias
-    positive, excluded = problem.pairs.dense(s.shape[0], s.shape[1], problem.symmetric, s.device)
-    return s, positive, ~(positive | excluded)
+    """Logits without the bias, and which of them are positives and negatives."""
+    t = valid_scale(problem.scale) * (q_hat @ k_hat.T)
+    positive, excluded = problem.pairs.dense(t.shape[0], t.shape[1], problem.symmetric, t.device)
+    return t, positive, ~(positive | excluded)
 
 
-def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor) -> Side:
+def _biased(problem: Problem, t: Tensor) -> Tensor:
+    return t if problem.bias is None else t + problem.bias
+
+
+def _statistics(problem: Problem, t: Tensor, positive: Tensor, negative: Tensor) -> Side:
+    s = _biased(problem, t)
     n_pos = positive.sum(1)
     pos = s.masked_fill(~positive, 0.0).sum(1) / n_pos.clamp(min=1)
     lse_pos = torch.where(n_pos == 1, pos, _lse(s, positive))
@@ -78,15 +83,17 @@ def _statistics(problem: Problem, s: Tensor, positive: Tensor, negative: Tensor)
     side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
         return side
-    if s.shape[1] == 0:  # torch has no maximum of nothing: a column that is left out
-        s, positive, negative = (matrix.new_zeros(len(s), 1) for matrix in (s, positive, negative))
-    negatives = s.masked_fill(~negative | s.isnan(), -torch.inf)
-    pos_max = s.masked_fill(~positive, -torch.inf).amax(1)
-    threshold = pos_max if problem.threshold is None else problem.threshold
-    hardest_logit, hardest = negatives.max(1)
-    hardest = hardest.masked_fill(hardest_logit == -torch.inf, -1)
-    rank = (negatives > (threshold + problem.tie)[:, None]).sum(1)
-    return side._replace(rank=rank, hardest=hardest, hardest_logit=hardest_logit, pos_max=pos_max)
+    if t.shape[1] == 0:  # torch has no maximum of nothing: a column that is left out
+        t, positive, negative = (matrix.new_zeros(len(t), 1) for matrix in (t, positive, negative))
+    best = t.masked_fill(~positive, -torch.inf).amax(1)
+    negatives = t.masked_fill(~negative, -torch.inf)
+    low, high = (bound[:, None] for bound in problem.tied(best, 1.0))
+    rank = (~(negatives <= high)).sum(1)
+    ties = ((low <= negatives) & (negatives <= high)).sum(1)
+    hardest_t, hardest = negatives.masked_fill(negatives.isnan(), -torch.inf).max(1)
+    hardest = hardest.masked_fill(hardest_t == -torch.inf, -1)
+    logits = {"hardest_logit": _biased(problem, hardest_t), "pos_max": _biased(problem, best)}
+    return side._replace(rank=rank, ties=ties, hardest=hardest, **logits)
 
 
 def _lse(s: Tensor, kept: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ struct Data {
 
 struct Side {
   std::vector<double> negative, positive, pos;
-  std::vector<float> top_negative, top_positive, pos_max, hardest_t;
-  std::vector<int64_t> n_pos, rank, hardest;
+  std::vector<float> top_negative, top_positive, pos_max, low, high, hardest_t;
+  std::vector<int64_t> n_pos, rank, ties, hardest;
 
   explicit Side(int64_t rows)
       : negative(rows),
@@ -118,15 +118,26 @@ struct Side {
         top_negative(rows, -INFINITY),
         top_positive(rows, -INFINITY),
         pos_max(rows, -INFINITY),
+        low(rows),
+        high(rows),
         hardest_t(rows, -INFINITY),
         n_pos(rows),
         rank(rows),
+        ties(rows),
         hardest(rows, -1) {}
 
   Sums sums(bool metrics) {
     Sums s{negative.data(), top_negative.data(), positive.data(), top_positive.data(), pos.data(), n_pos.data(), {}};
-    if (metrics) s.metrics = {pos_max.data(), nullptr, 0.0f, rank.data(), hardest_t.data(), hardest.data()};
+    if (metrics) s.metrics = {low.data(), high.data(), rank.data(), ties.data(), hardest_t.data(), hardest.data()};
     return s;
+  }
+
+  // From pos_max; a row without a positive ties with nothing.
+  void compare(float band) {
+    for (size_t i = 0; i < pos_max.size(); ++i) {
+      low[i] = pos_max[i] == -INFINITY ? INFINITY : pos_max[i] - band;
+      high[i] = pos_max[i] + band;
+    }
   }
 };
 
@@ -181,6 +192,12 @@ void run(const Case& c, const Level& level, unsigned seed) {
   std::vector<Side> found{Side(p.m), Side(p.n)}, threaded = found;
   Sums sums[2] = {found[0].sums(c.metrics), found[1].sums(c.metrics)},
        again[2] = {threaded[0].sums(c.metrics), threaded[1].sums(c.metrics)};
+  const double limit = 1e-5 * std::max(1.0f, c.reach);
+  for (auto* of : {&found, &threaded}) {
+    float* const best[2] = {(*of)[0].pos_max.data(), (*of)[1].pos_max.data()};
+    if (c.metrics) level.best_positives(p, best, pool(of == &found ? 1 : 3));
+    for (Side& side : *of) side.compare(static_cast<float>(3 * limit));
+  }
   level.forward(p, sums, pool(1));
   level.forward(p, again, pool(3));
 
@@ -189,7 +206,7 @@ void run(const Case& c, const Level& level, unsigned seed) {
     const Side& s = found[side];
     check("bits by threads", c, level.name,
           s.negative == threaded[side].negative && s.positive == threaded[side].positive && s.pos == threaded[side].pos &&
-                  s.hardest == threaded[side].hardest && s.rank == threaded[side].rank
+                  s.hardest == threaded[side].hardest && s.rank == threaded[side].rank && s.ties == threaded[side].ties
               ? 0
               : 1,
           0);
@@ -208,7 +225,6 @@ void run(const Case& c, const Level& level, unsigned seed) {
             sum[kind] += std::exp2(t - top[kind]);
           }
         }
-      const double limit = 1e-5 * std::max(1.0f, c.reach);
       const double wanted[2] = {std::log2(sum[0]) + top[0], std::log2(sum[1]) + top[1]};
       const double got[2] = {log2_of(s.negative[i], s.top_negative[i], c.unshifted),
                              log2_of(s.positive[i], s.top_positive[i], c.unshifted)};
@@ -222,14 +238,19 @@ void run(const Case& c, const Level& level, unsigned seed) {
       if (c.metrics && top[0] != NONE) {
         const int64_t hardest = s.hardest[i];
         check("hardest", c, level.name, hardest < 0 ? 1 : top[0] - (side ? data.logit(hardest, i) : data.logit(i, hardest)), limit);
-        int64_t surely = 0, perhaps = 0;
+        // The band is +- 3 limit, and t and the best positive are each off by less than limit.
+        int64_t surely[2] = {}, perhaps[2] = {};
         for (int64_t j = 0; j < others; ++j)
           if ((side ? data.kind(j, i) : data.kind(i, j)) == 0) {
-            const double t = side ? data.logit(j, i) : data.logit(i, j);
-            surely += t > top[1] + limit;
-            perhaps += t > top[1] - limit;
+            const double above = (side ? data.logit(j, i) : data.logit(i, j)) - top[1];
+            surely[0] += above > 5 * limit;
+            perhaps[0] += above > limit;
+            surely[1] += std::fabs(above) < limit;
+            perhaps[1] += std::fabs(above) < 5 * limit;
           }
-        check("rank", c, level.name, s.rank[i] < surely || s.rank[i] > perhaps ? 1 : 0, 0);
+        check("rank", c, level.name, s.rank[i] < surely[0] || s.rank[i] > perhaps[0] ? 1 : 0, 0);
+        check("ties", c, level.name, s.ties[i] < surely[1] || s.ties[i] > perhaps[1] ? 1 : 0, 0);
+        check("pos_max", c, level.name, s.pos_max[i] == top[1] ? 0 : std::fabs(s.pos_max[i] - top[1]), limit);
       }
     }
   }
@@ -266,9 +287,9 @@ void run(const Case& c, const Level& level, unsigned seed) {
     for (size_t e = 0; e < a.size(); ++e) error += (a[e] - b[e]) * (a[e] - b[e]), norm += b[e] * b[e];
     return std::sqrt(error / norm);
   };
-  const double limit = 3e-6 * std::max(1.0f, c.reach);
-  check("dx", c, level.name, relative(dx, x_exact), limit);
-  if (!c.symmetric) check("dy", c, level.name, relative(dy, y_exact), limit);
+  const double of_sums = 3e-6 * std::max(1.0f, c.reach);
+  check("dx", c, level.name, relative(dx, x_exact), of_sums);
+  if (!c.symmetric) check("dy", c, level.name, relative(dy, y_exact), of_sums);
 }
 
 // Every block once; no two of a round in one row, or in one column, of the same sums; no place without a block; and of the places that two

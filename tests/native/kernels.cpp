@@ -324,33 +324,41 @@ void retrieval(const Data& data, std::mt19937& random) {
   const Case& c = data.c;
   const Grid grid = grid_of(ceil_div(c.n, tile(c).columns), c.splits);
   const int each = c.splits * c.m;
-  std::vector<float> threshold(c.m), real(2 * each, POISON);
-  std::vector<int> whole(2 * each, POISON_INT);
-  for (int i = 0; i < c.m; ++i) threshold[i] = static_cast<float>(data.t[data.at(i, static_cast<int>(random() % c.n))]);
-  retrieval(data.p, grid, {threshold.data(), real.data(), whole.data()}, nullptr);
   const double limit = data.error_of_t();
+  std::vector<float> bounds(2 * c.m), real(2 * each, POISON);
+  std::vector<int> whole(3 * each, POISON_INT);
+  for (int i = 0; i < c.m; ++i) {
+    const double threshold = data.t[data.at(i, static_cast<int>(random() % c.n))];
+    bounds[i] = static_cast<float>(threshold - 3 * limit);
+    bounds[c.m + i] = static_cast<float>(threshold + 3 * limit);
+  }
+  retrieval(data.p, grid, {bounds.data(), real.data(), whole.data()}, nullptr);
   for (int i = 0; i < c.m; ++i) {
     double best[2] = {NONE, NONE}, found[2] = {NONE, NONE};
-    int where = -1, rank = 0, surely = 0, perhaps = 0;
+    int where = -1, counts[2] = {}, surely[2] = {}, perhaps[2] = {};
     for (int split = 0; split < c.splits; ++split) {
       const int at = split * c.m + i;
       for (int kind = 0; kind < 2; ++kind) check("best is nan", data, i, std::isnan(real[kind * each + at]), 0);
-      if (real[at] > found[0]) where = whole[each + at];
+      if (real[at] > found[0]) where = whole[2 * each + at];
       for (int kind = 0; kind < 2; ++kind) found[kind] = std::max<double>(found[kind], real[kind * each + at]);
-      rank += whole[at];
-      if (real[at] == -INFINITY) check("nowhere", data, i, whole[each + at] + 1, 0);
+      for (int n = 0; n < 2; ++n) counts[n] += whole[n * each + at];
+      if (real[at] == -INFINITY) check("nowhere", data, i, whole[2 * each + at] + 1, 0);
     }
     for (int j = 0; j < c.n; ++j) {
       const int kind = data.kind[data.at(i, j)];
       if (kind == 2) continue;
       const double t = data.t[data.at(i, j)];
       best[kind] = std::max(best[kind], t);
-      surely += kind == 0 && t > threshold[i] + limit;
-      perhaps += kind == 0 && t > threshold[i] - limit;
+      if (kind == 1) continue;
+      const double low = bounds[i], high = bounds[c.m + i];
+      surely[0] += t > high + limit;
+      perhaps[0] += t > high - limit;
+      surely[1] += t > low + limit && t < high - limit;
+      perhaps[1] += t > low - limit && t < high + limit;
     }
     for (int kind = 0; kind < 2; ++kind)
       check(kind ? "best positive" : "best", data, i, found[kind] == best[kind] ? 0 : std::fabs(found[kind] - best[kind]), limit);
-    check("rank", data, i, rank < surely || rank > perhaps, 0);
+    for (int n = 0; n < 2; ++n) check(n ? "ties" : "rank", data, i, counts[n] < surely[n] || counts[n] > perhaps[n], 0);
     if (best[0] == NONE) continue;
     const bool there = where >= 0 && where < c.n && data.kind[data.at(i, where)] == 0;
     check("where", data, i, there ? best[0] - data.t[data.at(i, where)] : 1e30, 2 * limit);

@@ -7,7 +7,7 @@ What a backend brings is a module of launch functions, here `kernels`:
     forward_rows(view, walk, always, real, count)                   "rows"
     forward_output(view, walk, real, out, moment, lift)             "output"
     forward_both(view, walk, row_sums, column_sums)                 "both"
-    retrieval(view, walk, threshold, real, whole)                   "retrieval"
+    retrieval(view, walk, bounds, real, whole)                      "retrieval"
     backward_rows(view, walk, row, column, center, rows, columns, dx, moment)                                                "gradient"
     weights_block(view, tile, row, column, center, columns, row0, column0, down, across, pitch, for_rows, for_columns, moment)  "block"
 

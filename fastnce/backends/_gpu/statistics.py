@@ -63,10 +63,9 @@ def _side(view: View, unshifted: Sums | None, pairs: Tensor | None) -> Side:
         kernels.forward_rows(view, walk, unshifted is None, real, count)
     sums, n_pos = unshifted or (None, None)
     side = close(real, count, sums, n_pos, pairs, view.ends(), problem.bias)
-    t_pos = side.own_pos
     if output:
         side = side._replace(own_pos=_mean_key(view, real[0], side.own_neg, out, moment, lift))
-    return _with_metrics(view, side, None if work.in_tile else t_pos) if problem.metrics else side
+    return _with_metrics(view, side) if problem.metrics else side
 
 
 def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> Tensor:
@@ -83,28 +82,28 @@ def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tenso
     return found
 
 
-def _with_metrics(view: View, side: Side, t_pos: Tensor | None) -> Side:
+def _with_metrics(view: View, side: Side) -> Side:
     """Ranks and hardest negatives take passes of their own: training does not ask for them."""
     problem = view.work.problem
-    given, bias = problem.threshold, problem.bias
-    best = None if t_pos is None else t_pos.masked_fill(side.n_pos == 0, -torch.inf)
-    if given is not None:
-        least = (given if bias is None else given - bias) * LOG2E
-    else:
-        # The best positive must be known before the negatives above it are counted.
-        least = best = _retrieve(view, torch.zeros_like(side.pos))[0][1] if best is None else best
-    (hardest_logit, best_in_tile), rank, hardest = _retrieve(view, least + problem.tie * LOG2E)
-    best = best_in_tile if best is None else best
-    return side._replace(rank=rank, hardest=hardest, hardest_logit=nats(hardest_logit, bias), pos_max=nats(best, bias))
+    # Aligned pairs too are looked for in the tiles: the same product gives the same bits for equal rows.
+    view = view._replace(work=view.work._replace(in_tile=True))
+    best = torch.zeros_like(side.pos)
+    if problem.threshold is None:
+        # The best positive must be known before the negatives above it are counted. A kernel's largest is never nan, the mean is.
+        best = _retrieve(view, best, best)[0][1].masked_fill(side.pos.isnan(), torch.nan)
+    (hardest_logit, best), (rank, ties), hardest = _retrieve(view, *problem.tied(best, LOG2E))
+    pos_max = nats(best.masked_fill(side.pos.isnan(), torch.nan), problem.bias)
+    logits = {"hardest_logit": nats(hardest_logit, problem.bias), "pos_max": pos_max}
+    return side._replace(rank=rank, ties=ties, hardest=hardest, **logits)
 
 
-def _retrieve(view: View, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(2, rows) largest t of negatives and of positives; number of negatives above the threshold; column of the largest."""
+def _retrieve(view: View, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(2, rows) largest t of negatives and of positives; (2, rows) negatives above `high`, and from `low` to it; column of the largest."""
     walk, rows = view.walk("retrieval"), view.x.rows
     real = view.x.raw.new_empty((2, walk.splits, rows), dtype=torch.float32)
-    whole = torch.empty((2, walk.splits, rows), dtype=torch.int32, device=real.device)
-    view.work.kernels.retrieval(view, walk, threshold.to(torch.float32), real, whole)
+    whole = torch.empty((3, walk.splits, rows), dtype=torch.int32, device=real.device)
+    view.work.kernels.retrieval(view, walk, torch.stack([low, high]).to(torch.float32), real, whole)
     best, split = real.max(1)
     # max() takes the first of equal splits, as the kernel takes the first of equal columns.
-    hardest = whole[1].gather(0, split[:1])[0]
-    return best.to(vector_dtype(best)), whole[0].sum(0), hardest.to(torch.int64)
+    hardest = whole[2].gather(0, split[:1])[0]
+    return best.to(vector_dtype(best)), whole[:2].sum(1), hardest.to(torch.int64)

@@ -48,9 +48,9 @@ def forward_both(view: View, walk: Walk, row_sums: Sums, column_sums: Sums) -> N
         torch.ops.fastnce_cuda.forward_both(*_problem(view, walk.tile), symmetric, walk.splits, walk.per_split, *row_sums, *column_sums)
 
 
-def retrieval(view: View, walk: Walk, threshold: Tensor, real: Tensor, whole: Tensor) -> None:
+def retrieval(view: View, walk: Walk, bounds: Tensor, real: Tensor, whole: Tensor) -> None:
     if walk.programs:
-        torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), threshold, walk.splits, walk.per_split, real, whole)
+        torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), bounds, walk.splits, walk.per_split, real, whole)
 
 
 def backward_rows(

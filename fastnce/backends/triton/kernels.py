@@ -340,15 +340,16 @@ def forward_both(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def retrieval(
-    X, Y, A, B, scale, threshold, real, whole,
+    X, Y, A, B, scale, bounds, real, whole,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, splits, per_split,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What ranks are made of. nan is none of the largest.
+    """What ranks are made of. nan is none of the largest, and not <= a bound.
 
+    bounds (2, rows): low, high; neither is nan
     real   (2, splits, rows): largest t of the negatives, of the positives
-    whole  (2, splits, rows) int32: number of negatives with t above the threshold (rows,), column of the largest negative
+    whole  (3, splits, rows) int32: number of negatives unless t <= high, and with low <= t <= high; column of the largest negative
     """
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -359,10 +360,12 @@ def retrieval(
     lo = split * per_split
     hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
     x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
-    least = tl.load(threshold + i, mask=inside, other=0.0)
+    low = tl.load(bounds + i, mask=inside, other=0.0)
+    high = tl.load(bounds + rows + i, mask=inside, other=0.0)
     best = tl.full([BM], -float("inf"), tl.float32)
     best_pos = tl.full([BM], -float("inf"), tl.float32)
-    rank = tl.zeros([BM], tl.int32)
+    above = tl.zeros([BM], tl.int32)
+    ties = tl.zeros([BM], tl.int32)
     where = tl.full([BM], -1, tl.int32)
     for tile in range(lo, hi):
         j0 = tile * BN
@@ -374,8 +377,11 @@ def retrieval(
         )  # fmt: skip
         if IN_TILE:
             best_pos = tl.maximum(best_pos, tl.max(tl.where(positive, t, -float("inf")), 1))
-        t = tl.where(negative & (t == t), t, -float("inf"))
-        rank += tl.sum((t > least[:, None]).to(tl.int32), 1)
+        t = tl.where(negative, t, -float("inf"))
+        below = t <= high[:, None]
+        above += tl.sum(tl.where(below, 0, 1), 1)
+        ties += tl.sum((below & (t >= low[:, None])).to(tl.int32), 1)
+        t = tl.where(t == t, t, -float("inf"))
         highest, at = tl.max(t, 1, return_indices=True)
         where = tl.where(highest > best, j0 + at, where)
         best = tl.maximum(best, highest)
@@ -383,5 +389,6 @@ def retrieval(
     field = splits.to(tl.int64) * rows
     tl.store(real + place, best, mask=inside)
     tl.store(real + field + place, best_pos, mask=inside)
-    tl.store(whole + place, rank, mask=inside)
-    tl.store(whole + field + place, where, mask=inside)
+    tl.store(whole + place, above, mask=inside)
+    tl.store(whole + field + place, ties, mask=inside)
+    tl.store(whole + 2 * field + place, where, mask=inside)

@@ -95,9 +95,9 @@ def forward_both(view: View, walk: Walk, row_sums: Sums, column_sums: Sums) -> N
     )  # fmt: skip
 
 
-def retrieval(view: View, walk: Walk, threshold: Tensor, real: Tensor, whole: Tensor) -> None:
+def retrieval(view: View, walk: Walk, bounds: Tensor, real: Tensor, whole: Tensor) -> None:
     launch(
-        kernels.retrieval, walk.programs, *_operands(view), threshold, real, whole,
+        kernels.retrieval, walk.programs, *_operands(view), bounds, real, whole,
         *view.content(), *view.sizes(), view.depth, walk.splits, walk.per_split, **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 

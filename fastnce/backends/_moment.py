@@ -1,0 +1,63 @@
+"""Gradients of the CPU backend beside the tiles: the derivative by scale, and factors that keep weights in the range of float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastnce.problem import Problem, Side, SideGrad
+
+LOG2E = math.log2(math.e)
+
+
+def lift_of(grads: list[SideGrad]) -> Tensor:
+    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
+    of single pairs would leave the normal numbers of float32."""
+    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
+    most = math.log2(torch.finfo(peak.dtype).max) - 24
+    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
+
+
+def rest_of(base: Tensor, own: Tensor) -> Tensor:
+    """2^(base - own), where base is own rounded; 1 where both are infinite."""
+    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))
+
+
+class Moment:
+    """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
+
+    In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
+    For the same reason it is not taken from <x_i, dx_i>, which holds it already.
+
+    center        float32, what the tiles subtract from their t
+    aligned, at   t of the aligned pairs that are kept out of the tiles, and the center among these. It is the same one less what the
+                  tiles' rounding adds to every t, as far as that is alike in all aligned pairs: where all rows are equal, everything is 0
+    """
+
+    def __init__(self, problem: Problem, rows: Side, in_tile: bool, dtype: torch.dtype, due: Tensor, lift: Tensor) -> None:
+        def base_2(nats: Tensor) -> Tensor:
+            return (nats if problem.bias is None else nats - problem.bias) * LOG2E
+
+        some = rows.n_pos > 0
+        count = some.sum().clamp(min=1)
+        # Once more the float32 numbers that they were.
+        self.aligned = base_2(rows.pos).to(dtype).to(due.dtype)
+        mean = self.aligned.where(some, 0.0).sum() / count
+        # Where no row has a positive: the mean log-sum over the number of keys, which is t if all are equal.
+        log_mean = base_2(rows.lse_neg - math.log(max(problem.keys.shape[0], 1)))
+        log_mean = log_mean.masked_fill(log_mean.isinf(), 0.0).sum() / max(len(some), 1)
+        alike = torch.zeros_like(due)
+        if not in_tile:
+            more = (rows.own_pos - self.aligned).where(some, 0.0)
+            alike = more.sum() / count
+            spread = ((more - alike).where(some, 0.0).square().sum() / count).sqrt()
+            alike = alike.where(alike.abs() > spread, 0.0)
+        self.center = (torch.where(some.any(), mean, log_mean) + alike).to(problem.scale.dtype)
+        self.at = self.center - alike
+        self.lift = lift
+        self.total = self.at * due
+
+    def add(self, terms: Tensor) -> None:
+        self.total = self.total + terms.sum(dtype=self.total.dtype) / self.lift

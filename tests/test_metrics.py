@@ -1,0 +1,138 @@
+"""Ranks, ties, top-1 and hardest negatives on the CPU, by each of its backends; test_triton.py and test_cuda.py run the same promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import rank_promises
+import torch
+import torch.nn.functional as F
+from rank_promises import PROMISES, U, similarities
+
+import fastnce
+from fastnce import checks, contrastive_stats, info_nce, merge, tiles
+from fastnce.backends import cpu
+
+PLACES = ("reference", "torch", "compiled")
+
+
+@pytest.fixture(params=PLACES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """By name: the tiles of torch operations are in tiles of 16 x 16, the compiled ones in blocks of 64 x 64."""
+    if request.param == "reference":
+        return "reference"
+    request.getfixturevalue("small_tiles" if request.param == "torch" else "compiled")
+    return "cpu"
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.__name__)
+def test_promise(promise: Callable[[str], None], backend: str) -> None:
+    promise(backend)
+
+
+@pytest.mark.parametrize("n", [64, 520])
+def test_equal_rows_tie_in_every_tile(n: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles at the edges are smaller, and a product of another shape may be summed in another order."""
+    monkeypatch.setattr(cpu, "CPU_TILE", tiles.CPU_TILE)
+    for columns in (128, 512):
+        z = torch.randn(1, columns, generator=torch.Generator().manual_seed(n)).expand(n, columns)
+        calls = {
+            n - 1: lambda z=z: info_nce(z, z, return_stats=True, backend=backend),
+            n: lambda z=z: fastnce.moco_loss(z, z, z, return_stats=True, backend=backend),
+            2 * n - 1: lambda z=z: info_nce(z, z, z, in_batch=True, return_stats=True, backend=backend),
+        }
+        for ties, call in calls.items():
+            found = call()[1]
+            assert found.rank.eq(0).all() and found.ties.eq(ties).all() and not found.top1.any()
+
+
+def test_top1_of_nearly_equal_rows(backend: str) -> None:
+    """A mean similarity of 0.99998: top-1 and MRR are those of float64, and never better, but for rows that float32 cannot decide."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 128, generator=g) + 0.0036 * torch.randn(600, 128, generator=g)
+    k = q + 0.0036 * 1.6 * torch.randn(600, 128, generator=g)
+    s = similarities(q, k)
+    assert 0.99995 < s.mean() < 0.99999
+    gap = (s - s.diagonal()[:, None]).masked_fill(torch.eye(600, dtype=torch.bool), -torch.inf)
+    top1, mrr = gap.amax(1) < 0, (1 / (1 + (gap > 0).sum(1))).mean()
+    undecided = (gap.amax(1).abs() <= 6 * U).double().mean()
+    assert 0.6 < top1.double().mean() < 0.95 and undecided < 0.1
+    _, found = info_nce(q, k, return_stats=True, backend=backend)
+    assert -undecided <= found.top1.double().mean() - top1.double().mean() <= 0.005
+    assert ((1 / (1 + found.rank + found.ties / 2)).mean() - mrr).abs() <= 0.02
+    _, found = info_nce(q.double(), k.double(), return_stats=True, backend=backend)
+    assert torch.equal(found.top1, top1) and not found.ties.any()
+
+
+def test_float64_tells_1e_12_apart(backend: str) -> None:
+    """At 45 degrees, where a small angle moves the cosine by as much."""
+    angles = torch.pi / 4 + torch.tensor([0.0, 1e-12, -1e-12, 1e-9, -1e-9, 0.0], dtype=torch.float64)
+    q, k = torch.eye(1, 2, dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
+    _, found = info_nce(q, k, return_stats=True, backend=backend)
+    assert (found.rank.item(), found.ties.item(), found.top1.item()) == (2, 1, False)
+
+
+def test_merged_metrics(backend: str) -> None:
+    """Ties add up, and of equally hard negatives the first set's is the hardest, whichever row it is in."""
+    q = F.normalize(torch.randn(6, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    whole = contrastive_stats(q, torch.cat([q, q, q]), scale=5.0, offset=0, metrics=True, backend=backend)
+    rest = contrastive_stats(q, torch.cat([q, q]), scale=5.0, metrics=True, threshold=whole.pos_max, backend=backend)
+    own = contrastive_stats(q, q, scale=5.0, offset=0, metrics=True, backend=backend)
+    merged = merge(own, rest, 6)
+    assert whole.ties.tolist() == merged.ties.tolist() == [2] * 6
+    assert torch.equal(merged.rank, whole.rank) and torch.equal(merged.hardest, whole.hardest)
+    assert torch.equal(merge(rest, rest, 12).hardest, rest.hardest)
+
+
+@pytest.mark.parametrize("variant", ["out", "in"])
+@pytest.mark.parametrize("views", ["all", "one"])
+def test_anchors_without_a_positive_are_skipped_in_a_weighted_mean(variant: str, views: str, backend: str) -> None:
+    """A skipped anchor has no part in the sum of the weights either."""
+    labels = torch.tensor([0, 0, 1, -1, 2, 2, -1])
+    x = torch.randn(7, 2, 24, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(0.2, 3.0, 14 if views == "all" else 7)
+    call = {"labels": labels, "variant": variant, "views": views, "backend": backend}
+    values = fastnce.sup_con(x, reduction="none", **call)  # type: ignore[arg-type]
+    some = (labels >= 0).repeat(2 if views == "all" else 1)
+    for given in (weight, None):
+        kept = (torch.ones_like(weight) if given is None else weight)[some]
+        found = fastnce.sup_con(x, weight=given, no_positive="skip", **call)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, (values[some] * kept).sum() / kept.sum())
+        summed = fastnce.sup_con(x, weight=given, no_positive="skip", reduction="sum", **call)  # type: ignore[arg-type]
+        torch.testing.assert_close(summed, (values[some] * kept).sum())
+
+
+@pytest.mark.parametrize("bad", [1.0, torch.nan])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first offset and after the last: no part in the loss, in a gradient or in the metrics, nan or not. Where reading offsets
+    is free they are refused; on a GPU nobody looks."""
+    monkeypatch.setattr(checks, "free_to_read", lambda x: False)
+    g = torch.Generator().manual_seed(0)
+    q, k, values = (torch.randn(n, 24, generator=g) for n in (4, 4, 12))
+    # The hardest there could be, of the first query and of the last.
+    values[:3], values[9:] = bad * q[0], bad * q[3]
+    offsets = torch.tensor([3, 5, 5, 8, 9])
+
+    def solve(values: torch.Tensor, offsets: torch.Tensor) -> tuple[fastnce.RetrievalStats, torch.Tensor, tuple[torch.Tensor, ...]]:
+        leaves = [t.clone().requires_grad_() for t in (q, k, values, torch.tensor(0.2))]
+        call = {"temperature": leaves[3], "in_batch": in_batch, "return_stats": True, "reduction": "none", "backend": backend}
+        loss, stats = info_nce(*leaves[:2], (leaves[2], offsets), **call)
+        return stats, loss.detach(), torch.autograd.grad(loss.sum(), leaves)
+
+    with_others, loss, gradients = solve(values, offsets)
+    alone, wanted, exact = solve(values[3:9], offsets - 3)
+    torch.testing.assert_close(loss, wanted)
+    for found, right in zip(gradients, (*exact[:2], F.pad(exact[2], (0, 0, 3, 3)), exact[3]), strict=True):
+        torch.testing.assert_close(found, right)
+    for name in ("rank", "ties", "top1"):
+        assert torch.equal(getattr(with_others, name), getattr(alone, name)), name
+    first = 4 if in_batch else 0
+    assert torch.equal(with_others.hardest, alone.hardest + 3 * (alone.hardest >= first))
+    torch.testing.assert_close(with_others.hardest_similarity, alone.hardest_similarity)
+
+
+def test_the_promises_are_all_run() -> None:
+    written = {name for name, value in vars(rank_promises).items() if getattr(value, "__annotations__", {}).keys() == {"backend", "return"}}
+    assert written == {promise.__name__ for promise in PROMISES}
