@@ -153,9 +153,12 @@ def info_nce(
     elif negatives is not None:
         threshold = found.pos_max
         if use_batch and threshold is not None:
-            # As the listed logits come out; with ids another key may be a better positive.
+            # As the listed logits come out. With ids another key may be a better positive: by as much as in the tiles.
             own = one_positive(query.detach(), positive_key[:rows].detach(), (None, None), scale.detach(), normalize, return_stats).pos
-            threshold = own if label[0] is None else torch.maximum(threshold, own)
+            if label[0] is not None:
+                in_tile = stats.best_of_pairs(where, query, positive_key[:rows], scale, normalize, backend)
+                own = own + (threshold - in_tile).clamp(min=0.0)
+            threshold = own
         found = stats.merge(found, negatives.statistics(query, second, scale, normalize, threshold), before)
     values = l_out(found, label[0] is None)
     if symmetric:

@@ -60,7 +60,7 @@ class Negatives(NamedTuple):
         """Row statistics of listed negatives. wide: stand-ins for query and keys. threshold (M,): metrics too, rank and ties counted from
         there."""
         bounds = None if threshold is None else tied(threshold, scale, normalize, compute_dtype(query.dtype))
-        s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize))
+        s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize, bounds is not None))
         return _by_row(s, bounds) if self.rows is None else self._by_segment(s, query.shape[0], bounds)
 
     def _by_segment(self, s: Tensor, n: int, bounds: Bounds | None) -> ContrastiveStats:

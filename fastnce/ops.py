@@ -161,21 +161,21 @@ class _Listed(_Derivative):
     @staticmethod
     def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, Tensor]:
         s, r = below(*flat)
-        ctx.normalize = flat[-1]
-        _Derivative.keep(ctx, s, r, *flat[:-1])
+        ctx.flags = flat[-2:]
+        _Derivative.keep(ctx, s, r, *flat[:-2])
         ctx.mark_non_differentiable(r)
         return s, r
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         s, r, *tensors = _Derivative.kept(ctx)
-        arguments = Listed(*tensors, ctx.normalize)  # type: ignore[call-arg]
+        arguments = Listed(*tensors, *ctx.flags)
         wanted = [ctx.needs_input_grad[n] for n in (1, 2, 4)]
         found = torch.ops.fastnce.listed_backward(grad, s, r, wanted, *arguments)
         dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=True))
         dq, dq_wide = (dq, None) if arguments.q_wide is None else (None, dq)
         dkeys, dkeys_wide = (dkeys, None) if arguments.keys_wide is None else (None, dkeys)
-        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
+        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None, None
 
 
 class _Log1pLoss(_Derivative):

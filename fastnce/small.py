@@ -39,7 +39,10 @@ def mean_cross_entropy(problem: Problem, backend: str, reduction: str, weight: T
         return None
     rows, offset = q.shape[0], pairs.offset or 0
     if scale.requires_grad:
-        s = (x @ y.T) * scale
+        # A constant in all logits changes no loss. Without it the derivative by scale is a sum of differences of cosines, and not of
+        # cosines that cancel: in a collapsed batch it is 0 and no rounding, which an optimizer would follow.
+        cosines = x @ y.T
+        s = (cosines - cosines[0, offset].detach()) * scale
         if pairs.exclude_self:
             s = s.fill_diagonal_(-torch.inf)
     else:

@@ -108,7 +108,7 @@ PROBLEMS = (
     Problem("excluded documents: the own pair stays", 33, 70, 24, offset=0, excludes=6),
     Problem("excluded symmetric", 66, 0, 24, offset=33, excludes=6, exclude_self=True),
     Problem("everything excluded: one id for all", 20, 30, 8, excludes=1),
-    Problem("excluded labels: exclusion wins over equal labels", 40, 40, 8, labels=4, excludes=4, two_sided=True),
+    Problem("excluded labels: exclusion wins over labels, alignment over both", 40, 40, 8, offset=5, labels=4, excludes=4, two_sided=True),
     Problem("not normalized: lengths matter, logits are unbounded", 40, 60, 16, offset=0, normalize=False, scale=0.7),
     Problem(
         "not normalized, large: logits far beyond the unshifted range", 40, 60, 16, offset=0, normalize=False, scale=9.0, two_sided=True

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_bad_input as bad
 import torch
+import torch.nn.functional as F
 from test_bad_input import ids, leaves_of, same, x
 from torch import Tensor
 
@@ -240,6 +241,31 @@ def test_any_offset_between_rows_that_there_may_be(two_sided: bool, backend: str
     for offset in (2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 10**30):
         with bad.raises(ValueError, f"contrastive_stats: offset is {offset}; as there are at most 2^31 - 1 rows"):
             contrastive_stats(q, k, offset=offset, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("what", ["key", "upstream"])
+def test_a_nan_stays_away_from_excluded_keys(what: str, temperature: float, backend: str) -> None:
+    """A row that is nan, by one of its keys or by what comes down for it, makes nan of the gradients of the keys that it is compared with.
+    Keys that are excluded from every query have none, as in dense torch."""
+    rows, keys = x(4, 5), x(8, 5)
+    if what == "key":
+        keys[2] = torch.nan
+    upstream = torch.tensor([1.0, torch.nan if what == "upstream" else 1.0, 1.0, 1.0])
+    excluded = torch.arange(8) >= 4
+
+    def gradient(of: Callable[[Tensor], Tensor]) -> Tensor:
+        leaf = keys.clone().requires_grad_()
+        return torch.autograd.grad(of(leaf), leaf, upstream)[0]
+
+    def dense(leaf: Tensor) -> Tensor:
+        s = F.normalize(rows, dim=1) @ F.normalize(leaf, dim=1).T / temperature
+        return F.cross_entropy(s.masked_fill(excluded, -torch.inf), torch.arange(4), reduction="none")
+
+    ids = {"exclude_query_ids": torch.ones(4, dtype=torch.int64), "exclude_key_ids": excluded.long() * 2 - 1}
+    found = gradient(lambda leaf: fastnce.info_nce(rows, leaf, temperature=temperature, reduction="none", backend=backend, **ids))
+    assert torch.equal(found.isnan(), gradient(dense).isnan())
+    assert not found[4:].any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 0.026, 0.01])

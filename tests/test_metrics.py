@@ -133,6 +133,19 @@ def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend
     torch.testing.assert_close(with_others.hardest_similarity, alone.hardest_similarity)
 
 
+@pytest.mark.parametrize("columns", [8, 768])
+@pytest.mark.parametrize("listed", ["paired", "ragged"])
+def test_a_collapsed_model_has_no_hit_by_ids_and_listed_negatives(listed: str, columns: int, backend: str) -> None:
+    """Ids make every key of the batch a positive: the best is found in the tiles, and is compared with logits of another routine."""
+    for seed in range(5):
+        z = torch.randn(1, columns, generator=torch.Generator().manual_seed(seed)).expand(16, columns)
+        ids = torch.zeros(16, dtype=torch.int64)
+        given = (z[:1].expand(32, -1), torch.arange(17) * 2) if listed == "ragged" else z[:, None].expand(-1, 2, -1)
+        mode = {} if listed == "ragged" else {"negative_mode": "paired"}
+        _, found = info_nce(z, z, given, query_ids=ids, key_ids=ids, in_batch=True, return_stats=True, backend=backend, **mode)
+        assert not found.rank.any() and (found.ties == 2).all() and not found.top1.any()
+
+
 def test_the_promises_are_all_run() -> None:
     written = {name for name, value in vars(rank_promises).items() if getattr(value, "__annotations__", {}).keys() == {"backend", "return"}}
     assert written == {promise.__name__ for promise in PROMISES}

@@ -272,7 +272,7 @@ def test_clip_takes_one_kind_of_scale() -> None:
 
 
 WRONG: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("reduction", "negative_mode", "variant", "views", "no_positive"), ("foo", None, 1)),
+    **dict.fromkeys(("reduction", "negative_mode", "variant", "views", "no_positive", "unlabelled"), ("foo", None, 1)),
     **dict.fromkeys(("normalize", "symmetric", "return_stats"), ("yes", None, 1)),
     "in_batch": ("yes", 1),
     "backend": ("tritn", None),

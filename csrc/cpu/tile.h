@@ -322,22 +322,24 @@ FASTNCE_INLINE Vec term(Vec t, Vec coefficient, Vec base) {
   return SHIFTED ? coefficient * exp2(t - base) : coefficient * t;
 }
 
-// The weights of one register block whose pairs of one kind are kept in t (elsewhere -inf), added to w.
-template <bool SHIFTED, bool COLUMNS>
+// The weights of one register block, added to w. SOME: only pairs of one kind are kept in t, and the others, which are -inf there, get
+// none. Their exponential is 0, but 0 times the coefficient of a row that is nan would be nan.
+template <bool SHIFTED, bool COLUMNS, bool SOME>
 FASTNCE_INLINE void add_terms(const float* t, int count, const float* of_row, const float* row_base, const float* of_column,
                               const float* column_base, float* w, int64_t ldw, bool first) {
   for (int v = 0; v < NV; ++v) {
     const Vec column = COLUMNS ? load(of_column + v * LANES) : Vec{}, base = COLUMNS && SHIFTED ? load(column_base + v * LANES) : Vec{};
     for (int m = 0; m < count; ++m) {
       const Vec value = load(t + m * NR + v * LANES);
-      Vec weight = first ? Vec{} : load(w + m * ldw + v * LANES);
+      Vec weight;
       if constexpr (SHIFTED) {
-        weight += term<true>(value, all(of_row[m]), all(row_base[m]));
+        weight = term<true>(value, all(of_row[m]), all(row_base[m]));
         if constexpr (COLUMNS) weight += term<true>(value, column, base);
       } else {
-        weight += exp2(value) * (COLUMNS ? column + of_row[m] : all(of_row[m]));
+        weight = exp2(value) * (COLUMNS ? column + of_row[m] : all(of_row[m]));
       }
-      store(w + m * ldw + v * LANES, weight);
+      if constexpr (SOME) weight = value == NONE ? Vec{} : weight;
+      store(w + m * ldw + v * LANES, first ? weight : load(w + m * ldw + v * LANES) + weight);
     }
   }
 }
@@ -377,17 +379,17 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
       logits(p.d, lines, panels + column / NR * p.d * NR, t);
       float* out = w + (row - i.begin) * ldw + (column - j.begin);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_terms<SHIFTED, COLUMNS>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative, by_column.base_negative,
-                                    out, ldw, true);
+        add_terms<SHIFTED, COLUMNS, false>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative,
+                                           by_column.base_negative, out, ldw, true);
       } else {
         const bool some = classify(p, own, here, kind);
         keep(t, kind, NEGATIVE, count, kept);
-        add_terms<SHIFTED, COLUMNS>(kept, count, rows.negative + row, rows.base_negative + row, by_column.negative, by_column.base_negative,
-                                    out, ldw, true);
+        add_terms<SHIFTED, COLUMNS, true>(kept, count, rows.negative + row, rows.base_negative + row, by_column.negative,
+                                          by_column.base_negative, out, ldw, true);
         if (p.in_tile && some) {
           keep(t, kind, POSITIVE, count, kept);
-          add_terms<SHIFTED, COLUMNS>(kept, count, rows.positive + row, rows.base_positive + row, by_column.positive,
-                                      by_column.base_positive, out, ldw, false);
+          add_terms<SHIFTED, COLUMNS, true>(kept, count, rows.positive + row, rows.base_positive + row, by_column.positive,
+                                            by_column.base_positive, out, ldw, false);
           for (int m = 0; m < count; ++m)
             for (int64_t c = 0; c < here.size(); ++c)
               if (kind[m * NR + c] == POSITIVE) out[m * ldw + c] += rows.mean[row + m] + (COLUMNS ? by_column.mean[c] : 0.0f);

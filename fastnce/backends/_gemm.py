@@ -1,4 +1,4 @@
-"""One matrix product for the CPU backend: the fastest that torch offers on this processor."""
+"""Products for the CPU backend: of matrices, the fastest that torch offers on this processor, and of rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from fastnce.tiles import CPU_ROWS
 
 # Multiplications from which the better rate is worth the 10 us that oneDNN takes to look up its kernel.
 ONEDNN_FROM = 2**20
@@ -22,6 +24,11 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     if large and x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_works():
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return x @ w.T
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """<a_i, b_i> per row, without a whole copy of a * b."""
+    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
 
 
 @cache

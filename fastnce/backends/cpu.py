@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.backends import _native
-from fastnce.backends._gemm import product
+from fastnce.backends._gemm import inner, product
 from fastnce.backends._moment import LOG2E, Moment, lift_of, rest_of
 from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.pairs import Pairs, Tile, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
-from fastnce.tiles import CPU_ROWS, CPU_TILE
+from fastnce.tiles import CPU_TILE
 
 NAME = "cpu"
 LN2 = math.log(2.0)
@@ -48,7 +48,7 @@ def forward(problem: Problem) -> list[Side]:
     sums = [_Sums(problem, work, len(rows)) for rows in (work.x, work.y)[: 2 if problem.two_sided else 1]]
     if not work.in_tile:
         i, j = problem.pairs.aligned(problem.q.shape[0], problem.keys.shape[0])
-        aligned = _inner(work.x[i], work.y[j])
+        aligned = inner(work.x[i], work.y[j])
         for side, own in _ends(problem, i, j):
             sums[side].set_positive(own, aligned)
     if problem.metrics:
@@ -369,6 +369,7 @@ class _Weights(NamedTuple):
     base_neg: Tensor
     base_pos: Tensor
     unshifted: bool
+    guarded: bool  # a coefficient is nan, or may be where reading one would wait: 0 * nan must not reach the pairs that do not count
 
     @staticmethod
     def of(work: _Work, grad: SideGrad, side: Side, lift: Tensor) -> _Weights:
@@ -387,13 +388,17 @@ class _Weights(NamedTuple):
             # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
             negative = negative * rest_of(base_neg, own_neg)
             positive = positive * rest_of(base_pos, own_pos) if work.in_tile else positive
-        return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted)
+        guarded = work.x.device.type != "cpu" or bool((negative + positive + base_neg + base_pos).isnan().any())
+        return _Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos, work.unshifted, guarded)
 
     def add_to(self, w: Tensor, view: _View, classes: _Classes) -> None:
         def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
             tile = view.of(tile)
-            tile = tile if self.unshifted else torch.exp2(tile - base[view.own, None])
-            w.addcmul_(tile, coefficient[view.own, None])
+            e = tile if self.unshifted else torch.exp2(tile - base[view.own, None])
+            if self.guarded:
+                w.add_((e * coefficient[view.own, None]).masked_fill_(tile == (0.0 if self.unshifted else -torch.inf), 0.0))
+            else:
+                w.addcmul_(e, coefficient[view.own, None])
 
         add(classes.negative, self.negative, self.base_neg)
         if classes.positive is not None and classes.is_positive is not None:
@@ -416,18 +421,13 @@ def _add_aligned(
         dy[j].addcmul_(w[:, None], work.x[i])
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> per row, without a whole copy of a * b."""
-    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
-
-
 def _project(dx: Tensor, x: Tensor, r: Tensor | None, root: Tensor, lift: Tensor, depth: int, dtype: torch.dtype) -> Tensor:
     """From lift * dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q. dx is overwritten."""
     factor = root / LOG2E / lift
     if r is None:
         dx.mul_(factor.to(dx.dtype))
     else:
-        radial = (_inner(x, dx) / -(root * root)).to(dx.dtype)
+        radial = (inner(x, dx) / -(root * root)).to(dx.dtype)
         dx.addcmul_(x, radial[:, None]).mul_((r * factor).to(dx.dtype)[:, None])
     return dx[:, :depth].to(dtype).contiguous()
 

@@ -64,12 +64,15 @@ class Case:
         return both
 
     def ids(self) -> Ids | None:
-        """Of both sides where rows with equal ids belong together, or are no negatives; they differ, so that a swap shows."""
+        """Of both sides where rows with equal ids belong together, or are no negatives. Different rows of either have none, so that a swap
+        shows; none denies that row i belongs to row i."""
         if self.option not in ("ids", "exclude ids"):
             return None
         of_queries = torch.arange(self.pairs) % max(1, self.pairs - self.pairs // 4)
-        of_queries[: self.pairs // 8] = -1  # belongs to nothing
-        return of_queries, of_queries.roll(2)
+        of_keys, none = of_queries.clone(), self.pairs // 8
+        of_queries[:none] = -1  # belongs to nothing
+        of_keys[self.pairs - none :] = -1
+        return of_queries, of_keys
 
     def weights(self) -> Tensor | None:
         """One per value, float64: 0, 1/2, 1, 3/2, 2 by turns."""
