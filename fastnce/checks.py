@@ -247,7 +247,7 @@ def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: 
     number, largest = value if isinstance(value, int | float) else float(value), torch.finfo(dtype).max
     if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
-        if math.isfinite(number) and (number > 0 or not positive):  # it is that, but too large or too small
+        if abs(number) < math.inf and (number > 0 or not positive):  # it is that, but too large or too small
             rule = f"between {1 / largest if positive else -largest:.1e} and {largest:.1e}, in {str(dtype)[6:]}"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
         given = float(value) if isinstance(value, float) else value  # a symbol has no text

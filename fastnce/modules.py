@@ -69,6 +69,9 @@ class _Loss(StaysPrecise):
             object.__setattr__(self, name, value)
         elif name == "logit_scale" and isinstance(value, LogitScale):
             self.scale = value
+        elif name == "logit_scale" and not isinstance(value, nn.Module):
+            given = f"{self._where}: logit_scale must be a LogitScale, got {type(value).__name__}"
+            raise TypeError(f"{given}; a scale that is exponentiated already is set as scale")
         else:
             super().__setattr__(name, value)
 
@@ -97,11 +100,16 @@ class _Loss(StaysPrecise):
         """{"temperature": ...} or {"scale": ...}; empty while it is being set."""
         if "logit_scale" in self._modules:
             return {"scale": self.logit_scale()}
-        stores = (self.options, self._parameters, self._buffers)
-        return {name: store[name] for store in stores for name in ("temperature", "scale") if name in store}
+        names, stores = ("temperature", "scale"), (self.options, self._parameters, self._buffers)
+        held = {name: store[name] for store in stores for name in names if name in store}
+        # torch.nn.utils.parametrize takes it out of these, and gives the class a property of its own by that name.
+        return held or {name: getattr(self, name) for name in names if getattr(type(self), name) is not getattr(_Loss, name)}
 
     def _given(self) -> dict[str, Any]:
-        return self.options | self._held()
+        held = self._held()
+        if not held:
+            raise AttributeError(f"{type(self).__name__} holds neither temperature nor scale any more: set one of them")
+        return self.options | held
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -7,6 +7,7 @@ beside it, and nobody but the user and those he trusts already may be able to ch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -216,7 +217,8 @@ def objection(kind: str) -> str | None:
         else:
             reason = _load(kind, path)
     if reason:
-        warnings.warn(f"fastnce: the compiled kernels of {kind} do not run: {reason}", stacklevel=2)
+        with contextlib.suppress(UserWarning):  # where warnings are errors: no loss fails for it, and `python -m fastnce` says it too
+            warnings.warn(f"fastnce: the compiled kernels of {kind} do not run: {reason}", stacklevel=2)
     return reason
 
 

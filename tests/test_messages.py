@@ -299,3 +299,9 @@ def test_what_a_message_says_was_missing_is_missing() -> None:
     }.items():
         with raises(ValueError, f"...{words}"):
             call()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_an_integer_beyond_any_float(value: int) -> None:
+    with raises(ValueError, "nt_xent: scale must be "):
+        fastnce.nt_xent(torch.ones(4, 3), scale=value)

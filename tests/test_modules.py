@@ -482,3 +482,24 @@ def test_pickles_from_when_a_default_was_held_beside_a_scale() -> None:
         loss = NTXentLoss.__new__(NTXentLoss)
         loss.__setstate__(dict(vars(NTXentLoss(0.3))) | {"options": NTXentLoss().options | {"temperature": 0.3, "scale": scale}})
         assert loss._held() == held
+
+
+def test_a_parametrised_temperature_is_the_one_that_counts() -> None:
+    """torch.nn.utils.parametrize takes the parameter away and computes it anew at every use; where nothing is held, no default steps in."""
+    a, b = rows(6, 5), rows(6, 5, seed=1)
+    for name in ("temperature", "scale"):
+        module = fastnce.NTXentLoss(**{name: nn.Parameter(torch.tensor(0.2))})
+        nn.utils.parametrize.register_parametrization(module, name, nn.Softplus())
+        value = nn.functional.softplus(torch.tensor(0.2))
+        assert torch.equal(module(a, b), fastnce.nt_xent(a, b, **{name: value}))
+        torch.testing.assert_close(module.scale, value if name == "scale" else 1 / value)
+    bare = fastnce.NTXentLoss(nn.Parameter(torch.tensor(0.2)))
+    del bare._parameters["temperature"]
+    with pytest.raises(AttributeError, match="holds neither temperature nor scale any more: set one of them"):
+        bare(a, b)
+
+
+def test_a_scale_is_not_set_as_logit_scale() -> None:
+    for value in (nn.Parameter(torch.tensor(2.0)), 14.0, None):
+        with pytest.raises(TypeError, match="logit_scale must be a LogitScale, got .*; a scale .* is set as scale"):
+            fastnce.ClipLoss().logit_scale = value

@@ -97,7 +97,7 @@ def read_idx(path: Path, n_dims: int) -> Bytes:
         if len(values) != promised:
             more = " or more" if len(values) > promised else ""
             raise ValueError(f"it has {len(values)} values{more}, and its header says {said}")
-    return np.frombuffer(values, np.uint8).reshape(shape)
+        return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def read_cifar_batch(content: bytes, named: str) -> tuple[Bytes, Bytes]:
