@@ -378,12 +378,14 @@ def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", native.KINDS)
-def test_the_report_says_what_building_would_bring(kind: str, pretended: Path) -> None:
+def test_the_report_says_what_building_would_bring(kind: str, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnce.__main__ import _compiled
 
     found = {"cpu": f"{pretended}/bin/nvcc", "cuda": "nvcc 13.0"}[kind]
     assert _compiled(kind) == f"not built (python -m fastnce build-{kind}): {build.BRINGS[kind]}; {found} found"
     build.build(kind)
+    # As in a process that has loaded none of the kind.
+    monkeypatch.setitem(native.OPERATORS, kind, "none")
     native.objection.cache_clear()
     assert "does not load" in _compiled(kind)
 

@@ -148,9 +148,10 @@ def test_only_the_same_run_goes_on(which: str, tmp_path: Path, monkeypatch: pyte
 def test_ctrl_c(tmp_path: Path) -> None:
     """Once the second training has begun."""
     command = [sys.executable, "train_ref/train.py", "--method", "simclr", "--loss", "reference", "--seeds", "2", "--quick"]
-    with subprocess.Popen(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # As from a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children.
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if "seed 1  epoch 1/2" in line:
