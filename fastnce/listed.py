@@ -6,13 +6,16 @@ positives of MoCo. Forward and backward of
     dq^_i = sum_t g_t scale k^_t        dk^_t = g_t scale q^_i        dx = r (dx^ - x^ <x^, dx^>)        dscale = sum_t g_t s_t / scale
 
 Keys are read a piece at a time: no float32 copy of half-precision keys, and no copy of keys that are one row of memory expanded to many,
-is larger than that. A batch of matrix products is the fastest for many keys of a query, unless torch may round its factors (TF32): then,
-and for one key of each query, elements are multiplied and added up.
+is larger than that. On a CPU the pairs of a piece are the entries of a sparse matrix, whose products torch computes in one pass over the
+keys, each of its sums in float32 or more. On a GPU a batch of matrix products is the fastest for many keys of a query, unless torch may
+round its factors (TF32): then, and for one key of each query, elements are multiplied and added up.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -117,10 +120,7 @@ def _backward(
         for piece in _pieces(q_hat, keys, rows, dkeys is not None and dkeys.dtype != q_hat.dtype):
             at = piece.at
             if wanted[0]:
-                if rows is None:
-                    dq_hat[at[0]] += piece.sums(by_key[at])
-                else:
-                    dq_hat.index_put_((rows[at],), piece.times(by_key[at][..., None]).to(dq_hat.dtype), accumulate=True)
+                piece.add_sums(by_key[at], dq_hat)
             if dkeys is not None:
                 out = dkeys[at] if dkeys.dtype == q_hat.dtype else piece.place()
                 torch.mul(piece.queries, by_key[at][..., None], out=out)
@@ -144,21 +144,45 @@ def _backward(
 
 
 class _Piece(NamedTuple):
-    """Some of the logits: where they are, their keys, and their queries in a shape that multiplies with these."""
+    """Some of the pairs: where their logits are, the keys, and with what these are multiplied."""
 
     at: tuple[slice, ...]
     keys: Tensor
-    queries: Tensor
+    q_hat: Tensor
+    rows: Tensor | None
     scratch: Tensor
-    batched: bool  # (B, K, D) keys and (B, 1, D) queries, for which matrix products serve
+    runs: _Runs | None  # where pairs are entries of a sparse matrix
+    batched: bool  # elsewhere: (B, K, D) keys, for which matrix products serve
 
     def dots(self) -> Tensor:
         """<key, query>."""
+        if self.runs is not None:
+            own = self.own(self.q_hat)
+            queries = own if self.runs.query is None else own[self.runs.query]
+            pairs = self.runs.matrix(self.keys.new_zeros(self.keys.shape[:-1]))
+            dots = torch.sparse.sampled_addmm(pairs, queries, self.keys.flatten(0, -2).T, beta=0.0)
+            return dots.values().view(self.keys.shape[:-1])
         return torch.bmm(self.keys, self.queries.mT)[..., 0] if self.batched else self.times(self.queries).sum(-1)
 
-    def sums(self, weights: Tensor) -> Tensor:
-        """Sum of weight * key for each query of (B, K, D)."""
-        return torch.bmm(weights[:, None], self.keys)[:, 0] if self.batched else self.times(weights[..., None]).sum(1)
+    def add_sums(self, weights: Tensor, to: Tensor) -> None:
+        """to[query] += sum of weight * key."""
+        to = self.own(to)
+        if self.runs is not None:
+            sums = torch.sparse.mm(self.runs.matrix(weights), self.keys.flatten(0, -2), "sum").to(to.dtype)
+            to.add_(sums) if self.runs.query is None else to.index_add_(0, self.runs.query, sums)
+        elif self.rows is not None:
+            to.index_put_((self.rows,), self.times(weights[..., None]).to(to.dtype), accumulate=True)
+        else:
+            to += torch.bmm(weights[:, None], self.keys)[:, 0] if self.batched else self.times(weights[..., None]).sum(1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of rows of all queries, those that the piece counts from 0."""
+        return x[self.at[0]] if self.rows is None else x
+
+    @property
+    def queries(self) -> Tensor:
+        """In a shape that multiplies with the keys."""
+        return self.own(self.q_hat)[:, None] if self.rows is None else self.q_hat[self.rows]
 
     def times(self, factor: Tensor) -> Tensor:
         """keys * factor, until the next product."""
@@ -169,35 +193,75 @@ class _Piece(NamedTuple):
         return self.scratch[: self.keys.numel()].view(self.keys.shape)
 
 
+class _Runs(NamedTuple):
+    """A sparse matrix (S, keys) whose entries are pairs. A row: keys that follow each other and have one query, at most CPU_SUM of them."""
+
+    begin: Tensor  # (S + 1,): with the end of the last
+    columns: Tensor  # one for each entry
+    query: Tensor | None  # (S,), counted as the piece does; None: 0, 1, 2, ...
+
+    @staticmethod
+    def of(shape: torch.Size, rows: Tensor | None) -> _Runs:
+        """Those of keys (B, K, D), K for each query, or of keys (T, D) of the queries `rows`."""
+        columns = torch.arange(shape[:-1].numel(), device="cpu")
+        if rows is None and shape[1] <= tiles.CPU_SUM:
+            return _Runs(torch.arange(0, len(columns) + 1, shape[1], device="cpu"), columns, None)
+        first = torch.zeros(shape[:-1], dtype=torch.bool, device="cpu")
+        first[..., :: tiles.CPU_SUM] = True
+        if rows is not None:
+            first[1:] |= rows[1:] != rows[:-1]
+        begin = first.flatten().nonzero()[:, 0]
+        return _Runs(F.pad(begin, (0, 1), value=len(columns)), columns, begin // shape[1] if rows is None else rows[begin])
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """values of the pairs, as a matrix."""
+        _accept_sparse()
+        size = (len(self.begin) - 1, len(self.columns))
+        return torch.sparse_csr_tensor(self.begin, self.columns, values.flatten(), size, check_invariants=False)
+
+
+@cache
+def _accept_sparse() -> None:
+    """torch warns the first time a process makes such a matrix. It would be a warning about nothing that the user wrote."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        none = torch.zeros(1, dtype=torch.int64, device="cpu")
+        torch.sparse_csr_tensor(none, none[:0], none[:0].float(), (0, 0), check_invariants=False)
+
+
 def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool, by_row: bool = False) -> Iterator[_Piece]:
-    """place: place() will be called also where matrix products serve. Where no memory is needed all keys are one piece."""
+    """place: place() will be called also where other products serve. Where no memory is needed all keys are one piece."""
+    sparse = _sparse(keys)
     batched = keys.dim() == 3 and keys.shape[1] > 1 and not by_row and not _rounds(keys)
-    copies, place = keys.dtype != q_hat.dtype, place or not batched
+    copies, place = keys.dtype != q_hat.dtype or (sparse and not keys.is_contiguous()), place or not (sparse or batched)
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
     most = min(max(1, most), keys.shape[:-1].numel()) if copies or place else keys.shape[:-1].numel()
     # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
     scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (place, copies))
 
-    def piece(at: tuple[slice, ...], queries: Tensor) -> _Piece:
-        own = keys[at]
+    known: dict[torch.Size, _Runs] = {}
+
+    def piece(*at: slice) -> _Piece:
+        own, its, runs = keys[at], None if rows is None else rows[at], None
         if copies:
             own = copy[: own.numel()].view(own.shape).copy_(own)
-        return _Piece(at, own, queries, scratch, batched)
+        if sparse:
+            runs = _Runs.of(own.shape, its) if its is not None or own.shape not in known else known[own.shape]
+            known[own.shape] = runs
+        return _Piece(at, own, q_hat, its, scratch, runs, batched)
 
     if rows is not None:
         # Row M, for keys that are nobody's.
         q_hat = F.pad(q_hat, (0, 0, 0, 1))
         for start in range(0, len(keys), max(most, 1)):
-            own = slice(start, start + most)
-            yield piece((own,), q_hat[rows[own]])
+            yield piece(slice(start, start + most))
         return
     queries, listed = keys.shape[:2]
     across = max(1, min(listed, most))
     down = max(1, most // across)
     for i in range(0, queries, down):
-        some = slice(i, min(i + down, queries))
         for k in range(0, listed, across):
-            yield piece((some, slice(k, k + across)), q_hat[some, None])
+            yield piece(slice(i, min(i + down, queries)), slice(k, k + across))
 
 
 def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -205,6 +269,11 @@ def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
     x = x.to(compute_dtype(x.dtype))
     r = inverse_norms(x) if normalize else None
     return x if r is None else x * r[:, None], r
+
+
+def _sparse(keys: Tensor) -> bool:
+    """Whether pairs are entries of a sparse matrix."""
+    return keys.device.type == "cpu"
 
 
 def _shared(keys: Tensor) -> bool:

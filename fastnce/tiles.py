@@ -17,6 +17,8 @@ CPU_ROWS = 4096
 # threads wait for each other. On a GPU 16 MiB, so that its launches are few.
 CPU_LISTED = 2**20
 GPU_LISTED = 2**22
+# Keys of one query whose sum is made at once: the terms of a float32 sum lose a bit each time their number doubles twice.
+CPU_SUM = 512
 
 
 class Tile(NamedTuple):
