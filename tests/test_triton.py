@@ -124,6 +124,14 @@ def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: p
     whole_suite.check(p, torch.float32, "triton")
 
 
+@pytest.mark.parametrize("family", ["long"], indirect=True)
+def test_tiles_of_a_block_are_taken_in_groups(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows of tiles than one group has, and some left for the last."""
+    monkeypatch.setattr(tiles, "GPU_BLOCK", 256)
+    assert 16 * launches.GROUP < 180 < 256
+    check(of("queue", m=180, n_keys=40, d=24), torch.float32)
+
+
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles that a GPU runs, where a problem is smaller than one of them, and where it ends in the middle of the second."""
