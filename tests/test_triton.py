@@ -188,16 +188,16 @@ def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: lis
     upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     for dtype in dtypes:
         exact = [t if t is None else t.double().requires_grad_() for t in p.tensors(dtype)]
-        negatives = contrastive_stats(exact[0], exact[1], scale=exact[2], backend="reference", **p.call()).lse_neg
+        negatives = contrastive_stats(exact[0], exact[1], scale=exact[2], bias=exact[3], backend="reference", **p.call()).lse_neg
         dq, dscale = torch.autograd.grad(negatives, (exact[0], exact[2]), upstream.double())
         dense = [t if t is None else t.requires_grad_() for t in p.tensors(dtype)]
-        dense_lse = oracle.statistics(oracle.logits(dense[0], dense[1], dense[2], None, True), oracle.classes(p)).lse_neg
+        dense_lse = oracle.statistics(oracle.logits(dense[0], dense[1], dense[2], dense[3], True), oracle.classes(p)).lse_neg
         dense_dq, dense_dscale = torch.autograd.grad(dense_lse, (dense[0], dense[2]), upstream)
-        q, k, scale, _ = p.tensors(dtype)
+        q, k, scale, bias = p.tensors(dtype)
         q.requires_grad_()
         scale.requires_grad_()
         with Checked(arguments=True) as checked:
-            found = contrastive_stats(q, k, scale=scale, backend="triton", **p.call())
+            found = contrastive_stats(q, k, scale=scale, bias=bias, backend="triton", **p.call())
             launched.clear()
             grads = torch.autograd.grad(found.lse_neg, (q, scale), upstream)
         assert not checked.races and launched == ["prepare", "finish"]
@@ -206,11 +206,19 @@ def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: lis
 
 
 QUEUE = of("queue", scale=20.0)
+KEPT = {
+    "plain": QUEUE,
+    "exclude ids": QUEUE._replace(excludes=5),
+    "bias": QUEUE._replace(bias=-30.0),
+    "rows without keys": QUEUE._replace(n_keys=1, excludes=1),
+    # The shortest key, whose factor is the largest, has all the weight of a row.
+    "solved": QUEUE._replace(regime="aligned"),
+}
 
 
-@pytest.mark.parametrize("exclude", [False, True], ids=["plain", "exclude ids"])
-def test_keys_without_gradient_need_no_second_pass(exclude: bool, family: str, launched: list[str]) -> None:
-    check_kept_output(QUEUE._replace(excludes=5 if exclude else 0), DTYPES, launched)
+@pytest.mark.parametrize("name", KEPT)
+def test_keys_without_gradient_need_no_second_pass(name: str, family: str, launched: list[str]) -> None:
+    check_kept_output(KEPT[name], DTYPES, launched)
 
 
 def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
