@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import table
 from bench.figures import Chart, Line, Measured
-from fastnce.bench import table
-from fastnce.bench.table import OURS, Row, rows_of
+from bench.table import OURS, Row, rows_of
 
 LOSSES = {"nt_xent": "NT-Xent", "clip": "CLIP"}
 WIDTH = 128
@@ -48,7 +48,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Results:
-    """Of bench/run.py and of bench/accuracy.py, the newest first; `left_out` are files of run.py in another schema."""
+    """Of time and memory, and of accuracy, the newest first; `left_out` are files of the former in another schema."""
 
     measured: list[Recorded]
     judged: list[Recorded]
@@ -56,7 +56,7 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Every result of a folder, but for the parts of gpu_run.sh. Raises ValueError for a file that is none."""
+    """Every result of a folder, but for the parts of gpu/. Raises ValueError for a file that is none."""
     found = [Recorded(path.parent.name, path.name, content(path)) for path in sorted(folder.glob("*/*.json"))]
     found = sorted((result for result in found if "part" not in result.content), key=lambda result: (result.env["time"], result.name))
     judged = [result for result in reversed(found) if re.search(r"-accuracy(-\d+)?\.json$", result.name)]
@@ -73,7 +73,7 @@ def content(path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no result: {type(error).__name__}") from error
     if wrong:
-        raise ValueError(f"{path} is no result: its schema, rows and env are not what bench/run.py writes")
+        raise ValueError(f"{path} is no result: its schema, rows and env are not what python -m bench writes")
     return dict(found)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from bench import table
 from bench.figures import mebibytes
 from bench.headline import LOSSES, WIDTH, Headline, Results, headlines, refused, value
-from fastnce.bench import table
-from fastnce.bench.table import MODES, OURS, Row, rows_of
+from bench.table import MODES, OURS, Row, rows_of
 
 FIGURES = "docs/figures"
-NOTHING = "No result is recorded: `python bench/run.py --out bench/results` makes one."
+NOTHING = "No result is recorded: `python -m bench time memory --out bench/results` makes one."
 LESS = 1.0  # MiB: peaks of a process differ by that much from run to run
 
 
@@ -120,7 +120,7 @@ def conditions(headline: Headline) -> str:
 
 
 def accuracy_counts(results: Results) -> Iterator[tuple[int, int]]:
-    """Cells inside the contract, and all cells, of every result of accuracy.py."""
+    """Cells inside the contract, and all cells, of every result of accuracy."""
     for result in results.judged:
         cells = sum(row["cells"] for row in result.rows)
         yield cells - sum(row["outside"] for row in result.rows), cells

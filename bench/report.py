@@ -1,8 +1,8 @@
 """Render results: those recorded here into README.md, docs/benchmarks.md and their figures, one's own into a page and figures of their own.
 
-    python bench/report.py                                  # README.md, docs/benchmarks.md and docs/figures, from bench/results
-    python bench/report.py --check                          # write nothing; exit 1 and say what differs from bench/results
-    python bench/report.py --results fastnce-bench --plot   # one's own: report.md and figures in --out, and nothing anywhere else
+    python -m bench page                                  # README.md, docs/benchmarks.md and docs/figures, from bench/results
+    python -m bench page --check                          # write nothing; exit 1 and say what differs from bench/results
+    python -m bench page --results fastnce-bench --plot   # one's own: report.md and figures in --out, and nothing anywhere else
 
 Everything comes from the JSON files of the results. A picture is judged by the digest it carries, of the data and of the code that
 drew it; by its bytes only where matplotlib is there in the version that drew it.
@@ -15,13 +15,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: this checkout
-
-from bench import figures, headline, regions
+from bench import figures, headline, record, regions
+from bench.record import ROOT
 from fastnce import files
-from fastnce.bench import record
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = "docs/benchmarks.md"
 OUT = Path("fastnce-report")  # in the current folder, as fastnce-bench
 
@@ -110,10 +107,10 @@ def write_own(out: Path, results: headline.Results, plot: bool) -> list[Path]:
     return list(content)
 
 
-@files.command("bench/report.py")
+@files.command("python -m bench page")
 def main(arguments: list[str]) -> int:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="bench/report.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m bench page", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something differs from the results")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="one's own, such as fastnce-bench; default: bench/results")
     parser.add_argument("--out", type=Path, help=f"folder for the page of one's own results; default: {OUT}")
@@ -126,7 +123,7 @@ def main(arguments: list[str]) -> int:
     if options.root and (options.out or options.plot):
         parser.error("--root is for pages that are there; --out and --plot make a page of one's own results")
     if not options.results.is_dir():
-        parser.error(f"--results {options.results}: no such folder; bench/run.py --out makes one")
+        parser.error(f"--results {options.results}: no such folder; python -m bench time memory --out makes one")
     try:
         results = headline.load(options.results)
     except ValueError as error:
@@ -156,7 +153,3 @@ def main(arguments: list[str]) -> int:
     for path in found:
         print(f"{'differs from the results' if options.check else 'brought up to date'}: {path.relative_to(root).as_posix()}")
     return int(options.check and bool(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
