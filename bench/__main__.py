@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from bench import dense, peers, record, sweep, table
-from bench.cell import Cell
-from bench.record import OUT, ROOT
+from bench.record import OUT, ROOT, Cell
 from fastnce import backends, files
 
 PROGRAM = "python -m bench"
@@ -123,7 +122,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for option, known in (
         ("losses", dense.LOSSES),
         ("dtype", DTYPES),
-        ("mode", tuple(table.MODES)),
+        ("mode", tuple(record.MODES)),
         ("peers", peers.names(options.device)),
     ):
         given = getattr(options, option)
@@ -196,9 +195,9 @@ def main(arguments: list[str]) -> int:
 
         return accuracy.main(rest)
     if command == "page":
-        from bench import report
+        from bench import page
 
-        return report.main(rest)
+        return page.main(rest)
     if command == "gpu":
         return subprocess.call(["bash", str(ROOT / "bench/gpu/run.sh"), *rest])
     if command and command[0] != "-" and command not in MEASURES:
@@ -228,7 +227,7 @@ def measure(arguments: list[str]) -> int:
     products = sweep.better(products, sweep.gemm(planned[0], timed, options.timeout))
     env |= {"mem_limit_mib": options.mem_limit, "cells_left": found.left}
     rows = sweep.with_shares(found.rows, products) + products
-    result = {"schema": table.SCHEMA, "env": env, "rows": rows}
+    result = {"schema": record.SCHEMA, "env": env, "rows": rows}
     markdown = table.render(result)
     path = record.save(result, markdown, options.out)
     print(f"written: {path} and {path.with_suffix('.md').name}", file=sys.stderr, flush=True)
@@ -236,10 +235,10 @@ def measure(arguments: list[str]) -> int:
     return 0 if options.at_least is None else _slower(rows, options.at_least)
 
 
-def _slower(rows: list[table.Row], least: float) -> int:
+def _slower(rows: list[record.Row], least: float) -> int:
     """1 where another contestant takes less than `least` times our time, or one of the times is missing; says which."""
-    timed = [row for row in rows if row["measure"] == "time" and row["contestant"] != table.OURS]
-    found = [(row, table.ratio(row) if row["status"] == "ok" else None) for row in timed]
+    timed = [row for row in rows if row["measure"] == "time" and row["contestant"] != peers.OURS]
+    found = [(row, record.ratio(row) if row["status"] == "ok" else None) for row in timed]
     short = [(row, ratio) for row, ratio in found if ratio is None or ratio < least]
     for row, ratio in short:
         said = row["status"] if ratio is None else f"{ratio:.2f} times"

@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from bench import dense, peers
-from bench.cell import Cell, row_of
 from bench.dense import Contestant
-from bench.table import Row
+from bench.record import Cell, Row, row_of
 from fastnce.backends._gemm import product
 
 MIB = 2**20

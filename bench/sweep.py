@@ -2,20 +2,68 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from bench import dense, process, table
-from bench.cell import Cell, row_of
-from bench.table import Row
+from bench import dense, table
+from bench.record import ROOT, Cell, Row, milliseconds, row_of
 
 GEMM = {"cpu": 1024, "cuda": 8192}  # rows of the matrix product: large enough for its full rate, and under a second
 GEMM_REPEATS = 10
 # Of a cell's cost: starting a process takes a few seconds, as long as this many FLOP on one core. Only the ratio matters, for the ETA.
 START = 5e11
+
+
+# ---------------------------------------------------------------- a cell
+
+
+def in_a_process(cell: Cell, timeout: float) -> list[Row]:
+    """One row per contestant of a cell: crash or timeout (seconds) for all of them where the process dies.
+
+    SIGKILL ends a process whose memory was granted and is not there: of a single contestant that is oom, and larger N are not tried.
+    """
+    command = [sys.executable, "-m", "bench.measure", json.dumps(asdict(cell))]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    given: dict[str, Any] = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": path}, "timeout": timeout * len(cell.names)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, **given)
+    except subprocess.TimeoutExpired:
+        return [row_of(cell, name, "timeout", detail=f"took more than {timeout:g} s") for name in cell.names]
+    if done.returncode == 0:
+        try:
+            rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
+            return rows
+        except (IndexError, ValueError):
+            return [row_of(cell, name, "crash", detail="its last line is no result") for name in cell.names]
+    if done.returncode == -signal.SIGKILL and len(cell.names) == 1:
+        return [row_of(cell, cell.names[0], "oom", detail="SIGKILL, as the kernel does where memory is short")]
+    if done.returncode < 0:
+        detail = signal.Signals(-done.returncode).name
+    else:
+        detail = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return [row_of(cell, name, "crash", detail=detail) for name in cell.names]
+
+
+def isolated(cell: Cell, timeout: float) -> list[Row]:
+    """As in_a_process; where a shared process dies, every contestant again in one of its own, so that only the culprit is lost.
+
+    Those rows say "alone": true and have no ratio: nothing was measured in turn with them.
+    """
+    rows = in_a_process(cell, timeout)
+    if len(cell.names) == 1 or any(row["status"] not in ("crash", "timeout") for row in rows):
+        return rows
+    alone = [row for name in cell.names for row in in_a_process(replace(cell, names=(name,)), timeout)]
+    return [{key: value for key, value in row.items() if not key.endswith("_ratio")} | {"alone": True} for row in alone]
+
+
+# ---------------------------------------------------------------- many cells
 
 Runner = Callable[[Cell, float], list[Row]]
 
@@ -27,7 +75,7 @@ class Sweep(NamedTuple):
     left: int
 
 
-def run(cells: list[Cell], timeout: float, budget: float | None, runner: Runner = process.isolated) -> Sweep:
+def run(cells: list[Cell], timeout: float, budget: float | None, runner: Runner = isolated) -> Sweep:
     """The rows of all cells, in order; no cell starts after `budget` seconds, or after an interrupt. Progress goes to stderr."""
     begun, done = time.monotonic(), 0.0
     rows: list[Row] = []
@@ -119,7 +167,7 @@ def gemm(like: Cell, dtypes: list[str], timeout: float) -> list[Row]:
     cell = replace(like, measure="gemm", mode="fwd", loss="gemm", n=n, d=n, repeats=GEMM_REPEATS, mem_limit=0)
     # fastnce takes oneDNN's product in float32 on the CPU: on some processors that is twice torch's.
     names = {dtype: ("torch", "oneDNN") if dtype == "float32" and like.device == "cpu" else ("torch",) for dtype in dtypes}
-    return [row for dtype in dtypes for row in process.run(replace(cell, dtype=dtype, names=names[dtype]), timeout)]
+    return [row for dtype in dtypes for row in in_a_process(replace(cell, dtype=dtype, names=names[dtype]), timeout)]
 
 
 def better(first: list[Row], second: list[Row]) -> list[Row]:
@@ -134,7 +182,7 @@ def with_shares(rows: list[Row], products: list[Row]) -> list[Row]:
     def share(row: Row) -> dict[str, float]:
         if row["measure"] != "time" or row["status"] != "ok" or row["dtype"] not in rates:
             return {}
-        gigaflops = dense.products(row["loss"], row["n"], row["d"], row["mode"]) / table.milliseconds(row) / 1e6
+        gigaflops = dense.products(row["loss"], row["n"], row["d"], row["mode"]) / milliseconds(row) / 1e6
         return {"gemm_share": 100 * gigaflops / rates[row["dtype"]]}
 
     return [row | share(row) for row in rows]

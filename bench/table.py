@@ -1,57 +1,18 @@
-"""A result as Markdown: its conditions, then tables for every loss, dtype and mode.
-
-A result (schema 2) is {"schema": 2, "env": {...}, "rows": [...]}. env is what record.environment gives, and mem_limit_mib (0: none) and
-cells_left, the number that the time budget left out. Every row has
-
-    measure     time | memory | gemm | kernels
-    mode        full (forward and backward) | fwd (forward, gradients enabled) | bwd (backward alone); gemm rows: fwd
-    loss, n, d, dtype, threads, device, contestant
-    status      ok | oom | oom-skipped (a smaller N was oom) | crash | timeout | missing; all but ok with a detail
-
-and where it is ok
-    time        cpu_ms, wall_ms or gpu_ms {median, min}; cpu_ratio, wall_ratio or gpu_ratio to fastnce, taken round by round, absent where
-                fastnce did not run in the same process; alone: true where the contestant ran in a process of its own;
-                gemm_share, percent of the measured matrix product's rate; loss_value, gradient_norm
-    memory      peak_mib above the inputs; loss_value, gradient_norm
-    gemm        tflops and the time it took
-"""
+"""A result as Markdown: its conditions, then tables for every loss, dtype and mode."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-Row = dict[str, Any]
-Result = dict[str, Any]
+from bench.peers import OURS
+from bench.record import MODES, SCHEMA, Result, Row, clock, milliseconds, ratio, rows_of
+
 Against = Callable[[Row, Row | None], float | None]
 
-SCHEMA = 2
-OURS = "fastnce"
-MODES = {"full": "forward + backward", "fwd": "forward", "bwd": "backward alone"}
 SHOWN = {"oom": "OOM", "oom-skipped": "(OOM)"}  # statuses that a table spells otherwise
 SKIPPED = "(OOM): not run, a smaller N was out of memory."
 RESOLUTION = 1 / 256  # MiB: a page; below it a ratio of two peaks means nothing
-
-
-def clock(row: Row) -> tuple[str, str]:
-    """Prefix of the fields that hold a row's time, and the words for it.
-
-    One thread's CPU time leaves out what other processes did meanwhile; with more threads only the wall clock counts.
-    """
-    if row["device"] == "cuda":
-        return "gpu", "CUDA events"
-    return ("cpu", "process CPU time") if row["threads"] == 1 else ("wall", "wall time")
-
-
-def milliseconds(row: Row) -> float:
-    """Median time of an ok row of measure time."""
-    return float(row[f"{clock(row)[0]}_ms"]["median"])
-
-
-def ratio(row: Row) -> float | None:
-    """Its time over fastnce's, the median of the rounds; None where fastnce did not run in the same process."""
-    found = row.get(f"{clock(row)[0]}_ratio")
-    return None if found is None else float(found)
 
 
 def number(value: float) -> str:
@@ -62,11 +23,6 @@ def status(row: Row) -> str:
     """As a table shows it: in brackets where it was foreseen and not run."""
     found: str = row["status"]
     return f"({found})" if found == "timeout" and row.get("detail", "").startswith("not run") else SHOWN.get(found, found)
-
-
-def rows_of(rows: list[Row], **wanted: Any) -> list[Row]:
-    """The rows whose fields have these values."""
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def table(rows: list[Row], figure: Callable[[Row], float], against: Against) -> list[str]:

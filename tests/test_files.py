@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import accuracy, report, sweep
+from bench import accuracy, page, sweep
 from bench.gpu import part
 from fastnce import files
 from train_ref import files as files_of_training
@@ -161,7 +161,7 @@ COMMANDS: dict[str, tuple[Callable[[Path], int], list[str]]] = {
         ["-accuracy.json", "-accuracy.md"],
     ),
     "race.py": (lambda out: files.command("race.py")(gpu_part)(out), ["race.json"]),
-    "python -m bench page": (lambda out: report.main(["--out", str(out)]), ["report.md"]),
+    "python -m bench page": (lambda out: page.main(["--out", str(out)]), ["report.md"]),
 }
 
 

@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from bench import peers
-from bench.cell import Cell
 from bench.gpu import part
 from bench.gpu.peers import OTHER_VALUE
 from bench.measure import here
-from bench.process import run
-from bench.table import Row
+from bench.record import Cell, Row
+from bench.sweep import in_a_process
 
 COLUMNS = ("bar", "case", "peer", "ours", "theirs", "unit", "ratio", "at_least", "at_most", "met", "status")
 SOLVED: dict[str, Any] = {
@@ -83,7 +82,11 @@ class Bars:
         def once(*names: str) -> list[Row]:
             one = replace(cell, names=names)
             # A dry run starts one process, for the matrix product, to show that it can: each takes seconds to import torch.
-            return here(one) if self.report.dry and cell.measure != "gemm" else run(one, min(CELL_SECONDS, max(self.report.left(), 1.0)))
+            return (
+                here(one)
+                if self.report.dry and cell.measure != "gemm"
+                else in_a_process(one, min(CELL_SECONDS, max(self.report.left(), 1.0)))
+            )
 
         rows = once(*cell.names)
         if len(cell.names) > 2 and all(row["status"] in ("crash", "timeout") for row in rows) and self.report.left() > CELL_SECONDS:

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from bench import dense, measure, peers
-from bench.cell import Cell, row_of
 from bench.dense import Contestant
 from bench.measure import MIB, computed, guarded, prepared
-from bench.table import Row
+from bench.record import Cell, Row, row_of
 
 WARM_UP = 3  # calls of each contestant that are not counted
 WARM_UP_ROWS = 256  # of the small problem that runs before memory is measured

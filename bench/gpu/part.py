@@ -124,7 +124,7 @@ class Report:
         result = {"schema": record.SCHEMA, "part": self.part, "dry_run": self.dry, "seconds": seconds, "env": env}
         result |= {"errors": self.errors, "rows": self.rows, **self.more}
         self.out.mkdir(parents=True, exist_ok=True)
-        files.write(self.out / f"{self.part}.json", json.dumps(result, indent=1) + "\n")
+        files.write(self.out / f"{self.part}.json", record.text(result))
         print(table(self.rows, columns), flush=True)
         print(f"{self.part}: {seconds:.0f} s, {len(self.rows)} rows, {len(self.errors)} errors", *self.errors, sep="\n  ", flush=True)
         return 1 if self.errors else 0

@@ -28,13 +28,11 @@ from statistics import median
 from typing import Any
 
 from bench import dense, peers
-from bench.cell import Cell
 from bench.dense import Contestant
 from bench.gpu import measure as gpu_measure
 from bench.gpu import part
 from bench.gpu.kernels import RACERS, Kernels, chosen
-from bench.record import ROOT
-from bench.table import Row
+from bench.record import ROOT, Cell, Row
 
 EAGER = ("eager", "eager autocast")
 COLUMNS = ("loss", "n", "d", "dtype", *RACERS, *EAGER, "first", "ahead", "eager_over", "met", "kernels", "status")

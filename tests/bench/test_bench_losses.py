@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import chunked, dense, measure, peers
+from bench import dense, measure, peers
 
 pytest.importorskip("pytest_benchmark")
 
@@ -60,9 +60,9 @@ def test_forward_and_backward(benchmark: Any, loss: str, name: str, n: int) -> N
 
 @pytest.mark.parametrize("loss", dense.LOSSES)
 def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "ROWS", 33)
+    monkeypatch.setattr(dense, "CHUNK", 33)
     leaves = dense.leaves(loss, 1040, 24)  # 65 queries for moco
-    agrees(loss, measure.step(chunked.CHUNKED[loss], leaves), leaves)
+    agrees(loss, measure.step(dense.CHUNKED[loss], leaves), leaves)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bench import accuracy, dense, exact, measure, peers, table
-from bench.cell import Cell, row_of
 from bench.gpu import accuracy as gpu_accuracy
 from bench.gpu import bench as gpu_bench
 from bench.gpu import build as gpu_build
@@ -31,8 +30,7 @@ from bench.gpu import race as gpu_race
 from bench.gpu import sanitize
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
-from bench.record import ROOT
-from bench.table import Row
+from bench.record import MODES, ROOT, Cell, Row, row_of
 from fastnce import build
 from fastnce.backends._gpu import rows
 from fastnce.backends.cuda import launches
@@ -152,7 +150,7 @@ def test_a_temperature_holds_for_one_cell() -> None:
     assert before == dense.TEMPERATURE
 
 
-@pytest.mark.parametrize("mode", table.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_modes_under_the_clock_of_a_device(mode: str) -> None:
     for row in measure.here(cell("time", (peers.OURS, "eager"), mode=mode)):
         assert (row["mode"], row["status"], "gradient_norm" in row) == (mode, "ok", mode != "fwd")
@@ -177,7 +175,7 @@ def test_a_process_that_dies_costs_only_the_one_that_killed_it(monkeypatch: pyte
         dead = "killer" in cell.names
         return [row_of(cell, n, "crash", detail="SIGABRT") if dead else measure.here(cell)[i] for i, n in enumerate(cell.names)]
 
-    monkeypatch.setattr(gpu_bench, "run", fake)
+    monkeypatch.setattr(gpu_bench, "in_a_process", fake)
     found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
     bars = gpu_bench.Bars(found)
     small = bars.cell("time", "nt_xent", 64, 8, (peers.OURS, "eager", "killer"))

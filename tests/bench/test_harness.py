@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import dense, measure, peers, process, record, table
-from bench.cell import Cell
-from bench.table import OURS
+from bench import dense, measure, peers, record, sweep, table
+from bench.peers import OURS
+from bench.record import Cell
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 
@@ -49,7 +49,7 @@ def test_a_refused_allocation_is_a_row_and_larger_problems_are_not_tried(tmp_pat
 
 
 def test_a_timeout_is_a_row() -> None:
-    rows = process.run(Cell("time", "nt_xent", 8, 4, ("eager", OURS)), timeout=0.01)
+    rows = sweep.in_a_process(Cell("time", "nt_xent", 8, 4, ("eager", OURS)), timeout=0.01)
     assert [(row["contestant"], row["status"], row["detail"]) for row in rows] == [
         ("eager", "timeout", "took more than 0.01 s"),
         (OURS, "timeout", "took more than 0.01 s"),
@@ -60,7 +60,7 @@ def test_a_contestant_that_kills_its_process_is_the_only_one_lost(tmp_path: Path
     """A package of that name that dies while it is imported stands in front of the real one."""
     (tmp_path / "info_nce.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGABRT)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    rows = process.isolated(Cell("time", "info_nce", 32, 8, (OURS, "info-nce-pytorch"), repeats=1), timeout=300)
+    rows = sweep.isolated(Cell("time", "info_nce", 32, 8, (OURS, "info-nce-pytorch"), repeats=1), timeout=300)
     assert [(row["contestant"], row["status"]) for row in rows] == [(OURS, "ok"), ("info-nce-pytorch", "crash")]
     assert rows[1]["detail"] == "SIGABRT"
     for row in rows:
@@ -73,10 +73,10 @@ def test_what_the_kernel_kills_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch
     def killed(*given: Any, **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], -signal.SIGKILL, "", "")
 
-    monkeypatch.setattr(process.subprocess, "run", killed)
-    rows = process.isolated(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)
+    monkeypatch.setattr(sweep.subprocess, "run", killed)
+    rows = sweep.isolated(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)
     assert [(row["status"], row["alone"]) for row in rows] == [("oom", True)] * 2
-    assert [row["status"] for row in process.run(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)] == ["crash"] * 2
+    assert [row["status"] for row in sweep.in_a_process(Cell("time", "clip", 8, 4, (OURS, "eager")), timeout=1.0)] == ["crash"] * 2
 
 
 @pytest.mark.parametrize("call", [2, 3, 5], ids=["first at full size", "first round", "a later round"])
@@ -101,7 +101,7 @@ def test_memory_that_is_refused_when_timed_is_a_row(call: int, monkeypatch: pyte
 
 
 def test_a_real_limit_on_a_timed_cell() -> None:
-    rows = process.isolated(Cell("time", "nt_xent", 4096, 16, (OURS, "eager"), repeats=1, mem_limit=128), 120)
+    rows = sweep.isolated(Cell("time", "nt_xent", 4096, 16, (OURS, "eager"), repeats=1, mem_limit=128), 120)
     assert [row["status"] for row in rows] == ["ok", "oom"]
 
 
@@ -126,7 +126,7 @@ def test_what_is_measured_is_memory_and_not_code() -> None:
     code = """
 import torch; torch.set_num_threads(1)
 from bench import measure
-from bench.cell import Cell
+from bench.record import Cell
 cell = Cell("memory", "nt_xent", 2048, 64, ("fastnce",))
 function = measure.warmed_up(cell, "fastnce")
 leaves = measure.leaves_of(cell)
@@ -163,7 +163,7 @@ def test_times_of_one_process_come_with_their_ratios() -> None:
 
 @pytest.mark.parametrize("loss", dense.LOSSES)
 def test_a_forward_leaves_no_gradient_and_a_backward_that_of_the_whole(loss: str) -> None:
-    found = {mode: measure.here(Cell("time", loss, 32, 8, (OURS, "eager"), mode, repeats=1)) for mode in table.MODES}
+    found = {mode: measure.here(Cell("time", loss, 32, 8, (OURS, "eager"), mode, repeats=1)) for mode in record.MODES}
     for forward, backward, full in zip(found["fwd"], found["bwd"], found["full"], strict=True):
         assert (forward["mode"], backward["mode"], full["mode"]) == ("fwd", "bwd", "full")
         assert forward["loss_value"] == backward["loss_value"] == full["loss_value"]
@@ -277,7 +277,7 @@ def test_a_result_names_neither_host_nor_folder(tmp_path: Path, capsys: pytest.C
         assert secret not in text
     assert socket.gethostname() not in re.findall(r"[\w.-]+", text)
 
-    assert result["schema"] == table.SCHEMA == 2
+    assert result["schema"] == record.SCHEMA == 2
     env = result["env"]
     assert env["command"].startswith("python -m bench time --losses=nt_xent --n=32,64")
     assert (env["mem_limit_mib"], env["cells_left"]) == (0, 1)

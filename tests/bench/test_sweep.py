@@ -11,8 +11,8 @@ import pytest
 
 from bench import __main__ as command
 from bench import dense, sweep
-from bench.cell import Cell, row_of
-from bench.table import OURS, Row
+from bench.peers import OURS
+from bench.record import Cell, Row, row_of
 
 
 def answers(status: Callable[[str, int], str]) -> sweep.Runner:

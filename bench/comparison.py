@@ -1,22 +1,17 @@
 """From the recorded results: the ones that exist, and the rows of them that a page shows first.
 
-A headline is one loss at D = 128, forward and backward, over N, from the result of a machine that has its times and its memory up to the
-largest N:
-float32 on a CPU, bfloat16 on a GPU. Shown are fastnce, torch's own ways, and the best of the other packages.
+A comparison is one loss at D = 128, forward and backward, over N, from the result of a machine that has its times and its memory up to the
+largest N: float32 on a CPU, bfloat16 on a GPU. Shown are fastnce, torch's own ways, and the best of the other packages.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from bench import table
-from bench.figures import Chart, Line, Measured
-from bench.table import OURS, Row, rows_of
+from bench.figure import Chart, Line, Measured
+from bench.peers import OURS
+from bench.record import Recorded, Results, Row, clock, milliseconds, rows_of
 
 LOSSES = {"nt_xent": "NT-Xent", "clip": "CLIP"}
 WIDTH = 128
@@ -28,57 +23,7 @@ NO_LIBRARY = {OURS, "careful", "open_clip autocast", "siglip-kernel", *(name for
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A file of bench/results."""
-
-    machine: str
-    name: str
-    content: dict[str, Any]
-
-    @property
-    def env(self) -> dict[str, Any]:
-        env: dict[str, Any] = self.content["env"]
-        return env
-
-    @property
-    def rows(self) -> list[Row]:
-        rows: list[Row] = self.content["rows"]
-        return rows
-
-
-@dataclass(frozen=True)
-class Results:
-    """Of time and memory, and of accuracy, the newest first; `left_out` are files of the former in another schema."""
-
-    measured: list[Recorded]
-    judged: list[Recorded]
-    left_out: list[Recorded]
-
-
-def load(folder: Path) -> Results:
-    """Every result of a folder, but for the parts of gpu/. Raises ValueError for a file that is none."""
-    found = [Recorded(path.parent.name, path.name, content(path)) for path in sorted(folder.glob("*/*.json"))]
-    found = sorted((result for result in found if "part" not in result.content), key=lambda result: (result.env["time"], result.name))
-    judged = [result for result in reversed(found) if re.search(r"-accuracy(-\d+)?\.json$", result.name)]
-    measured = [result for result in reversed(found) if result not in judged]
-    readable = [result for result in measured if result.content["schema"] == table.SCHEMA]
-    return Results(readable, judged, [result for result in measured if result not in readable])
-
-
-def content(path: Path) -> dict[str, Any]:
-    """Of a file that holds at least what every result has."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        wrong = not isinstance(found["schema"], int) or not isinstance(found["rows"], list) or not isinstance(found["env"]["time"], str)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no result: {type(error).__name__}") from error
-    if wrong:
-        raise ValueError(f"{path} is no result: its schema, rows and env are not what python -m bench writes")
-    return dict(found)
-
-
-@dataclass(frozen=True)
-class Headline:
+class Comparison:
     """Rows of one loss; `shown` names the contestants: label -> contestant, fastnce last."""
 
     result: Recorded
@@ -122,37 +67,37 @@ class Headline:
         timed = rows_of(self.rows, measure="time")
         labels = [OURS, *(label for label in self.shown if label != OURS)]
         lines = (Line(label, label == OURS, self.measured("memory", label), self.measured("time", label)) for label in labels)
-        return Chart(self.limit, table.clock(timed[0])[1], tuple(lines))
+        return Chart(self.limit, clock(timed[0])[1], tuple(lines))
 
 
 def value(row: Row) -> float:
     """MiB or ms of an ok row."""
-    return float(row["peak_mib"]) if row["measure"] == "memory" else table.milliseconds(row)
+    return float(row["peak_mib"]) if row["measure"] == "memory" else milliseconds(row)
 
 
 def refused(row: Row) -> bool:
     return row["status"] in ("oom", "oom-skipped")
 
 
-def headlines(results: Results, losses: Iterable[str] = LOSSES, width: int = WIDTH) -> list[Headline]:
+def comparisons(results: Results, losses: Iterable[str] = LOSSES, width: int = WIDTH) -> list[Comparison]:
     """At most one for every machine and loss: the one that reaches the largest N, of those the newest."""
-    found: dict[tuple[str, str], Headline] = {}
+    found: dict[tuple[str, str], Comparison] = {}
     for result in results.measured:
         for loss in losses:
-            headline, key = headline_of(result, loss, results.measured, width), (result.machine, loss)
-            if headline is not None and (key not in found or headline.sizes[-1] > found[key].sizes[-1]):
-                found[key] = headline
+            compared, key = comparison_of(result, loss, results.measured, width), (result.machine, loss)
+            if compared is not None and (key not in found or compared.sizes[-1] > found[key].sizes[-1]):
+                found[key] = compared
     return list(found.values())
 
 
-def every_headline(results: Results) -> list[Headline]:
+def every_comparison(results: Results) -> list[Comparison]:
     """Of all losses and widths that were measured."""
     rows = [row for result in results.measured for row in result.rows if row["measure"] in ("time", "memory")]
     losses, widths = dict.fromkeys(row["loss"] for row in rows), sorted({row["d"] for row in rows})
-    return [found for width in widths for found in headlines(results, losses, width)]
+    return [found for width in widths for found in comparisons(results, losses, width)]
 
 
-def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = (), width: int = WIDTH) -> Headline | None:
+def comparison_of(result: Recorded, loss: str, others: Sequence[Recorded] = (), width: int = WIDTH) -> Comparison | None:
     """None where fastnce or eager has not both its times and its memory at two N or more.
 
     What ran into the time limit is taken from `others` where they measured it: same machine, same sources, same settings.
@@ -170,7 +115,7 @@ def headline_of(result: Recorded, loss: str, others: Sequence[Recorded] = (), wi
     shown = {label: name for label, names in TORCH.items() for name in reversed(names) if name in present}
     library = best(rows, [name for name in present if name not in NO_LIBRARY])
     shown |= ({library: library} if library else {}) | {OURS: OURS}
-    found = Headline(result, loss, rows, shown, tuple(completed_by))
+    found = Comparison(result, loss, rows, shown, tuple(completed_by))
     enough = "eager" in shown and all(
         len(found.measured(measure, label).values) > 1 for measure in ("time", "memory") for label in ("eager", OURS)
     )
@@ -188,6 +133,6 @@ def key_of(row: Row) -> tuple[str, str, int]:
 
 def best(rows: Sequence[Row], names: Sequence[str]) -> str | None:
     """The one that runs at the largest N, and of those the fastest there."""
-    times = {(row["contestant"], row["n"]): table.milliseconds(row) for row in rows if row["measure"] == "time" and row["status"] == "ok"}
+    times = {(row["contestant"], row["n"]): milliseconds(row) for row in rows if row["measure"] == "time" and row["status"] == "ok"}
     reached = {name: max(n for other, n in times if other == name) for name in names if any(other == name for other, _ in times)}
     return min(reached, key=lambda name: (-reached[name], times[name, reached[name]]), default=None)

@@ -1,5 +1,8 @@
 """Draw a chart: peak memory and time of one loss over the number of rows, one line per contestant.
 
+One legend names every line of both panels. A line has its name at its end too, where there is room for it beside the end. The picture is an
+SVG whose colours follow the page: light, or dark where the reader asks for that; a program that knows no style sheets shows the light one.
+
 A chart holds everything that is drawn and nothing else, so a digest of it and of the code here says whether a picture is up to date, also
 where another version of matplotlib would draw other bytes. Where the version is the same, so are the bytes.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import platform
@@ -18,27 +22,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from bench import labels
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import Bbox
 
-INK, MUTED, GRID, RED = "#22272e", "#5d6671", "#e3e6ea", "#cf222e"
-ACCENT: dict[str, Any] = {"color": "#1f6fb4", "linewidth": 2.2, "marker": "o", "markersize": 4.5, "zorder": 3}
+Point = tuple[float, float]
+Points = npt.NDArray[np.float64]  # (P, 2), in points of the picture
+
+PAPER, INK, MUTED, GRID, RED, BLUE = "#ffffff", "#22272e", "#5d6671", "#e3e6ea", "#cf222e", "#1f6fb4"
+GREYS = ("#3d4550", "#6b7480", "#868f9a", "#a2aab4")
+# Each colour on a dark page.
+DARK = {PAPER: "#0d1117", INK: "#e6edf3", MUTED: "#9aa4af", GRID: "#2b323a", RED: "#ff7b72", BLUE: "#58a6ff"}
+DARK |= dict(zip(GREYS, ("#c9d1d9", "#a7b0ba", "#87909b", "#6a737d"), strict=True))
+ACCENT: dict[str, Any] = {"color": BLUE, "linewidth": 2.2, "marker": "o", "markersize": 4.5, "zorder": 3}
 OTHERS: tuple[dict[str, Any], ...] = (
-    {"color": "#3d4550", "linestyle": "solid", "marker": "s"},
-    {"color": "#6b7480", "linestyle": (0, (5, 2)), "marker": "^"},
-    {"color": "#868f9a", "linestyle": (0, (1.5, 1.5)), "marker": "D"},
-    {"color": "#a2aab4", "linestyle": (0, (6, 2, 1.5, 2)), "marker": "v"},
+    {"color": GREYS[0], "linestyle": "solid", "marker": "s"},
+    {"color": GREYS[1], "linestyle": (0, (5, 2)), "marker": "^"},
+    {"color": GREYS[2], "linestyle": (0, (1.5, 1.5)), "marker": "D"},
+    {"color": GREYS[3], "linestyle": (0, (6, 2, 1.5, 2)), "marker": "v"},
 )
-SYMBOLS = {"o": "•", "s": "▪", "^": "▴", "D": "◆", "v": "▾"}  # the markers as text: next to a name they say which line is meant
 REFUSED: dict[str, Any] = {"marker": "x", "markersize": 4.8, "markeredgewidth": 1.5, "color": RED, "clip_on": False, "zorder": 4}
-SIZE = (9.0, 3.5)  # inches: at the 830 pixels of a page a letter of 9 points is 11.5 pixels high
-PANELS = ((0.078, 0.115, 0.3, 0.735), (0.578, 0.115, 0.3, 0.735))  # the space to the right of each is for names
-DPI = 200  # of the PNG
-SUFFIXES: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".png": {"Software": None}}  # each with what it shall not say
+SIZE = (9.0, 3.8)  # inches: at the 830 pixels of a page a letter of 9 points is 11.5 pixels high
+PANELS = ((0.078, 0.106, 0.3, 0.675), (0.578, 0.106, 0.3, 0.675))  # above them the legend; the space to the right of each is for names
+STYLE = "stroke-linecap: butt}"  # the end of the style sheet that matplotlib writes
+SIDE = 6.0  # points from the end of a line to its name
+HEIGHTS = (0.0, 3.0, -3.0, 6.0, -6.0)  # of a name over the end of its line: with more it would no longer be beside it
+MARGIN = 79.0  # points to the right of a panel, free for names
+PAD = 1.0  # points about every text
 CROSSES = (6.5, 0.78)  # between two crosses of one N: points, and at most this part of an octave for all of them
 
 
@@ -72,8 +86,7 @@ class Chart:
 def digest(chart: Chart) -> str:
     """sha256 of what is drawn and of the code that draws it."""
     found = hashlib.sha256(json.dumps(asdict(chart), sort_keys=True).encode())
-    for file in (__file__, labels.__file__):
-        found.update(b"\0" + Path(file).read_bytes())
+    found.update(b"\0" + Path(__file__).read_bytes())
     return f"sha256 {found.hexdigest()}"
 
 
@@ -88,13 +101,13 @@ def stamp(chart: Chart) -> str:
 
 
 def stamp_in(picture: bytes) -> str:
-    """The stamp of a picture, empty where it has none. Both formats keep it as plain text."""
+    """The stamp of a picture, empty where it has none."""
     found = re.search(rb"sha256 [0-9a-f]{64} \(matplotlib [\w ,.+-]+\)", picture)
     return found[0].decode() if found else ""
 
 
-def render(chart: Chart, suffix: str) -> bytes:
-    """A picture as a file of that suffix. Raises ImportError where matplotlib is missing."""
+def render(chart: Chart) -> bytes:
+    """A picture as an SVG file. Raises ImportError where matplotlib is missing."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -102,18 +115,27 @@ def render(chart: Chart, suffix: str) -> bytes:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"svg.hashsalt": "fastnce", "font.family": "DejaVu Sans"})
         file = io.BytesIO()
-        # Left alone, a picture would name the moment it was drawn at, or the program.
-        draw(chart).savefig(file, format=suffix[1:], dpi=DPI, metadata={"Description": stamp(chart), **SUFFIXES[suffix]})
-    return file.getvalue()
+        # Left alone, a picture would name the moment it was drawn at.
+        draw(chart).savefig(file, format="svg", metadata={"Description": stamp(chart), "Date": None})
+    picture = file.getvalue().decode()
+    assert picture.count(STYLE) == 1
+    return picture.replace(STYLE, f"{STYLE}\n{on_a_dark_page()}").encode()
+
+
+def on_a_dark_page() -> str:
+    """The style sheet that puts the dark colour in place of each light one."""
+    rules = (f'[style*="{part}: {light}"]{{{part}: {dark} !important}}' for light, dark in DARK.items() for part in ("fill", "stroke"))
+    return "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}"
 
 
 def draw(chart: Chart) -> Figure:
-    """Memory on the left, time on the right."""
+    """Memory on the left, time on the right, one legend above both."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    # White and opaque, so that the text can be read on a dark page too.
-    figure = Figure(figsize=SIZE, dpi=72, facecolor="white")  # display coordinates are points
+    # Opaque: where the page is dark and the reader's system is not, the text can be read too.
+    figure = Figure(figsize=SIZE, dpi=72, facecolor=PAPER)  # display coordinates are points
     FigureCanvasAgg(figure)  # measures text
     memory, times = (figure.add_axes(place) for place in PANELS)
     sizes = sorted({n for line in chart.lines for found in (line.memory, line.time) for n in (*found.values, *found.oom)})
@@ -124,11 +146,21 @@ def draw(chart: Chart) -> Figure:
     prepare(times, f"time per step, {chart.clock}", sizes, time_values, (10.0, milliseconds))
     draw_panel(memory, [(line, line.memory) for line in chart.lines], chart.limit)
     draw_panel(times, [(line, line.time) for line in chart.lines], 0)
+    keys = [Line2D([], [], label=line.label, **style) for line, style in zip(chart.lines, styles(chart.lines), strict=True)]
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (PANELS[0][0] - 0.052, 1.0), "ncols": len(keys)}
+    figure.legend(handles=keys, frameon=False, fontsize=9, labelcolor=INK, handlelength=2.6, columnspacing=1.6, **place)
     return figure
+
+
+def styles(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """How each line is drawn, here and in the legend."""
+    greys = iter(OTHERS)
+    return [ACCENT if line.ours else {"linewidth": 1.4, "markersize": 3.6} | next(greys) for line in lines]
 
 
 def prepare(axes: Axes, heading: str, sizes: Sequence[int], values: Sequence[float], ticks: tuple[float, Callable[[float], str]]) -> None:
     """Both axes: N in powers of two, values from a bit below the least to a bit above the largest, a tick at every power of a base."""
+    axes.set_facecolor(PAPER)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     low, high = math.log2(sizes[0]), math.log2(sizes[-1])
@@ -174,35 +206,78 @@ def milliseconds(ms: float) -> str:
 
 
 def draw_panel(axes: Axes, found: Sequence[tuple[Line, Measured]], limit: float) -> None:
-    """Every line and its name; a cross where memory was refused: on the limit, or on the upper edge where no limit is drawn."""
-    greys = iter(OTHERS)
+    """Every line; a cross where memory was refused: on the limit, or on the upper edge where no limit is drawn; names where they fit."""
     edge = limit or axes.get_ylim()[1]
-    covered = [labels.along(axes, [(x, edge) for x in axes.get_xlim()])]
-    names = []
-    for line, measured in found:
-        style = ACCENT if line.ours else {"linewidth": 1.4, "markersize": 3.6} | next(greys)
+    covered = [along(axes, [(x, edge) for x in axes.get_xlim()])]
+    ends: list[tuple[Line, Point]] = []
+    for (line, measured), style in zip(found, styles([line for line, _ in found]), strict=True):
         points = [(float(n), value) for n, value in sorted(measured.values.items()) if value > 0]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-            names.append(
-                labels.Name(
-                    line.label, SYMBOLS[style["marker"]], points[-1], style["color"] if line.ours else INK, line.ours, style["color"]
-                )
-            )
-            covered.append(labels.along(axes, points))
+            ends.append((line, points[-1]))
+            covered.append(along(axes, points))
         for n in measured.oom:
             x = aside(axes, n, line, [other for other, its in found if n in its.oom])
             axes.plot(x, edge, gid=f"oom {line.label} {n}", **REFUSED)
             if limit and points and points[-1][0] < n == min(measured.oom):
                 # More than the limit is all that is known: the thin line says whose the cross is, not how much was missing.
                 axes.plot(*zip(points[-1], (x, edge), strict=True), color=style["color"], linewidth=0.7, linestyle=":")
-                covered.append(labels.along(axes, [points[-1], (x, edge)]))
+                covered.append(along(axes, [points[-1], (x, edge)]))
     refused = sorted({n for _, measured in found for n in measured.oom})
-    texts = [labels.write(axes, "OOM", (n, edge), (0, 4.5), color=RED, fontsize=7.5, ha="center", va="bottom") for n in refused]
+    texts = [write(axes, "OOM", (n, edge), (0, 4.5), color=RED, fontsize=7.5, ha="center", va="bottom") for n in refused]
     if limit:
         axes.axhline(limit, color=RED, linewidth=0.9, linestyle=(0, (4, 3)), gid="limit")
-        texts.append(labels.write(axes, f"limit {mebibytes(limit)}", (axes.get_xlim()[1], limit), (5, 0), color=RED, fontsize=8.5))
-    labels.arrange(axes, names, np.concatenate(covered), [labels.extent(text) for text in texts], edge)
+        texts.append(write(axes, f"limit {mebibytes(limit)}", (axes.get_xlim()[1], limit), (5, 0), color=RED, fontsize=8.5))
+    name_ends(axes, ends, np.concatenate(covered), [extent(text) for text in texts])
+
+
+# Names at the ends of lines ---------------------------------------------------------------------------------------------------------------
+
+
+def name_ends(axes: Axes, ends: Sequence[tuple[Line, Point]], covered: Points, taken: Sequence[Bbox]) -> None:
+    """Names beside the ends of lines, ours first, each only where it meets no line, no other text and no other end that is nearer."""
+    boxes = list(taken)
+    corners = {line.label: axes.transData.transform(end) for line, end in ends}
+    for line, end in sorted(ends, key=lambda found: not found[0].ours):
+        style = {"color": BLUE, "fontweight": "bold"} if line.ours else {"color": INK}
+        text = write(axes, line.label, end, (SIDE, 0.0), **style)
+        for height in HEIGHTS:
+            text.set_position((SIDE, height))
+            box = extent(text)
+            inside = box.x1 < axes.bbox.x1 + MARGIN and axes.bbox.y0 < box.y0
+            start = corners[line.label] + (SIDE, height)
+            own = math.dist(corners[line.label], start)
+            mistaken = any(math.dist(other, start) < own for label, other in corners.items() if label != line.label)
+            if inside and not mistaken and not covers(box, covered) and not any(box.overlaps(other) for other in boxes):
+                boxes.append(box)
+                break
+        else:
+            text.remove()
+
+
+def covers(box: Bbox, points: Points) -> bool:
+    return bool(((points > box.min) & (points < box.max)).all(1).any())
+
+
+def write(axes: Axes, words: str, at: Point, offset: Point, **style: Any) -> Annotation:
+    """Words at an offset from a point of the panel."""
+    usual: dict[str, Any] = {"fontsize": 9, "va": "center"}
+    return axes.annotate(words, at, offset, textcoords="offset points", annotation_clip=False, **(usual | style))
+
+
+def extent(text: Annotation) -> Bbox:
+    """Its box, a little larger than the letters."""
+    assert text.figure is not None
+    return text.get_window_extent(text.figure.canvas.get_renderer()).padded(PAD)  # type: ignore[attr-defined]
+
+
+def along(axes: Axes, corners: Sequence[Point]) -> Points:
+    """Points at most two apart on a polyline."""
+    ends = axes.transData.transform(corners)
+    parts = [ends[:1]]
+    for a, b in itertools.pairwise(ends):
+        parts.append(np.linspace(a, b, 2 + int(math.dist(a, b) / 2)))
+    return np.concatenate(parts)
 
 
 def aside(axes: Axes, n: int, line: Line, lines: Sequence[Line]) -> float:
