@@ -31,6 +31,27 @@ def fastnce_loss(loss: str, backend: str = "auto") -> Contestant:
     return partial(functions[loss], backend=backend)
 
 
+# ---------------------------------------------------------------- torch's own fused one
+
+
+def of_torch() -> Contestant:
+    """F.linear_cross_entropy for info_nce, in chunks of rows, the keys as its weights. Raises ImportError where torch has none.
+
+    For clip it would be called twice; its gradients are then further from float64 than the tests allow a contestant, so it has none.
+    """
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()  # without any it is dense
+
+    def call(query: Tensor, key: Tensor) -> Tensor:
+        q, k = F.normalize(query, dim=1) / dense.TEMPERATURE, F.normalize(key, dim=1)
+        found: Tensor = function(q, k, dense.indices(q), options=options)
+        return found
+
+    return call
+
+
 # ---------------------------------------------------------------- of other packages
 
 
@@ -78,6 +99,7 @@ PACKAGES = {
     "info-nce-pytorch",
     "liger-kernel",
     "lightly",
+    "memeff",
     "open-clip-torch",
     "pytorch-metric-learning",
     "siglip-kernel",
@@ -105,6 +127,7 @@ FACTORIES: Factories = {
     }
     for loss in LOSSES
 }
+FACTORIES["info_nce"]["F.linear_cross_entropy"] = of_torch
 FACTORIES["nt_xent"]["lightly"] = of_lightly
 FACTORIES["nt_xent"]["pytorch-metric-learning"] = pytorch_metric_learning_nt_xent
 FACTORIES["info_nce"]["info-nce-pytorch"] = of_info_nce_pytorch

@@ -7,9 +7,11 @@ chunked cuBLAS      ours, plain: chunks of rows, each a cuBLAS product whose bfl
 inf-cl              Inf-CL's Triton loss (Cheng et al. 2024, arXiv:2410.17243), one call per direction
 cut-cross-entropy   Apple's linear_cross_entropy (Wijmans et al. 2024, arXiv:2411.09009), keys as classifier, without its gradient filter
 liger-kernel        its fused linear cross-entropy, keys as classifier
+memeff              its CLIP loss, both directions in one pass; the scale is a constant there, so that it has one gradient less to make.
+                    stable=False, since its default multiplies the gradient by sqrt(batch * temperature)
 siglip-kernel       another loss of the same two towers and products: sigmoids, one direction. Its time compares, its value does not
 
-The last four compare rows with keys, so they have no form that leaves a row's own column out: they serve info_nce and clip only.
+The last five compare rows with keys, so they have no form that leaves a row's own column out: they serve info_nce and clip only.
 """
 
 from __future__ import annotations
@@ -206,6 +208,16 @@ def _siglip() -> Contestant:
     return call
 
 
+def _memeff() -> Contestant:
+    loss = _member("memeff", "MemoryEfficientCLIPLoss")(temperature=1 / dense.LOGIT_SCALE, stable=False)
+
+    def call(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        found: Tensor = loss(image, text)
+        return found
+
+    return call
+
+
 def _by_rows(factory: Callable[[], OneDirection]) -> Contestant:
     """info_nce by a cross-entropy of one direction."""
     loss = factory()
@@ -234,6 +246,7 @@ FACTORIES: Factories = {
 FACTORIES["sup_con"]["SupContrast autocast"] = partial(autocast, supcontrast_form)
 FACTORIES["clip"]["open_clip autocast"] = partial(autocast, open_clip_form)
 FACTORIES["clip"]["siglip-kernel"] = _siglip
+FACTORIES["clip"]["memeff"] = _memeff
 for _name, _factory in (("inf-cl", _inf_cl), ("cut-cross-entropy", _cut_cross_entropy), ("liger-kernel", _liger)):
     FACTORIES["info_nce"][_name] = partial(_by_rows, _factory)
     FACTORIES["clip"][_name] = partial(_by_both, _factory)
