@@ -1,10 +1,10 @@
 """How far from exact: fastnce and dense torch in the same dtype, both against float64 on the same stored inputs.
 
-    python bench/accuracy.py [--losses nt_xent,clip] [--backend cpu] [--n 514] [--quick] [--out DIR]
+    python -m bench accuracy [--losses nt_xent,clip] [--backend cpu] [--n 514] [--quick] [--out DIR]
 
 Sums grow with N, and their rounding: the contract is also measured at N = 8192, on a corner of the grid, which takes 2 GiB:
 
-    python bench/accuracy.py --backend=cpu --n=8192 --quick --dtypes=float32
+    python -m bench accuracy --backend=cpu --n=8192 --quick --dtypes=float32
 
 Every cell of the grid compares four quantities: the mean loss, each row's loss, the gradients of the features (relative
 Frobenius error) and the derivative by the scale 1/temperature (relative; that by the temperature has the same relative
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as in run.py: measure this checkout
-
+from bench import record
 from bench.exact import REGIMES, Answer, Array, Cosines, Sizes, exact, features, materialised
 from fastnce import files
-from fastnce.bench import cli, record
 
 DIMENSIONS = (1, 5, 24, 64, 128, 512, 768)
 TEMPERATURES = (0.005, 0.01, 0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 1.0)
@@ -301,10 +298,10 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@files.command("bench/accuracy.py")
+@files.command("python -m bench accuracy")
 def main(arguments: list[str]) -> int:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="bench/accuracy.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--losses", default=",".join(LOSSES), help=f"of {', '.join(LOSSES)}")
     parser.add_argument("--dtypes", default=",".join(str(dtype).removeprefix("torch.") for dtype in DTYPES))
     parser.add_argument("--backend", default="auto")
@@ -312,7 +309,7 @@ def main(arguments: list[str]) -> int:
         "--n", type=int, default=514, help="rows; not a multiple of a tile by default. Also measured: 8192 with --quick --dtypes=float32"
     )
     parser.add_argument("--quick", action="store_true", help="a corner of the grid")
-    parser.add_argument("--out", type=Path, default=cli.OUT, help=f"bench/results records it; default: {cli.OUT}")
+    parser.add_argument("--out", type=Path, default=record.OUT, help=f"bench/results records it; default: {record.OUT}")
     options = parser.parse_args(arguments)
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     losses, dtypes = options.losses.split(","), options.dtypes.split(",")
@@ -321,7 +318,7 @@ def main(arguments: list[str]) -> int:
     dimensions, temperatures = (DIMENSIONS[::3], TEMPERATURES[::4]) if options.quick else (DIMENSIONS, TEMPERATURES)
     torch.set_num_threads(1)
     shown = [f"--{name}={getattr(options, name)}" for name in ("losses", "dtypes", "backend", "n")]
-    env = record.environment(["python", "bench/accuracy.py", *shown, *["--quick"] * options.quick], threads=1)
+    env = record.environment(["python", "-m", "bench", "accuracy", *shown, *["--quick"] * options.quick], threads=1)
     grid = Grid(options.n, losses, dimensions, temperatures, tuple(known[name] for name in dtypes), options.backend)
     rows, outside = summarise(list(grid.run()))
     result = {"schema": record.SCHEMA, "env": env, "n": options.n, "backend": options.backend}
@@ -330,7 +327,3 @@ def main(arguments: list[str]) -> int:
     record.save(result, markdown, options.out, "accuracy")
     print(markdown)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,5 @@
 """`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test.
 
-`python -m fastnce bench` measures time and memory against the ways these losses are computed today; see bench --help.
 `python -m fastnce build-cpu` compiles the CPU backend's kernels into the user's cache: seconds, a C++ compiler and ninja.
 `python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
 """
@@ -148,17 +147,13 @@ def _build(kind: str, arguments: Sequence[str]) -> int:
 
 @files.command("python -m fastnce")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report, or run the benchmark; 1 where the self-test failed."""
+    """Print the report, or build a library; 1 where the self-test failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["bench"]:
-        from fastnce.bench import cli
-
-        return cli.main(given[1:])
     if given and given[0] in COMMANDS:
         return _build(COMMANDS[given[0]], given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m fastnce",
-        usage="\n       ".join(f"%(prog)s {rest}" for rest in ("[--json]", "bench [options]", "build-cpu", "build-cuda [options]")),
+        usage="\n       ".join(f"%(prog)s {rest}" for rest in ("[--json]", "build-cpu", "build-cuda [options]")),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""Corners of the accuracy contract, each held by one line of the backend; bench/accuracy.py runs the whole grid."""
+"""Corners of the accuracy contract, each held by one line of the backend; python -m bench accuracy runs the whole grid."""
 
 from __future__ import annotations
 

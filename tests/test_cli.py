@@ -74,27 +74,6 @@ def test_an_unknown_argument_is_named(capsys: pytest.CaptureFixture[str]) -> Non
     assert "unrecognized arguments: --jsn" in capsys.readouterr().err
 
 
-def test_bench_is_a_command_of_its_own(output: Output) -> None:
-    """With its own options; the report stays what the bare command prints."""
-    assert main(["bench", "--losses=clip", "--n=64", "--d=8", "--measure=time", "--peers=eager", "--dry-run"]) == 0
-    assert re.sub(r" +", " ", output()) == "time full clip N=64 D=8 float32 fastnce, eager\n"
-
-
-def test_help_names_the_benchmark(output: Output) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    assert "python -m fastnce bench [options]" in output()
-    with pytest.raises(SystemExit):
-        main(["bench", "--help"])
-    assert "--time-budget" in output()
-
-
-def test_only_the_command_imports_the_benchmark() -> None:
-    code = "import sys, fastnce, fastnce.__main__; print([name for name in sys.modules if name.startswith('fastnce.bench')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
 def lower_one_row(found: list[Side]) -> list[Side]:
     found[0].lse_neg[7] -= 1e-2
     return found

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import accuracy, gpu, report
+from bench import __main__ as command
+from bench import accuracy, page, sweep
+from bench.gpu import part
 from fastnce import files
-from fastnce.bench import cli, sweep
 from train_ref import files as files_of_training
 from train_ref import results, train, validate
 
@@ -121,7 +122,7 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
-@pytest.mark.parametrize("command", ["-m fastnce bench --dry-run", "train_ref/train.py --quick --loss reference --epochs 1 --out {out}"])
+@pytest.mark.parametrize("command", ["-m bench time --dry-run", "train_ref/train.py --quick --loss reference --epochs 1 --out {out}"])
 def test_output_that_finds_no_room_is_one_line(command: str, tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         words = [sys.executable, *command.format(out=tmp_path).split()]
@@ -132,11 +133,11 @@ def test_output_that_finds_no_room_is_one_line(command: str, tmp_path: Path) -> 
 
 
 def gpu_part(out: Path) -> int:
-    return gpu.Report("race", ["--dry-run", "--out", str(out)]).finish(())
+    return part.Report("race", ["--dry-run", "--out", str(out)]).finish(())
 
 
 def benchmark(out: Path) -> int:
-    return cli.main(["--quick", "--losses", "nt_xent", "--out", str(out)])
+    return command.main(["time", "memory", "--quick", "--losses", "nt_xent", "--out", str(out)])
 
 
 def pages(out: Path) -> int:
@@ -154,13 +155,13 @@ COMMANDS: dict[str, tuple[Callable[[Path], int], list[str]]] = {
         ["report.md", "report.json", "report.png"],
     ),
     "results.py": (pages, ["page.md"]),
-    "python -m fastnce bench": (benchmark, [".json", ".md"]),
-    "bench/accuracy.py": (
+    "python -m bench": (benchmark, [".json", ".md"]),
+    "python -m bench accuracy": (
         lambda out: accuracy.main(["--quick", "--losses", "nt_xent", "--dtypes", "float32", "--n", "4", "--out", str(out)]),
         ["-accuracy.json", "-accuracy.md"],
     ),
-    "gpu_race": (lambda out: files.command("gpu_race")(gpu_part)(out), ["race.json"]),
-    "bench/report.py": (lambda out: report.main(["--out", str(out)]), ["report.md"]),
+    "race.py": (lambda out: files.command("race.py")(gpu_part)(out), ["race.json"]),
+    "python -m bench page": (lambda out: page.main(["--out", str(out)]), ["report.md"]),
 }
 
 
@@ -174,7 +175,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     (tmp_path / "page.md").write_text(page, encoding="utf-8")
     monkeypatch.setattr(sweep, "gemm", lambda *_: [])
     monkeypatch.setattr(sweep, "run", lambda *_: sweep.Sweep([], 0))
-    monkeypatch.setattr(cli.table, "render", lambda _: "a page")
+    monkeypatch.setattr(command.table, "render", lambda _: "a page")
     monkeypatch.setattr(train, "evaluate_features", lambda *_: train.Accuracies(0.0, 0.0, 0.0))
     monkeypatch.setattr(train, "evaluate_encoder", lambda *_: train.Accuracies(0.0, 0.0, 0.0))
     flush = os.fsync
@@ -208,7 +209,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(
 # Who else writes -------------------------------------------------------------------------------------------------------------------------
 
 # The build publishes in its own way; the kernel's file of a process; logs of parts that run on rented machines, which grow.
-OTHERS = {"fastnce/build.py", "fastnce/bench/measure.py", "bench/gpu_tests.py", "bench/gpu_build.py", "bench/sanitize.py"}
+OTHERS = {"fastnce/build.py", "bench/measure.py", "bench/gpu/tests.py", "bench/gpu/build.py", "bench/gpu/sanitize.py"}
 
 
 def writes(call: ast.Call) -> bool:

@@ -1,9 +1,9 @@
 """The GPU backends on a GPU: the problems of problems.py and larger ones against float64, and what only a device has: streams, graphs,
-synchronisation, its memory, indices beyond 2^31. Every test runs with every kind of kernels, see bench/gpu_kernels.py.
+synchronisation, its memory, indices beyond 2^31. Every test runs with every kind of kernels, see bench/gpu/kernels.py.
 
 FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes on the CPU backend, without the marker: what is written here
 can then not fail on a GPU for a reason that a CPU could have found. What the device alone can do is in the few helpers that ask for it.
-FASTNCE_GPU_DRY_RUN=emulated does the same with the kernels of csrc/cuda, where bench/gpu_run.sh --emulate has compiled them for the CPU.
+FASTNCE_GPU_DRY_RUN=emulated does the same with the kernels of csrc/cuda, where bench/gpu/run.sh --emulate has compiled them for the CPU.
 FASTNCE_GPU_KERNELS=cuda,cuda-mma chooses among the kernels.
 """
 
@@ -26,8 +26,9 @@ from problems import PROBLEMS, Problem, of
 from torch import Tensor
 
 import fastnce
-from bench import gpu_kernels, gpu_measure
-from bench.gpu_kernels import Kernels as Place
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import measure as gpu_measure
+from bench.gpu.kernels import Kernels as Place
 from fastnce import contrastive_stats
 
 WHERE = gpu_kernels.where()

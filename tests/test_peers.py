@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnce
-from fastnce.bench import forms, packages
-from train_ref.golden import make
+from bench import dense
+from train_ref.golden import make, packages
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
 fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which
@@ -159,4 +159,4 @@ def test_open_clip(backend: str) -> None:
         lambda: packages.open_clip_loss()()(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale),
         leaves,
     )
-    agree(lambda: forms.open_clip_form(*leaves), lambda: fused.clip_loss(*leaves, backend=backend), leaves)
+    agree(lambda: dense.open_clip_form(*leaves), lambda: fused.clip_loss(*leaves, backend=backend), leaves)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastnce
-from bench import report
+from bench.page import REGIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,7 +108,7 @@ def test_the_answer_is_above_the_fold() -> None:
     assert README.index("fastnce.info_nce(") < README.index("<!-- bench:end -->") < README.index("pip install")
 
 
-@pytest.mark.parametrize(("page", "region"), [(page, region) for page, regions in report.REGIONS.items() for region in regions])
+@pytest.mark.parametrize(("page", "region"), [(page, region) for page, regions in REGIONS.items() for region in regions])
 def test_generated_regions_are_marked_once(page: str, region: str) -> None:
     text, begin, end = (ROOT / page).read_text(), f"<!-- {region}:begin (generated) -->", f"<!-- {region}:end -->"
     assert text.count(begin) == text.count(end) == 1

@@ -63,22 +63,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "logit_scale": set(),
     "modules": {"checks", "formulas", "logit_scale", "losses", "negatives", "ops", "queue", "stats"},
     "selftest": {"losses"},
-    # Above all of it: what nothing but its own command imports.
-    "bench": set(),
-    "bench.places": set(),
-    "bench.table": set(),
-    "bench.forms": set(),
-    "bench.chunked": {"bench.forms"},
-    "bench.packages": {"bench.forms"},
-    "bench.peers": {"__init__", "bench.chunked", "bench.forms", "bench.packages", "bench.places", "bench.table"},
-    "bench.cell": {"bench.table"},
-    "bench.measure": {"backends._gemm", "bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
-    "bench.process": {"bench.cell", "bench.places", "bench.table"},
-    "bench.record": {"__init__", "files", "native", "bench.packages", "bench.places", "bench.table"},
-    "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},
-    "bench.cli": {"backends", "files", *(m for m in MODULES if m.startswith("bench."))},
     "__init__": {"_version", "checks", "formulas", "logit_scale", "losses", "modules", "queue", "stats"},
-    "__main__": {"__init__", "backends", "bench.cli", "build", "files", "native", "pairs", "problem", "selftest"},
+    "__main__": {"__init__", "backends", "build", "files", "native", "pairs", "problem", "selftest"},
 }
 # A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"native", "norms", "pairs", "problem", "tiles"}

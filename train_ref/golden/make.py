@@ -166,7 +166,7 @@ def _restated(what: str) -> str:
 
 
 def info_nce_cases(t: float) -> list[Case]:
-    from fastnce.bench.packages import info_nce_pytorch
+    from train_ref.golden.packages import info_nce_pytorch
 
     peer, loss = _release("info-nce-pytorch", "info_nce"), info_nce_pytorch()
     shared = _pair("query", "positive_key", 4) | {"negative_keys": {"random": [41, 19], "seed": 6}}
@@ -184,7 +184,7 @@ def info_nce_cases(t: float) -> list[Case]:
 def nt_xent_cases(t: float) -> list[Case]:
     from pytorch_metric_learning import losses
 
-    from fastnce.bench.packages import lightly_nt_xent
+    from train_ref.golden.packages import lightly_nt_xent
 
     pml, lightly = losses.SelfSupervisedLoss(losses.NTXentLoss(t)), lightly_nt_xent()(temperature=t)
     options, pair = {"temperature": t}, _pair("z0", "z1", 21)
@@ -228,7 +228,7 @@ def sup_con_cases(t: float) -> list[Case]:
 
 
 def clip_cases(t: float) -> list[Case]:
-    from fastnce.bench.packages import open_clip_loss
+    from train_ref.golden.packages import open_clip_loss
 
     loss = open_clip_loss()()
 

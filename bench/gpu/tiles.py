@@ -1,0 +1,172 @@
+"""Part `tiles`: other tiles than the shipped ones, timed in the losses that ask for them.
+
+Every loss runs once to see which tiles it asks fastnce/tiles.py for. Variants of a tile have half or twice the rows or the columns, other
+warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler refuses (too much shared memory, say)
+is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every problem come first.
+
+The dry run asks Triton's interpreter for a few of them, which needs TRITON_INTERPRET=1 before Triton is imported: run.sh sets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench import dense, measure, peers
+from bench.gpu import measure as gpu_measure
+from bench.gpu import part
+
+COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
+# What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
+LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1, 4)}
+ROUNDS = 7
+ENOUGH = 1.02  # ratios below are noise
+
+Ask = tuple[Any, ...]  # the arguments of tiles.triton
+
+
+class Case(NamedTuple):
+    loss: str
+    n: int
+    d: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+# One for each kernel and width; float32, whose operands have two halves, last.
+CASES = (
+    *(Case(loss, 16_384, d) for d in (128, 512, 256, 64) for loss in ("nt_xent", "clip", "sup_con")),
+    *(Case("moco", 65_536, d) for d in (128, 256, 64)),
+    *(Case(loss, 8_192, d, torch.float32) for d in (128, 512) for loss in ("nt_xent", "clip", "sup_con", "moco")),
+)
+DRY = (Case("nt_xent", 32, 8),)
+
+
+@contextmanager
+def tiles_asked(answers: Mapping[Ask, Any]) -> Iterator[dict[Ask, Any]]:
+    """Collects what is asked for, and what is shipped for it; some are answered otherwise. The one place that touches the table."""
+    from fastnce import tiles
+
+    shipped, asked = tiles.triton, {}
+
+    def ask(*key: Any) -> Any:
+        asked[key] = shipped(*key)
+        return answers.get(key, asked[key])
+
+    with mock.patch.object(tiles, "triton", ask):
+        yield asked
+
+
+def variants(tile: Any) -> Iterator[Any]:
+    """One field at a time, by a factor of two; stages by one."""
+    for field, (least, most) in LIMITS.items():
+        value = getattr(tile, field)
+        for other in (value - 1, value + 1) if field == "stages" else (value // 2, value * 2):
+            if least <= other <= most:
+                yield tile._replace(**{field: other})
+
+
+class Loss:
+    """A case, ready to run."""
+
+    def __init__(self, case: Case, device: str, backend: str) -> None:
+        self.device, self.leaves = device, dense.leaves(case.loss, case.n, case.d, case.dtype, device=device)
+        self.function = peers.fastnce_loss(case.loss, backend)
+
+    def step(self) -> Tensor:
+        return measure.prepared("full", self.function, self.leaves)()
+
+    def asked(self) -> dict[Ask, Any]:
+        with tiles_asked({}) as asked:
+            self.step()
+        return asked
+
+    def compare(self, key: Ask, shipped: Any, other: Any, rounds: int) -> dict[str, Any]:
+        """Forward and backward with either tile, in turn; the median of the ratios of each round. The first two compile."""
+        times: dict[Any, list[float]] = {shipped: [], other: []}
+        values: dict[Any, float] = {}
+        for tile in times:
+            with tiles_asked({key: tile}):
+                values[tile] = self.step().item()
+        for _ in range(rounds):
+            for tile, found in times.items():
+                with tiles_asked({key: tile}):
+                    found.append(gpu_measure.milliseconds(self.device, self.step))
+        ratio = median(a / b for a, b in zip(times[shipped], times[other], strict=True))
+        off = abs(values[other] - values[shipped])
+        status = "ok" if off <= 1e-5 * abs(values[shipped]) + 1e-6 else f"another value: {values[other]:.6g}, {values[shipped]:.6g}"
+        return {
+            "shipped_ms": median(times[shipped]),
+            "ms": median(times[other]),
+            "ratio": ratio,
+            "faster": ratio > ENOUGH,
+            "status": status,
+        }
+
+
+def named(case: Case) -> dict[str, Any]:
+    return case._asdict() | {"dtype": str(case.dtype)[6:]}
+
+
+def attempts(report: part.Report, case: Case, seen: set[Ask]) -> Iterator[dict[str, Any]]:
+    """A row for every variant of every tile that no case before has asked for."""
+    loss = Loss(case, report.device, report.backend)
+    for key, tile in loss.asked().items():
+        if key in seen:
+            continue
+        seen.add(key)
+        for other in list(variants(tile))[: 2 if report.dry else None]:
+            row = named(case) | {"asked": " ".join(map(str, key)), "tile": "x".join(map(str, other))}
+            if report.left() < 15:
+                yield row | {"status": "no time left"}
+                return
+            try:
+                yield row | loss.compare(key, tile, other, 1 if report.dry else ROUNDS)
+            except Exception as error:
+                status, detail = measure.status_of(error)
+                yield row | {"status": f"{status} {detail}".strip()}
+                if report.dry:
+                    report.fail(f"{row}: {detail}")
+
+
+def objections(case: Case, backend: str, device: str) -> str:
+    """Why the backend cannot run here; empty where it can."""
+    try:
+        Loss(case, device, backend).asked()
+    except NotImplementedError as error:
+        return str(error).strip().splitlines()[-1].strip()
+    return ""
+
+
+def main() -> int:
+    report = part.Report("tiles")
+    seen: set[Ask] = set()
+    if report.dry:
+        report.backend = "triton"
+    reason = objections(DRY[0], report.backend, report.device)
+    for case in () if reason else DRY if report.dry else CASES:
+        if report.left() < 15:
+            report.add(named(case) | {"status": "no time left"})
+            continue
+        with report.step(str(case)):
+            for row in attempts(report, case, seen):
+                report.add(row)
+        if report.device == "cuda":
+            torch.cuda.empty_cache()
+    if reason:
+        report.add({"status": reason})
+        if not report.dry:
+            report.fail(reason)
+    report.rows.sort(key=lambda row: -row.get("ratio", 0.0))
+    if report.dry:
+        report.rows = [row | {"faster": None} for row in report.rows]
+    return report.finish(COLUMNS)
+
+
+if __name__ == "__main__":
+    part.run(main)

@@ -1,0 +1,402 @@
+"""What the GPU parts are made of, without a GPU: references agree, failures become rows, and the whole script runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import accuracy, dense, exact, measure, peers, table
+from bench.gpu import accuracy as gpu_accuracy
+from bench.gpu import bench as gpu_bench
+from bench.gpu import build as gpu_build
+from bench.gpu import exact as gpu_exact
+from bench.gpu import kernels as gpu_kernels
+from bench.gpu import measure as gpu_measure
+from bench.gpu import part as gpu_part
+from bench.gpu import peers as gpu_peers
+from bench.gpu import race as gpu_race
+from bench.gpu import sanitize
+from bench.gpu import tests as gpu_tests
+from bench.gpu.kernels import Kernels
+from bench.record import MODES, ROOT, Cell, Row, row_of
+from fastnce import build
+from fastnce.backends._gpu import rows
+from fastnce.backends.cuda import launches
+
+
+def cell(measure: str, names: tuple[str, ...], loss: str = "nt_xent", **more: Any) -> Cell:
+    return Cell(measure, loss, 64, 8, names, clock="device", **{"repeats": 3, **more})
+
+
+# ---------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize("loss", accuracy.LOSSES)
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_blocks_are_the_whole(loss: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_exact, "BLOCK", 33)
+    stored, _ = accuracy.inputs(accuracy.Cell(loss, torch.float32, "aligned", 24, temperature), 130)
+    true, sizes = exact.exact(exact.Cosines.of(loss, stored), 1 / temperature)
+    found, found_sizes = gpu_exact.exact(loss, tuple(stored), 1 / temperature)
+    for name, error in accuracy.errors(found, true, sizes).items():
+        assert error.max() < 1e-12, name
+    assert found_sizes.gradients == pytest.approx(sizes.gradients, rel=1e-12)
+    assert found_sizes.scale == pytest.approx(sizes.scale, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", dense.LOSSES)
+def test_blocks_are_autograd_through_eager_float64(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_exact, "BLOCK", 33)
+    leaves = dense.leaves(loss, 130, 24, torch.float64)
+    scale = dense.LOGIT_SCALE if loss == "clip" else 1 / dense.TEMPERATURE
+    found, _ = gpu_exact.exact(loss, tuple(leaf.detach() for leaf in leaves), scale)
+    assert found.loss == pytest.approx(measure.step(dense.EAGER[loss], leaves), rel=1e-13)
+    learned = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    for gradient, truth in zip(found.gradients, learned, strict=False):
+        assert torch.linalg.vector_norm(torch.from_numpy(gradient) - truth) <= 1e-12 * torch.linalg.vector_norm(truth)
+
+
+@pytest.mark.parametrize("loss", gpu_peers.CHUNKED)
+def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline that is wrong would be no baseline; bench/test_bench_small.py has it in one chunk."""
+    monkeypatch.setattr(gpu_peers, "ROWS", 33)
+    leaves = dense.leaves(loss, 130, 24)
+    value = measure.step(gpu_peers.CHUNKED[loss], leaves)
+    found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    assert value == pytest.approx(measure.step(dense.EAGER[loss], leaves), rel=5e-6)
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        assert torch.linalg.vector_norm(gradient - leaf.grad) <= 2e-5 * torch.linalg.vector_norm(leaf.grad)
+
+
+@pytest.mark.parametrize("loss", ["nt_xent", "clip", "sup_con", "moco"])
+@pytest.mark.parametrize("wrong", [None, "mean", "gradient"])
+def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of fastnce the dense loss in float64: as it is, 1e-4 too large, with 2 % less gradient."""
+
+    def planted(loss: str, leaves: tuple[Tensor, ...], scale: Tensor, backend: str) -> Tensor:
+        wide = tuple(leaf.double() if leaf.is_floating_point() else leaf for leaf in leaves)
+        if wrong == "gradient":
+            wide = (0.98 * wide[0] + 0.02 * wide[0].detach(), *wide[1:])
+        wider = gpu_accuracy.dense_rows(loss, wide, scale.double())
+        return wider + 1e-4 if wrong == "mean" else wider
+
+    monkeypatch.setattr(gpu_accuracy, "fused_rows", planted)
+    (row,) = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
+    outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
+    assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
+    assert row["inside"] == (wrong is None)
+
+
+# ---------------------------------------------------------------- rows instead of ends
+
+
+def test_contestants_that_fail_are_rows_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> dense.Contestant:
+        raise ImportError("No module named 'peer'")
+
+    def refuses(z: Tensor) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    def broken(z: Tensor) -> Tensor:
+        raise ValueError("first line\nlast line")
+
+    for name, factory in (("missing", missing), ("refuses", lambda: refuses), ("broken", lambda: broken)):
+        monkeypatch.setitem(peers.FACTORIES["nt_xent"], name, factory)
+    rows = measure.here(cell("time", (peers.OURS, "missing", "refuses", "broken", "eager autocast")))
+    assert [row["status"] for row in rows] == ["ok", "missing", "oom", "crash", "ok"]
+    assert rows[3]["detail"] == "ValueError: last line"
+    assert rows[0]["gpu_ratio"] == 1
+    for row in (rows[0], rows[4]):
+        assert row["iterations"] == 3
+        assert row["tflops"] == pytest.approx(6 * 64**2 * 8 / row["gpu_ms"]["median"] / 1e9)
+    assert rows[4]["loss_value"] == pytest.approx(rows[0]["loss_value"], rel=0.02)
+
+
+def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would be one row without a figure among forty."""
+
+    def slip(query: Tensor, key: Tensor) -> Tensor:
+        raise NameError("name 'lse' is not defined")
+
+    monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked cuBLAS", lambda: slip)
+    found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
+    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Case(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
+    assert [row["met"] for row in rows] == [None, None]
+    assert len(found.errors) == 1 and "NameError" in found.errors[0]
+
+
+def test_slow_rounds_end_early() -> None:
+    (row,) = measure.here(cell("time", (peers.OURS,), repeats=10_000, seconds=1e-6))
+    assert row["iterations"] == gpu_measure.FEWEST
+
+
+def test_a_temperature_holds_for_one_cell() -> None:
+    before = dense.TEMPERATURE
+    (solved,), (random,) = (measure.here(replace(cell("time", ("eager",)), **more)) for more in (gpu_bench.SOLVED, {}))
+    assert solved["loss_value"] < 1e-4 < random["loss_value"]
+    assert before == dense.TEMPERATURE
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_under_the_clock_of_a_device(mode: str) -> None:
+    for row in measure.here(cell("time", (peers.OURS, "eager"), mode=mode)):
+        assert (row["mode"], row["status"], "gradient_norm" in row) == (mode, "ok", mode != "fwd")
+        assert row["tflops"] == pytest.approx({"fwd": 2, "bwd": 4, "full": 6}[mode] * 64**2 * 8 / row["gpu_ms"]["median"] / 1e9)
+
+
+def test_every_loss_has_a_memory_row_and_a_profile() -> None:
+    for loss in dense.LOSSES:
+        (row,) = measure.here(cell("memory", ("eager",), loss))
+        assert row["status"] == "ok"
+        assert row["input_mib"] >= row["gradient_mib"] > 0
+    (row,) = measure.here(cell("kernels", ("eager",)))
+    assert (row["status"], row["kernels"]) == ("ok", [])  # a CPU has no kernels that take time on a device
+
+
+def test_a_process_that_dies_costs_only_the_one_that_killed_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A fault on a GPU takes the whole process: then every peer runs again, alone with ours."""
+
+    def fake(cell: Cell, timeout: float) -> list[Row]:
+        if cell.measure == "gemm":
+            return measure.here(cell)
+        dead = "killer" in cell.names
+        return [row_of(cell, n, "crash", detail="SIGABRT") if dead else measure.here(cell)[i] for i, n in enumerate(cell.names)]
+
+    monkeypatch.setattr(gpu_bench, "in_a_process", fake)
+    found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
+    bars = gpu_bench.Bars(found)
+    small = bars.cell("time", "nt_xent", 64, 8, (peers.OURS, "eager", "killer"))
+    found.dry = False  # which would not start processes
+    rows = bars.measured(small)
+    assert [(row["contestant"], row["status"]) for row in rows] == [(peers.OURS, "ok"), ("eager", "ok"), ("killer", "crash")]
+
+
+def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = gpu_part.Report("tiles", ["--dry-run", f"--out={tmp_path}"])
+    with found.step("one"):
+        raise KeyError("typo")
+    found.add({"case": "two", "met": True})
+    assert found.finish(("case", "met")) == 1
+    assert json.loads((tmp_path / "tiles.json").read_text())["errors"] == ["one: KeyError: 'typo'"]
+    assert gpu_part.summary(tmp_path, ["tiles", "bench"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("tiles") and "error: one" in line for line in lines)
+    assert any(line.startswith("bench") and "left no result" in line for line in lines)
+
+
+# ---------------------------------------------------------------- kernels, and a race between them
+
+
+def test_which_kernels_are_chosen_and_for_how_long() -> None:
+    """The library itself decides by the architecture; here only what it is asked with shows."""
+    cpu = torch.device("cpu")
+    for name, where, architecture in (("cuda-mma", "gpu", 80), ("cuda-mma", "emulated", 80), ("cuda", "emulated", 90)):
+        with gpu_kernels.chosen(Kernels.of(name, where)):
+            assert launches.architecture(torch.device("cuda")) == architecture
+    assert launches.architecture(cpu) == 80
+    with mock.patch.object(rows, "compiled", return_value=True):
+        with gpu_kernels.chosen(Kernels.of("triton-alone", "gpu")):
+            assert not rows.compiled(torch.ones(1))
+        for name in gpu_kernels.NAMES:
+            with gpu_kernels.chosen(Kernels.of(name, "gpu")):
+                assert rows.compiled(torch.ones(1))
+    assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.RACERS] == [("cuda", "cuda")] * 2 + [("cuda", "triton")] * 2
+    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.RACERS} == {("cpu", "cpu", 0, False)}
+    assert not Kernels.of("cuda", "cpu").objection()
+
+
+def test_the_environment_says_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for where in gpu_kernels.WORDS.values():
+        for name, value in gpu_kernels.environment(where, ()).items():
+            monkeypatch.setenv(name, value)
+        assert (gpu_kernels.where(), gpu_kernels.asked()) == (where, gpu_kernels.names(where))
+    monkeypatch.setenv(gpu_kernels.ASKED, "cuda,triton")
+    assert gpu_kernels.asked() == ("cuda", "triton")
+
+
+def test_kernels_that_do_not_run_are_rows(tmp_path: Path) -> None:
+    found = gpu_part.Report("accuracy", ["--dry-run", f"--out={tmp_path}", "--kernels=cuda"])
+    assert [kernels.name for kernels in found.kernels()] == ["cuda"] and not found.rows
+    found.where = "gpu"
+    with mock.patch.object(Kernels, "objection", return_value="library not built"):
+        assert found.kernels() == []
+    assert found.rows == [{"kernels": "cuda", "status": "library not built"}]
+    assert found.errors == ["none of these kernels run here"]
+
+
+def test_without_a_compiler_the_library_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise build.BuildError("no nvcc: looked for nvcc")
+
+    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "nvcc", none)
+    found = gpu_part.Report("build", ["--dry-run", f"--out={tmp_path}"])
+    assert gpu_build.compiled(found, "sm_90a") == {"what": "library", "arch": "sm_90a", "status": "no nvcc: looked for nvcc"}
+    assert not found.errors
+    assert found.kernels((), needed=False) == [] and not found.errors
+    assert {gpu_build.arch_of(of) for of in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))} <= build.ARCHS.keys()
+
+
+def test_what_ptxas_said_by_unit() -> None:
+    lines = [
+        "sm_90a k: 16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads; Used 168 registers, used 1 barriers",
+        "sm_90a l: 32 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads; Used 40 registers, used 1 barriers",
+        "(C7519) warpgroup.arrive is injected",
+    ]
+    expected = {"what": "a.cu", "entries": 2, "registers": 168, "stack": 32, "spilled": 8, "status": "remarks (C7519)"}
+    assert list(gpu_build.resources({"a.cu": lines})) == [expected]
+
+
+def lap(**samples: list[float]) -> Row:
+    names = tuple(name.replace("_", "-") for name in samples)
+    results = {name: {"status": "ok", "loss_value": 2.0, "gradient_norm": 1.0} for name in names}
+    return gpu_race.judged(cell("time", names), results, dict(zip(names, samples.values(), strict=True)))
+
+
+def test_who_is_first() -> None:
+    row = lap(cuda=[2.0, 9.0, 2.0], cuda_mma=[2.02, 9.1, 2.02], triton=[3.0, 13.5, 3.0], eager=[1.0, 4.0, 1.0])
+    assert (row["first"], row["ahead"], row["triton"], row["status"]) == ("cuda = cuda-mma", 1.5, 3.0, "ok")
+    assert (row["eager_over"], row["met"]) == (0.5, False)
+    assert lap(cuda=[1.0], triton=[1.0])["ahead"] == 1
+    found = [row, lap(cuda=[1.0], triton=[2.0])]
+    assert gpu_race.standings(found) == {"float32 N up to 1024": {"shapes": 2, "cuda": 2, "cuda-mma": 1}}
+
+
+def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> None:
+    results = {name: {"status": "ok", "loss_value": value, "gradient_norm": 1.0} for name, value in (("cuda", 2.0), ("triton", 2.1))}
+    results["eager"] = {"status": "oom", "detail": "tried to allocate 64 GiB"}
+    row = gpu_race.judged(cell("time", tuple(results)), results, {"cuda": [1.0], "triton": [2.0]})
+    assert row["status"] == "eager: oom tried to allocate 64 GiB; triton computed something else"
+    found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
+    gpu_race.failed(found, row)
+    assert len(found.errors) == 1
+
+
+def test_who_ends_his_process_is_out_of_the_race(tmp_path: Path) -> None:
+    """A fault on a GPU takes the process, a barrier that nobody arrives at its time: the others go on."""
+    found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
+    runs: list[tuple[str, ...]] = []
+
+    def run(command: list[str], given: Sequence[Cell], patience: float) -> Generator[Row]:
+        for one in given:
+            runs.append(one.names)
+            if "cuda" in one.names and one.n == 64:
+                return
+            yield gpu_race.problem(one) | {"first": one.names[0], "failed": [], "status": "ok"}
+
+    names = ("cuda", "triton")
+    gpu_race.race(found, [replace(cell("time", names), n=n) for n in (32, 64, 96)], run)
+    assert runs == [names, names, ("cuda",), ("triton",), ("triton",), ("triton",)]
+    assert [(row["n"], row.get("first")) for row in found.rows] == [(32, "cuda"), (64, None), (64, "triton"), (96, "triton")]
+    assert "cuda: its process died" in found.rows[1]["status"] and len(found.errors) == 1
+
+
+@pytest.mark.parametrize(("end", "seconds"), [("", 60), ("import os; os.abort()", 60), ("import time; time.sleep(60)", 1)])
+def test_rows_of_a_process_whatever_becomes_of_it(end: str, seconds: float) -> None:
+    code = f"import sys, json; print('noise'); [print(json.dumps(x), flush=True) for x in json.load(sys.stdin)]; {end}"
+    given = [cell("time", ("cuda",)), cell("time", ("triton",), "clip")]
+    assert [row["loss"] for row in gpu_race.answers([sys.executable, "-c", code], given, seconds)] == ["nt_xent", "clip"]
+
+
+# ---------------------------------------------------------------- what is read from logs
+
+
+def test_outcomes_of_a_log() -> None:
+    alone = "tests/test_gpu.py::test_a[x 1] PASSED [ 5%]\ntests/test_gpu.py::test_b FAILED [100%]\n"
+    alone += "FAILED tests/test_gpu.py::test_b - assert 1\n"
+    parallel = "[gw0] [ 50%] PASSED tests/test_gpu.py::test_a[PASSED] \n[gw1] [100%] ERROR tests/test_gpu.py::test_c \n"
+    assert gpu_tests.outcomes(alone) == {"passed": 1, "failed": 1}
+    assert gpu_tests.outcomes(parallel) == {"passed": 1, "error": 1}
+    assert gpu_tests.failures(alone) == ["tests/test_gpu.py::test_b - assert 1"]
+
+
+def test_the_groups_are_all_tests() -> None:
+    """Every test on a GPU is in exactly one group: pytest -k looks for words in names."""
+    listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", gpu_tests.TESTS]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(names) > 400
+    expressions = [re.sub(r"\b(?!not\b|and\b|or\b)(\w+)", r"('\1' in name)", words) for words, *_ in gpu_tests.GROUPS]
+    groups = [[eval(expression, {"name": name}) for name in names] for expression in expressions]
+    assert all(any(group) for group in groups)
+    assert {sum(of_name) for of_name in zip(*groups, strict=True)} == {1}
+    marked = [path for path in (ROOT / "tests").glob("*.py") if "mark.gpu" in path.read_text()]
+    assert marked == [ROOT / gpu_tests.TESTS]
+
+
+def test_reports_of_a_sanitizer() -> None:
+    assert sanitize.reports_of("========= ERROR SUMMARY: 0 errors") == 0
+    assert sanitize.reports_of("========= ERROR SUMMARY: 3 errors") == 3
+    assert sanitize.reports_of("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)") == 3
+    assert sanitize.reports_of("Error: Device not supported") is None
+
+
+def test_a_sanitizer_that_hangs_is_cut_off_with_its_children() -> None:
+    """The child holds the pipe: waiting for its end would take 60 seconds."""
+    status, log = sanitize.execute(["bash", "-c", "echo solved one; sleep 60 & wait"], dict(os.environ), 1.0)
+    assert (status, log) == ("cut off after 1 s", "solved one\n")
+
+
+def test_a_report_of_a_gpu() -> None:
+    graphics = {"name": "G", "cuda": "13.0", "triton": "3.6"}
+    env = {"cpu": "C", "vector": "V", "threads": 1, "time": "T", "fastnce": "0", "sources": "d" * 64, "torch": "2", "gpu": graphics}
+    env |= {"python": "3", "peers": {}, "load": [0.0], "allocator": {}, "command": "c", "mem_limit_mib": 0, "cells_left": 0}
+    problem = {
+        "measure": "time",
+        "mode": "full",
+        "loss": "clip",
+        "n": 1024,
+        "d": 8,
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "threads": 1,
+        "status": "ok",
+    }
+    rows = [
+        {**problem, "contestant": "fastnce", "gpu_ms": {"median": 2.0}, "gpu_ratio": 1.0, "gemm_share": 40.0},
+        {**problem, "contestant": "eager", "gpu_ms": {"median": 9.0}, "gpu_ratio": 4.5, "gemm_share": 10.0},
+        {**problem, "measure": "memory", "contestant": "fastnce", "peak_mib": 4.0},
+        {**problem, "measure": "gemm", "loss": "gemm", "contestant": "torch", "tflops": 750.0},
+    ]
+    text = table.render({"schema": 2, "env": env, "rows": rows})
+    assert "# Contrastive losses on G, CUDA 13.0, triton 3.6" in text
+    assert "| 1,024 | 8 | 2 | 9 (4.5×) |" in text
+    assert "percent of a matrix product's 750,000 GFLOP/s in bfloat16" in text
+    assert "| 1,024 | 8 | 40 | 10 |" in text
+    assert "peak allocated device memory" in text
+
+
+# ---------------------------------------------------------------- the script
+
+
+def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
+    """All parts, on the CPU: what a GPU hour is too short to find out."""
+    environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for part in gpu_part.PARTS:
+        found = json.loads((tmp_path / f"{part}.json").read_text())
+        assert found["part"] == part and found["dry_run"] and found["rows"] and not found["errors"]
+        assert str(tmp_path) not in json.dumps(found["env"])
+    assert len(list(tmp_path.iterdir())) <= 8
+    shown = done.stdout[done.stdout.index("=== summary") :]
+    assert all(f"{part} " in shown for part in gpu_part.PARTS)
+
+
+def test_the_script_refuses_what_it_does_not_know() -> None:
+    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown argument '--dryrun'" in done.stderr

@@ -1,0 +1,473 @@
+"""The pages show what was recorded: nothing invented, nothing left out, the same bytes every time, and a change is noticed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import comparison, figure, page
+from bench.record import Recorded, load
+
+pytest.importorskip("matplotlib")
+
+ROOT = page.ROOT
+SIZES = [1024, 2048, 4096, 8192, 16_384]
+LIMIT = 512
+# MiB and ms of N rows: dense ones grow by N^2, and are the faster ones at the smallest N.
+COSTS = {
+    "fastnce": (lambda n: 1 + n / 1024, lambda n: 9 * (n / 1024) ** 1.7),
+    "eager": (lambda n: 12 * (n / 1024) ** 2, lambda n: 7 * (n / 1024) ** 2.1),
+    "careful": (lambda n: 11 * (n / 1024) ** 2, lambda n: 6 * (n / 1024) ** 2.1),
+    "compile": (lambda n: 9 * (n / 1024) ** 2, lambda n: 10 * (n / 1024) ** 2),
+    "chunked": (lambda n: 40 * (n / 1024), lambda n: 11 * (n / 1024) ** 2),
+    "slow library": (lambda n: 16 * (n / 1024) ** 2, lambda n: 30 * (n / 1024) ** 2.1),
+    "library": (lambda n: 16 * (n / 1024) ** 2, lambda n: 20 * (n / 1024) ** 2.1),
+}
+
+
+def measured(loss: str, limit: float = LIMIT, factor: float = 1.0, device: str = "cpu", dtype: str = "float32") -> list[dict[str, Any]]:
+    """Rows of a loss: a contestant that needs more than the limit is oom at that N, and skipped at the larger ones."""
+    rows = []
+    for measure in ("time", "memory"):
+        for n in SIZES:
+            for name, (mebibytes, milliseconds) in COSTS.items():
+                row: dict[str, Any] = {"measure": measure, "mode": "full", "loss": loss, "n": n, "d": 128, "dtype": dtype, "threads": 1}
+                row |= {"device": device, "contestant": name, "status": "ok"}
+                ms, mib = factor * milliseconds(n), mebibytes(n)
+                ours = factor * COSTS["fastnce"][1](n)
+                if limit and mib > limit:
+                    row["status"] = "oom-skipped" if mebibytes(n / 2) > limit else "oom"
+                elif measure == "memory":
+                    row |= {"peak_mib": mib, "loss_value": 2.0 + 1e-7 * (name == "fastnce"), "gradient_norm": 1.0}
+                else:
+                    row |= {"cpu_ms": {"median": ms, "min": ms}, "cpu_ratio": ms / ours, "wall_ms": {"median": ms, "min": ms}}
+                    row |= {"gpu_ms": {"median": ms, "min": ms}, "gpu_ratio": ms / ours, "loss_value": 2.0, "gradient_norm": 1.0}
+                rows.append(row)
+    return rows
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    env: dict[str, Any] = {"cpu": "CPU", "vector": "AVX2", "threads": 1, "torch": "2.13.0", "python": "3.11", "fastnce": "0.1.0"}
+    env |= {"peers": {}, "load": [0.0], "allocator": {}, "sources": "d" * 64, "time": "2026-01-02T03:04:05Z", "command": "python a.py"}
+    return env | {"mem_limit_mib": LIMIT, "cells_left": 0} | more
+
+
+def record(folder: Path, name: str, rows: list[dict[str, Any]], env: dict[str, Any], **more: Any) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": 2, "env": env, "rows": rows, **more}))
+    return path
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    return recorded(tmp_path / "results")
+
+
+def recorded(folder: Path) -> Path:
+    """nt_xent as a comparison, clip at too few N for one, and an accuracy result."""
+    few = [row for row in measured("clip") if row["n"] == 1024]
+    record(folder, "a-cpu/2026-01-02-d.json", measured("nt_xent") + few, environment())
+    summary = [
+        {"dtype": "float32", "loss": "clip", "quantity": name, "cells": 50, "outside": 2 * (name == "scale"), "most_of_limit": 0.5}
+        for name in ("loss", "row", "gradient", "scale")
+    ]
+    record(folder, "a-cpu/2026-01-02-d-accuracy-2.json", summary, environment(), schema=1)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return copied(tmp_path / "root")
+
+
+def copied(root: Path) -> Path:
+    """The pages, in another folder."""
+    for name in page.REGIONS:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((ROOT / name).read_text())
+    return root
+
+
+def stale(root: Path, results: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in page.stale(root, load(results))]
+
+
+def run(root: Path, results: Path, *options: str) -> int:
+    return page.main([*options, "--root", str(root), "--results", str(results)])
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+# What is recorded here ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_and_figures_are_what_the_results_say() -> None:
+    assert stale(page.ROOT, page.ROOT / "bench" / "results") == []
+
+
+# What is noticed ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_rendering_twice_changes_nothing(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(root, results, "--check") == 1
+    assert run(root, results) == 0
+    first = contents(root)
+    assert {path.relative_to(root).as_posix() for path in first} == {"README.md", "docs/benchmarks.md", "docs/figures/a-cpu-nt_xent.svg"}
+    for path in first:
+        if "figures" in path.parts:
+            path.unlink()
+    assert run(root, results, "--check") == 1
+    assert run(root, results) == 0
+    assert contents(root) == first
+    capsys.readouterr()
+    assert run(root, results, "--check") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_edited_number_is_noticed(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(root, results)
+    texts = {root / name: (root / name).read_text() for name in page.REGIONS}
+    for path, text in texts.items():
+        path.write_text(text.replace("| 1,024 ", "| 1,025 ", 1))
+        assert path.read_text() != text
+    capsys.readouterr()
+    assert run(root, results, "--check") == 1
+    assert capsys.readouterr().out == "".join(f"differs from the results: {name}\n" for name in page.REGIONS)
+    run(root, results)
+    assert {path: path.read_text() for path in texts} == texts
+
+
+def test_an_edited_result_is_noticed_everywhere(root: Path, results: Path) -> None:
+    run(root, results)
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    (row,) = (
+        row for row in result["rows"] if (row["measure"], row["loss"], row["contestant"], row["n"]) == ("memory", "nt_xent", "eager", 4096)
+    )
+    row["peak_mib"] *= 1.1
+    path.write_text(json.dumps(result))
+    found = stale(root, results)
+    assert found == ["README.md", "docs/benchmarks.md", "docs/figures/a-cpu-nt_xent.svg"]
+
+
+def test_an_edited_figure_is_noticed(root: Path, results: Path) -> None:
+    run(root, results)
+    svg = root / "docs/figures/a-cpu-nt_xent.svg"
+    svg.write_text(svg.read_text().replace("#1f6fb4", "#1f6fb5"))
+    assert stale(root, results) == ["docs/figures/a-cpu-nt_xent.svg"]
+
+
+def test_another_matplotlib_judges_by_the_digest(root: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    run(root, results)
+    svg = root / "docs/figures/a-cpu-nt_xent.svg"
+    svg.write_text(svg.read_text().replace("#1f6fb4", "#1f6fb5"))
+    monkeypatch.setattr(matplotlib, "__version__", "0.0.1")
+    assert stale(root, results) == []
+    monkeypatch.setattr(figure, "digest", lambda chart: "sha256 " + "0" * 64)
+    assert len(stale(root, results)) == 1
+
+
+def test_a_figure_without_a_result_goes(root: Path, results: Path) -> None:
+    run(root, results)
+    other = root / "docs/figures/photograph.png"
+    other.write_bytes(b"not drawn from results")
+    (root / "docs/figures/a-cpu-nt_xent.svg").rename(root / "docs/figures/old.svg")
+    assert stale(root, results) == ["docs/figures/a-cpu-nt_xent.svg", "docs/figures/old.svg"]
+    run(root, results)
+    assert not (root / "docs/figures/old.svg").exists() and other.exists()
+
+
+@pytest.mark.parametrize("damage", ["", "twice", "swapped"])
+def test_marks_that_are_missing_or_doubled_are_an_error(root: Path, results: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    begin, end = "<!-- faster:begin (generated) -->", "<!-- faster:end -->"
+    text = (root / "README.md").read_text()
+    there = re.search(f"{re.escape(begin)}.*?{end}", text, re.DOTALL)
+    assert there
+    other = {"": f"{end}", "twice": f"{begin}{begin}{end}", "swapped": f"{end}{begin}"}[damage]
+    (root / "README.md").write_text(text.replace(there[0], other))
+    with pytest.raises(SystemExit) as stopped:
+        run(root, results)
+    assert stopped.value.code == 2
+    assert re.search(rf"README.md: {other.count(begin)} x .*{begin[5:11]}.* one of each is needed", capsys.readouterr().err)
+
+
+def test_results_of_another_schema_are_named(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(results, "a-cpu/old.json", measured("nt_xent", factor=3), environment(time="2027"), schema=1)
+    run(root, results)
+    assert "left out: a-cpu/old.json has schema 1" in capsys.readouterr().err
+    assert "2027" not in (root / "README.md").read_text()
+
+
+# What is shown --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_result_is_shown_and_the_best_library(results: Path) -> None:
+    record(results, "a-cpu/1999-e.json", measured("nt_xent"), environment(time="1999-01-01T00:00:00Z"))
+    record(results, "b-cpu/2027-memory.json", [row for row in measured("clip") if row["measure"] == "memory"], environment(time="2027"))
+    record(results, "b-cpu/part.json", [], environment(), part="bench")
+    found = comparison.comparisons(load(results))
+    assert [(shown.result.name, shown.loss) for shown in found] == [("2026-01-02-d.json", "nt_xent")]
+    expected = {"eager": "eager", "torch.compile": "compile", "chunked": "chunked", "library": "library", "fastnce": "fastnce"}
+    assert found[0].shown == expected and list(found[0].shown) == list(expected)
+
+
+def test_a_gpu_has_its_own_figure_and_no_place_in_readme(root: Path, results: Path) -> None:
+    gpu = {"name": "GPU 9000", "cuda": "13", "triton": "3.6", "memory_gib": 0.5}
+    rows = measured("nt_xent", factor=1e-3, device="cuda", dtype="bfloat16")
+    for row in rows:
+        row["contestant"] = {"eager": "eager autocast"}.get(row["contestant"], row["contestant"])
+    record(results, "gpu-9000/2027-d.json", rows, environment(gpu=gpu, mem_limit_mib=0, time="2027-01-01T00:00:00Z"))
+    run(root, results)
+    assert (root / "docs/figures/gpu-9000-nt_xent.svg").exists()
+    found, *_ = comparison.comparisons(load(results))
+    assert (found.shown["eager"], found.limit, found.chart().clock) == ("eager autocast", 512, "CUDA events")
+    region = page.top(load(results))
+    assert "gpu-9000" not in region and "a-cpu-nt_xent.svg" in region
+    text = (root / "docs/benchmarks.md").read_text()
+    assert "gpu-9000-nt_xent.svg" in text
+    assert "In the figure eager is eager autocast of the tables; torch.compile is compile of the tables." in text
+
+
+def test_the_table_above_the_fold(results: Path) -> None:
+    text = page.top(load(results))
+    assert "| rows N | eager, MiB / ms | torch.compile, MiB / ms | chunked, MiB / ms | library, MiB / ms | **fastnce**, MiB / ms |" in text
+    assert "| 1,024 | 12 / 7 | 9 / 10 | 40 / 11 | 16 / 20 | 2 / 9 |" in text
+    assert "| 8,192 | OOM | OOM | 320 / 704 | OOM | 9 / 309 |" in text
+    assert "At N = 4,096 eager takes 38.4 times the memory and 1.35 times the time of fastnce." in text
+    assert "fits in 512 MiB above the inputs: fastnce 16,384, chunked 8,192, eager 4,096, torch.compile 4,096, library 4,096." in text
+    assert "the loss differs from eager's by at most 5.0e-08 of it" in text
+    assert "[198 of 200 cells](#accuracy) keep the accuracy contract." in text
+    for condition in (
+        "CPU (AVX2), 1 thread",
+        "float32",
+        "torch 2.13.0",
+        "2026-01-02",
+        "sources dddddddd",
+        "`python a.py`",
+        "process CPU time",
+    ):
+        assert condition in text
+
+
+def test_a_status_and_a_gap_are_shown_as_they_are(results: Path) -> None:
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    at = {(row["measure"], row["loss"], row["contestant"], row["n"]): row for row in result["rows"]}
+    at["time", "nt_xent", "eager", 4096]["status"] = "timeout"
+    result["rows"].remove(at["memory", "nt_xent", "chunked", 1024])
+    path.write_text(json.dumps(result))
+    text = page.top(load(results))
+    assert "| 4,096 | 192 / timeout |" in text and "| 1,024 | 12 / 7 | 9 / 10 | – / 11 |" in text
+
+
+@pytest.mark.parametrize("sources", ["d", "e"])
+def test_a_timeout_is_completed_by_a_longer_run_of_the_same_sources(sources: str, results: Path) -> None:
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    (late,) = [row for row in result["rows"] if (row["measure"], row["contestant"], row["n"]) == ("time", "fastnce", 16384)][:1]
+    again = dict(late)
+    late["status"] = "timeout"
+    path.write_text(json.dumps(result))
+    env = environment(sources=sources * 64, command="python longer.py", time="2027-01-01T00:00:00Z")
+    record(results, f"{path.parent.name}/2027-longer.json", [again], env)
+    text = page.top(load(results))
+    assert ("timeout" in text) == (sources == "e")
+    assert ("completed by `python longer.py`" in text) == (sources == "d")
+
+
+def test_where_another_wins_is_listed(results: Path) -> None:
+    found = load(results)
+    everything, summary = page.everything(found), page.faster(found)
+    assert "#### Where another is faster\n" in everything and "less memory" not in everything
+    assert "| nt_xent | float32 | forward + backward | 1,024 | 128 | eager | 7 | 9 | 1.29 |" in everything
+    assert "| CPU (AVX2), 1 thread | nt_xent, float32 | forward + backward | careful | faster | 1,024, 2,048 (D = 128) | 1.5× |" in summary
+    assert "library" not in summary
+    # Every row of a result, also the ones above the limit and the ones that are not drawn, is in its tables.
+    assert "| 16,384 | 128 | 17 | (OOM) | (OOM) | (OOM) | OOM | (OOM) | (OOM) |" in everything
+    assert everything.count("\n| 4,096 | 128 |") == 2
+
+
+def test_less_memory_is_listed_when_it_is_more_than_noise(results: Path) -> None:
+    (path,) = results.glob("*/*-d.json")
+    result = json.loads(path.read_text())
+    for row in result["rows"]:
+        if (row["measure"], row["contestant"], row["n"]) == ("memory", "careful", 1024):
+            row["peak_mib"] = {"nt_xent": 0.5, "clip": 1.5}[row["loss"]]
+    path.write_text(json.dumps(result))
+    found = load(results)
+    assert "| nt_xent | float32 | forward + backward | 1,024 | 128 | careful | 0.5 | 2 | 4.00 |" in page.everything(found)
+    smaller = [line for line in page.faster(found).splitlines() if "| smaller |" in line]
+    assert smaller == ["| CPU (AVX2), 1 thread | nt_xent, float32 | forward + backward | careful | smaller | 1,024 (D = 128) | 4.0× |"]
+
+
+def test_nothing_recorded_is_said(root: Path, results: Path) -> None:
+    for path in results.glob("*/*.json"):
+        path.unlink()
+    run(root, results)
+    assert (root / "README.md").read_text().count(page.NOTHING) == 3
+    assert list((root / "docs").glob("figures/*")) == []
+
+
+# Figures --------------------------------------------------------------------------------------------------------------------------------
+
+
+def chart(limit: float = LIMIT) -> figure.Chart:
+    rows = measured("nt_xent", limit=limit)
+    result = Recorded("a", "b", {"env": environment(mem_limit_mib=int(limit)), "rows": rows})
+    found = comparison.comparison_of(result, "nt_xent")
+    assert found is not None
+    return found.chart()
+
+
+def panels(chart: figure.Chart) -> list[Any]:
+    return list(figure.draw(chart).axes)
+
+
+def crosses(axes: Any) -> dict[str, tuple[float, float]]:
+    return {line.get_gid(): line.get_xydata()[0] for line in axes.lines if str(line.get_gid()).startswith("oom")}
+
+
+def test_crosses_are_on_the_limit_or_on_the_upper_edge() -> None:
+    memory, times = panels(chart())
+    expected = {f"oom {name} {n}" for name in ("eager", "torch.compile", "library") for n in SIZES[3:]} | {"oom chunked 16384"}
+    for axes, edge in ((memory, LIMIT), (times, times.get_ylim()[1])):
+        found = crosses(axes)
+        assert found.keys() == expected
+        for gid, (x, y) in found.items():
+            assert y == edge
+            assert abs(math.log2(x / int(gid.split()[-1]))) < 0.5
+    (dashed,) = (line for line in memory.lines if line.get_gid() == "limit")
+    assert set(dashed.get_ydata()) == {LIMIT}
+
+
+def test_without_a_limit_nothing_is_dashed() -> None:
+    memory, _ = panels(chart(0))
+    assert not [line for line in memory.lines if line.get_gid()]
+
+
+def drawn_texts(figure: Any) -> list[tuple[str, Any]]:
+    from matplotlib.text import Text
+
+    renderer = figure.canvas.get_renderer()
+    figure.canvas.draw()
+    found = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    ticks = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in axis.get_majorticklabels()
+        if not inside(label, axes)
+    }
+    return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in found if text not in ticks]
+
+
+def inside(label: Any, axes: Any) -> bool:
+    """Whether a tick is within the axes: matplotlib keeps labels for others, which it does not draw."""
+    x, y = label.get_position()
+    low, high = axes.get_xlim() if label in axes.xaxis.get_majorticklabels() else axes.get_ylim()
+    return bool(low <= (x if label in axes.xaxis.get_majorticklabels() else y) <= high)
+
+
+CROWDED = {
+    "one bundle": [1.0, 1.02, 0.98, 1.04],
+    "two pairs": [1.0, 1.05, 0.3, 0.31],
+    "beside ours": [0.02, 0.021, 0.0205, 1.0],
+    "far apart": [1.0, 0.3, 0.1, 0.03],
+}
+
+
+@pytest.mark.parametrize("factors", CROWDED.values(), ids=CROWDED)
+@pytest.mark.parametrize("limit", [0.0, 300.0])
+def test_no_text_touches_another_or_leaves_the_picture(factors: list[float], limit: float) -> None:
+    sizes = [2**power for power in range(10, 18)]
+
+    def line(label: str, factor: float, power: float) -> figure.Line:
+        mib = {n: 12 * factor * (n / 1024) ** power for n in sizes}
+        kept = {n: value for n, value in mib.items() if not limit or value <= limit}
+        found = figure.Measured(kept, tuple(n for n in sizes if n not in kept))
+        return figure.Line(label, label == "fastnce", found, found)
+
+    names = ("eager", "torch.compile", "chunked", "pytorch-metric-learning")
+    lines = [line("fastnce", 0.1, 1.0), *(line(name, factor, 2.0) for name, factor in zip(names, factors, strict=True))]
+    drawn = figure.draw(figure.Chart(limit, "process CPU time", tuple(lines)))
+    texts = drawn_texts(drawn)
+    words = [word for word, _ in texts]
+    assert {"fastnce", *names, "rows N", "1k", "64k"} <= set(words)
+    assert [word for word in words if word.startswith("limit")] == ([f"limit {figure.mebibytes(limit)}"] if limit else [])
+    for index, (word, box) in enumerate(texts):
+        assert drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1 and drawn.bbox.y0 <= box.y0 and box.y1 <= drawn.bbox.y1, word
+        for other, its in texts[index + 1 :]:
+            assert not box.overlaps(its), (word, other)
+
+
+def test_names_at_ends_stay_clear_of_lines_and_the_others_are_in_the_legend() -> None:
+    drawn = figure.draw(chart())
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fastnce", "eager", "torch.compile", "chunked", "library"]
+    for axes, named in zip(drawn.axes, ({"fastnce", "chunked"}, {"fastnce"}), strict=True):
+        boxes = {
+            text.get_text(): figure.extent(text) for text in axes.texts if text.get_text() in ("fastnce", "eager", "chunked", "library")
+        }
+        assert named <= boxes.keys()
+        for line in axes.lines:
+            if line.get_gid() is None:
+                points = figure.along(axes, [tuple(point) for point in line.get_xydata()])
+                assert not any(figure.covers(box, points) for box in boxes.values())
+
+
+def test_no_thin_line_leads_to_a_name() -> None:
+    """A name far from its line, with a line to it, was taken for the name of what that line crossed."""
+    for axes in panels(chart()):
+        assert all(text.arrow_patch is None for text in axes.texts)
+        for text in axes.texts:
+            if text.get_text() in ("fastnce", "eager", "torch.compile", "chunked", "library"):
+                assert abs(text.xyann[1]) <= max(figure.HEIGHTS)
+
+
+def test_every_colour_has_another_on_a_dark_page() -> None:
+    picture = figure.render(chart()).decode()
+    sheet, _, drawn = picture.partition("</style>")
+    used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", drawn))
+    assert used >= {figure.PAPER, figure.INK, figure.BLUE, figure.RED}
+    assert used <= figure.DARK.keys()
+    for colour in used:
+        assert f"fill: {figure.DARK[colour]} !important" in sheet and f"stroke: {figure.DARK[colour]} !important" in sheet
+
+
+def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    """Whatever the order of sets and the settings of the user are there."""
+    code = "import sys, test_report; sys.stdout.buffer.write(test_report.figure.render(test_report.chart()))"
+    (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.grid: True\nsavefig.bbox: tight\n")
+    env = os.environ | {
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join([str(page.ROOT), str(Path(__file__).parent)]),
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+    }
+    here = figure.render(chart())
+    there = subprocess.run([sys.executable, "-c", code], env=env, cwd=page.ROOT, capture_output=True, check=True).stdout
+    assert here == there
+    assert figure.stamp_in(here) == figure.stamp(chart())
+
+
+@pytest.mark.parametrize(("value", "words"), [(1 / 16, "64 KiB"), (8, "8 MiB"), (4096, "4 GiB"), (1536, "1.5 GiB")])
+def test_memory_in_words(value: float, words: str) -> None:
+    assert figure.mebibytes(value) == words
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.1, "100 µs"), (10, "10 ms"), (1000, "1 s"), (100_000, "100 s")])
+def test_times_in_words(value: float, words: str) -> None:
+    assert figure.milliseconds(value) == words
