@@ -19,7 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 import emulated
 
 from fastnce import build, native
-from fastnce.backends import _gemm, cpu
+from fastnce.backends import _gemm, torch_tiles
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. The compiled
     kernels' have one size."""
-    monkeypatch.setattr(cpu, "CPU_TILE", 16)
+    monkeypatch.setattr(torch_tiles, "CPU_TILE", 16)
     monkeypatch.setattr(_gemm, "CPU_ROWS", 7)
     return 16
 

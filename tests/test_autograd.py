@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnce
 from fastnce import ops
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -453,13 +453,13 @@ def test_operators_have_derivatives() -> None:
 def test_frozen_keys_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend is told that k will get no gradient where that is so in every level, and only there."""
     told: list[bool] = []
-    forward = cpu.forward
+    forward = torch_tiles.forward
 
     def listening(problem: Problem) -> object:
         told.append(problem.frozen)
         return forward(problem)
 
-    monkeypatch.setattr(cpu, "forward", listening)
+    monkeypatch.setattr(torch_tiles, "forward", listening)
     q, k = q_and_k(5, 5, 3)
     leaf, learned, keys = q.clone().requires_grad_(), k.clone().requires_grad_(), k[None].expand(2, 5, 3)
 

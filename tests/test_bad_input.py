@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import LogitScale, NegativeQueue, checks, clip_loss, contrastive_stats, info_nce, moco_loss, nt_xent, sup_con
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 
 BACKENDS = ("auto", "cpu", "reference")
 HALVES = (torch.bfloat16, torch.float16)
@@ -306,7 +306,7 @@ def test_unknown_backend(name: str) -> None:
 
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: ["rows too wide", "dtype too odd"])
+    monkeypatch.setattr(torch_tiles, "unsupported", lambda problem: ["rows too wide", "dtype too odd"])
     with raises(NotImplementedError, "info_nce: no backend for query (6, 5) float32 cpu:\n  cpu: rows too wide; dtype too odd"):
         info_nce(x(6, 5), x(6, 5), backend="cpu")
 

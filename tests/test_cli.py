@@ -16,7 +16,7 @@ import torch
 import fastnce
 from fastnce import backends, selftest
 from fastnce.__main__ import main
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.problem import Gradients, Problem, Side
 
 Output = Callable[[], str]
@@ -134,8 +134,8 @@ def crash(found: Any) -> Any:
 def test_a_broken_backend_exits_1(
     function: str, fault: Callable[[Any], Any], complaint: str, monkeypatch: pytest.MonkeyPatch, output: Output
 ) -> None:
-    sound = getattr(cpu, function)
-    monkeypatch.setattr(cpu, function, lambda *given: fault(sound(*given)))
+    sound = getattr(torch_tiles, function)
+    monkeypatch.setattr(torch_tiles, function, lambda *given: fault(sound(*given)))
     assert main([]) == 1
     printed = output()
     assert printed.count(complaint) >= len(selftest.CASES)
@@ -161,6 +161,6 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, out
 
 
 def test_no_backend_for_auto(monkeypatch: pytest.MonkeyPatch, output: Output) -> None:
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: ["not today"])
+    monkeypatch.setattr(torch_tiles, "unsupported", lambda problem: ["not today"])
     assert main([]) == 0
     assert "auto uses  nothing for cpu tensors" in output()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, SideGrad, Wanted
 
@@ -59,7 +59,7 @@ TILED = [p for p in PROBLEMS if p.m > 9]
 def test_no_tensor_as_large_as_the_logits(p: Case, small_tiles: int) -> None:
     """Tiles are 16 x 16 here: nothing may be larger than the largest of an input, a tile, and a caller's own mask."""
     with Largest() as seen:
-        solve(p, cpu)
+        solve(p, torch_tiles)
     allowed = max(p.m * p.d, p.n * p.d, 16 * 16, p.mask[0] * p.mask[1] if p.mask else 0)
     assert seen.elements <= allowed
     if p.m * p.n > allowed:
@@ -80,7 +80,7 @@ def test_no_value_is_read_back_on_a_device(p: Case, small_tiles: int) -> None:
     """Meta tensors have no values: whatever reads one back, as .item() does, raises."""
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
         torch.empty((), device="meta").item()
-    solve(p, cpu, "meta")
+    solve(p, torch_tiles, "meta")
 
 
 LOSSES = {

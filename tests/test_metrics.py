@@ -12,7 +12,7 @@ from rank_promises import PROMISES, U, similarities
 
 import fastnce
 from fastnce import checks, contrastive_stats, info_nce, merge, tiles
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 
 PLACES = ("reference", "torch", "compiled")
 
@@ -34,7 +34,7 @@ def test_promise(promise: Callable[[str], None], backend: str) -> None:
 @pytest.mark.parametrize("n", [64, 520])
 def test_equal_rows_tie_in_every_tile(n: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles at the edges are smaller, and a product of another shape may be summed in another order."""
-    monkeypatch.setattr(cpu, "CPU_TILE", tiles.CPU_TILE)
+    monkeypatch.setattr(torch_tiles, "CPU_TILE", tiles.CPU_TILE)
     for columns in (128, 512):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(n)).expand(n, columns)
         calls = {
