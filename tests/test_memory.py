@@ -115,8 +115,9 @@ def test_a_million_rows_need_no_matrix() -> None:
     assert seen.elements <= 2**20 * 128
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("kind", ["nt_xent", "clip", "sup_con"])
-def test_peak_memory(kind: str) -> None:
+def test_peak_memory(kind: str, backend: str) -> None:
     """Real peak of resident memory above the inputs at 6,000 rows: the dense form's single matrix would take 144 MB."""
     clear = "/proc/self/clear_refs"
     try:
@@ -131,9 +132,9 @@ def test_peak_memory(kind: str) -> None:
     q, k = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
     labels = torch.arange(6000) // 2
     loss = {
-        "nt_xent": lambda: fastnce.nt_xent(q),
-        "clip": lambda: fastnce.clip_loss(q, k, torch.tensor(10.0, requires_grad=True)),
-        "sup_con": lambda: fastnce.sup_con(q, labels),
+        "nt_xent": lambda: fastnce.nt_xent(q, backend=backend),
+        "clip": lambda: fastnce.clip_loss(q, k, torch.tensor(10.0, requires_grad=True), backend=backend),
+        "sup_con": lambda: fastnce.sup_con(q, labels, backend=backend),
     }[kind]
     loss().backward()
     q.grad = k.grad = None

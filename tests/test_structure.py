@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench.packages": {"bench.forms"},
     "bench.peers": {"__init__", "bench.chunked", "bench.forms", "bench.packages", "bench.places", "bench.table"},
     "bench.cell": {"bench.table"},
-    "bench.measure": {"backends._gemm", "bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
+    "bench.measure": {"backends._tiled.gemm", "bench.cell", "bench.forms", "bench.peers", "bench.places", "bench.table"},
     "bench.process": {"bench.cell", "bench.places", "bench.table"},
     "bench.record": {"__init__", "files", "native", "bench.packages", "bench.places", "bench.table"},
     "bench.sweep": {"bench.cell", "bench.forms", "bench.process", "bench.table"},

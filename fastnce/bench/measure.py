@@ -26,7 +26,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fastnce.backends._gemm import product
+from fastnce.backends._tiled.gemm import product
 from fastnce.bench import forms, peers, places
 from fastnce.bench.cell import Cell, row_of
 from fastnce.bench.forms import Contestant
