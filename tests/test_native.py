@@ -195,6 +195,18 @@ def test_auto_takes_it_where_it_computes(dtype: torch.dtype, compiled: None) -> 
     assert backends.pick("nt_xent", "auto", problem(dtype, "meta")) == "torch"
 
 
+@needs_compiler
+def test_auto_takes_it_in_one_traced_graph(compiled: None) -> None:
+    """Whether it is there is asked while tracing."""
+    torch._dynamo.reset()
+    z, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 4
+    traced = torch.compile(fastnce.sup_con, fullgraph=True, backend="aot_eager")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        (found,) = torch.autograd.grad(traced(z, labels), z)
+    assert {"fastnce_cpu::forward", "fastnce_cpu::backward"} <= {event.name for event in seen.events()}
+    torch.testing.assert_close(found, torch.autograd.grad(fastnce.sup_con(z, labels, backend="torch"), z)[0])
+
+
 def test_what_it_does_not_compute_is_refused() -> None:
     """By name, with what to do about it; whether there is a library is not asked then."""
     z = torch.randn(6, 4)
