@@ -1,10 +1,10 @@
 """How far from exact: fastnce and dense torch in the same dtype, both against float64 on the same stored inputs.
 
-    python -m bench accuracy [--losses nt_xent,clip] [--backend cpu] [--n 514] [--quick] [--out DIR]
+    python -m bench accuracy [--losses nt_xent,clip] [--backend torch] [--n 514] [--quick] [--out DIR]
 
 Sums grow with N, and their rounding: the contract is also measured at N = 8192, on a corner of the grid, which takes 2 GiB:
 
-    python -m bench accuracy --backend=cpu --n=8192 --quick --dtypes=float32
+    python -m bench accuracy --backend=torch --n=8192 --quick --dtypes=float32
 
 Every cell of the grid compares four quantities: the mean loss, each row's loss, the gradients of the features (relative
 Frobenius error) and the derivative by the scale 1/temperature (relative; that by the temperature has the same relative

@@ -29,7 +29,7 @@ from torch import Tensor
 from bench import dense, peers
 from bench.dense import Contestant
 from bench.record import Cell, Row, row_of
-from fastnce.backends._gemm import product
+from fastnce.backends._tiled.gemm import product
 
 MIB = 2**20
 GEMM_MS = 1000.0  # of products; then one more is not started

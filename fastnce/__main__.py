@@ -1,6 +1,6 @@
 """`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test.
 
-`python -m fastnce build-cpu` compiles the CPU backend's kernels into the user's cache: seconds, a C++ compiler and ninja.
+`python -m fastnce build-cpu` compiles the kernels of backend="cpu" into the user's cache: seconds, a C++ compiler and ninja.
 `python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
 """
 

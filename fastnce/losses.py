@@ -55,7 +55,7 @@ def info_nce(
                    values (0, D)); False: negative_keys only
     symmetric      mean of query -> key and key -> query (M = N, no negative_keys), as CLIP
     return_stats   also RetrievalStats
-    backend        "auto", "cpu", "reference"
+    backend        "auto"; or by name "torch" (any device), "cpu" (the C++ library), "triton", "cuda" (NVIDIA GPUs), "reference" (dense)
 
     Returns a 0-dim float32 tensor (float64 for float64 input) in nats: log(M) when all embeddings are equal, 0 for a batch of one.
     Memory is O((M + N) D), never O(M N). Raises ValueError / TypeError / RuntimeError as in docs/numerics.md.

@@ -2,7 +2,8 @@
 
 A library belongs to exactly its sources: its name holds a digest of them, so one that was built from others is not found and never loaded.
 What has the name may still be damaged, or somebody else's: before it is loaded, the file is compared with the record that build.py left
-beside it, and nobody but the user and those he trusts already may be able to change it. A library left aside costs time, never an error.
+beside it, and nobody but the user and those he trusts already may be able to change it. With backend="auto" a library left aside costs
+time, never an error.
 """
 
 from __future__ import annotations

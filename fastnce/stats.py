@@ -76,7 +76,7 @@ def contrastive_stats(
     two_sided       also the statistics of every key over the queries, from the same tiles, in `columns`
     metrics         also rank, ties, hardest negative and best positive (no gradient)
     threshold       (M,) logits from which rank and ties count; default: each row's best positive
-    backend         "auto", "triton", "cuda" (NVIDIA GPUs), "cpu" (tiled, any device) or "reference" (dense)
+    backend         "auto"; or by name "torch" (any device), "cpu" (the C++ library), "triton", "cuda" (NVIDIA GPUs), "reference" (dense)
 
     Returns ContrastiveStats, float32 (float64 for float64 input). Memory is O((M + N) D), never O(M N).
     Raises TypeError, ValueError, RuntimeError, NotImplementedError as docs/numerics.md lists.

@@ -17,15 +17,26 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import emulated
+from named import widest
 
-from fastnce import build, native
-from fastnce.backends import _gemm, cpu
+from fastnce import build, native, tiles
+from fastnce.backends import torch_tiles
+from fastnce.backends._tiled import gemm
 
 torch.set_num_threads(1)
 
 
+def in_a_dtype_of_its_backend(item: pytest.Item) -> bool:
+    """Of float64 there is nothing to test in a backend that objects to it: that it does is in test_native.py, for "cpu"."""
+    given = getattr(item, "callspec", None)
+    chosen = given.params if given else {}
+    in_float64 = chosen.get("dtype") == torch.float64 or item.get_closest_marker("float64") is not None
+    return not in_float64 or widest(chosen.get("backend", "auto")) == torch.float64
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, not passed, where no kernel could run on a GPU."""
+    items[:] = filter(in_a_dtype_of_its_backend, items)
     if not torch.cuda.is_available():
         reason = "needs a CUDA device: torch.cuda.is_available() is False"
     elif os.environ["TRITON_INTERPRET"] == "1":
@@ -45,10 +56,10 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 16 x 16 in the CPU backend: a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. The compiled
-    kernels' have one size."""
-    monkeypatch.setattr(cpu, "CPU_TILE", 16)
-    monkeypatch.setattr(_gemm, "CPU_ROWS", 7)
+    """Tiles of 16 x 16 in backend="torch": a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. Those of the
+    compiled kernels have one size."""
+    monkeypatch.setattr(torch_tiles, "CPU_TILE", 16)
+    monkeypatch.setattr(gemm, "CPU_ROWS", 7)
     return 16
 
 
@@ -86,3 +97,25 @@ def emulated_cuda(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> It
     assert native.objection("cuda") is None and torch.ops.fastnce_cuda.emulated()
     yield
     native.objection.cache_clear()
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="triton" takes tensors of the CPU, for one test, in small tiles."""
+    pytest.importorskip("interpreter")
+    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, depth, 1, 1))
+    monkeypatch.setattr(tiles, "GPU_DEPTHS", (16, 32, 64))
+    monkeypatch.setattr(tiles, "GPU_PADDED", 16)
+    monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
+
+
+# What a backend needs where tests name it, beside the device that it is for.
+NEEDS = {"cpu": "compiled", "cuda": "emulated_cuda", "triton": "interpreted_triton"}
+
+
+@pytest.fixture(autouse=True)
+def named(request: pytest.FixtureRequest) -> None:
+    """What is tested by the name of its backend finds it: the library, or a GPU's kernels interpreted or emulated."""
+    given = getattr(request.node, "callspec", None)
+    if given is not None and (need := NEEDS.get(given.params.get("backend"))):
+        request.getfixturevalue(need)

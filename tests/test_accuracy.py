@@ -9,12 +9,12 @@ from typing import Any
 import budget
 import pytest
 import torch
+from named import widest
 from torch import Tensor
 
 import fastnce
 from bench import accuracy
 from bench.exact import Cosines
-from fastnce.backends import _native
 from train_ref import losses
 
 CORNERS = [
@@ -29,12 +29,19 @@ CORNERS = [
     *(accuracy.Cell("clip", dtype, "random", 5, 0.02) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
 ]
 
+BY_NAME = [
+    pytest.param(cell, backend, id=f"{backend} {cell.loss} {str(cell.dtype)[6:]} {cell.regime} D={cell.d} temperature={cell.temperature}")
+    for cell in CORNERS
+    for backend in ("torch", "cpu")
+    if cell.dtype != torch.float64 or widest(backend) == torch.float64
+]
 
-@pytest.mark.parametrize("cell", CORNERS, ids=lambda c: f"{c.loss} {str(c.dtype)[6:]} {c.regime} D={c.d} temperature={c.temperature}")
-def test_corner_is_inside_the_contract(cell: accuracy.Cell) -> None:
+
+@pytest.mark.parametrize(("cell", "backend"), BY_NAME)
+def test_corner_is_inside_the_contract(cell: accuracy.Cell, backend: str) -> None:
     """N = 514: two tiles, the second of them ragged."""
     stored, parameter = accuracy.inputs(cell, 514)
-    verdicts = accuracy.judge(cell, stored, parameter, Cosines.of(cell.loss, stored), "cpu")
+    verdicts = accuracy.judge(cell, stored, parameter, Cosines.of(cell.loss, stored), backend)
     assert {name: verdict for name, verdict in verdicts.items() if verdict.used > 1} == {}
 
 
@@ -63,15 +70,13 @@ def gradients(loss: Callable[..., Any], name: str, dtype: torch.dtype) -> list[T
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_gradients_keep_the_contract_over_thousands_of_rows(name: str, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In both forms of the CPU backend: a sum of thousands of float32 products that are added one by one loses ten times what dense torch
-    does. Exact: float64, in tiles, which is within 1e-13 of dense float64 (test_statistics.py) and fits into memory."""
-    fused = partial(getattr(fastnce, name), backend="cpu")
-    exact = gradients(fused, name, torch.float64)
+def test_gradients_keep_the_contract_over_thousands_of_rows(name: str, compiled: None) -> None:
+    """On both backends with tiles on a CPU: a sum of thousands of float32 products that are added one by one loses ten times what dense
+    torch does. Exact: float64, in tiles, which is within 1e-13 of dense float64 (test_statistics.py) and fits into memory."""
+    exact = gradients(partial(getattr(fastnce, name), backend="torch"), name, torch.float64)
     dense = gradients(getattr(losses, name), name, torch.float32)
-    for form in ("compiled", "tiles"):
-        if form == "tiles":
-            monkeypatch.setattr(_native, "serves", lambda *_: False)
-        for mine, theirs, e in zip(gradients(fused, name, torch.float32), dense, exact, strict=True):
+    for backend in ("cpu", "torch"):
+        found = gradients(partial(getattr(fastnce, name), backend=backend), name, torch.float32)
+        for mine, theirs, e in zip(found, dense, exact, strict=True):
             allowed = budget.gradient_budget(torch.float32, budget.relative(theirs, e))
-            assert budget.relative(mine, e) <= allowed, form
+            assert budget.relative(mine, e) <= allowed, backend

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from named import ON_CPU, widest
 from problems import PROBLEMS, of
 from problems import Problem as Case
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnce
 from fastnce import ops
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -47,7 +48,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "moco": lambda q, k, s, **o: fastnce.moco_loss(q, k, k.flip(1), scale=s, **o),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
-each_backend = pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+each_backend = pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 
 
 @pytest.mark.float64
@@ -68,7 +69,7 @@ def test_opcheck(p: Case, metrics: bool) -> None:
     rules = p.rules()
     ids = (rules.get("q_label"), rules.get("k_label"), rules.get("q_exclude"), rules.get("k_exclude"), rules.get("mask"))
     problem = Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, *ids), p.two_sided, p.normalize, metrics)
-    flat = ops.Arguments.of(problem, "cpu")
+    flat = ops.Arguments.of(problem, "torch")
     torch.library.opcheck(torch.ops.fastnce.forward.default, tuple(flat))
     out = torch.ops.fastnce.forward(*flat)
     per_side = len(out) // (2 if p.two_sided else 1)
@@ -96,8 +97,8 @@ def test_func_grad_and_vmap(name: str) -> None:
 @each_backend
 def test_second_derivative_is_refused(name: str, backend: str) -> None:
     """A gradient penalty must not silently lose terms."""
-    q, k = (x.requires_grad_() for x in q_and_k())
-    loss = LOSSES[name](q, k, torch.tensor(3.0, dtype=torch.float64), backend=backend)
+    q, k = (x.requires_grad_() for x in q_and_k(dtype=widest(backend)))
+    loss = LOSSES[name](q, k, torch.tensor(3.0, dtype=q.dtype), backend=backend)
     with pytest.raises(RuntimeError, match="second derivative of this loss is not implemented"):
         torch.autograd.grad(loss, q, create_graph=True)[0].square().sum().backward()
 
@@ -105,9 +106,9 @@ def test_second_derivative_is_refused(name: str, backend: str) -> None:
 @each_loss
 @each_backend
 def test_forward_mode_is_refused(name: str, backend: str) -> None:
-    q, k = q_and_k()
+    q, k = q_and_k(dtype=widest(backend))
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
-        torch.func.jvp(lambda x: LOSSES[name](x, k, torch.tensor(3.0, dtype=torch.float64), backend=backend), (q,), (q,))
+        torch.func.jvp(lambda x: LOSSES[name](x, k, torch.tensor(3.0, dtype=q.dtype), backend=backend), (q,), (q,))
 
 
 @each_loss
@@ -142,12 +143,12 @@ def test_autocast(name: str, dtype: torch.dtype) -> None:
     """Under autocast nothing is computed in less than float32: features of one dtype give the same bits as without."""
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
     s = torch.tensor(3.0, requires_grad=True)
-    plain = LOSSES[name](q, k, s, backend="cpu")
+    plain = LOSSES[name](q, k, s, backend="torch")
     with torch.autocast("cpu", dtype=dtype):
-        cast = LOSSES[name](q, k, s, backend="cpu")
+        cast = LOSSES[name](q, k, s, backend="torch")
         half = torch.nn.functional.linear(q, torch.eye(6))
         assert half.dtype == dtype
-        assert LOSSES[name](half, half.detach(), s, backend="cpu").dtype == torch.float32
+        assert LOSSES[name](half, half.detach(), s, backend="torch").dtype == torch.float32
     assert torch.equal(plain, cast)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(plain, (q, k, s)), torch.autograd.grad(cast, (q, k, s)), strict=True))
 
@@ -175,10 +176,10 @@ def test_grad_scaler_recovers_from_overflow() -> None:
 @each_backend
 def test_upstream_gradients(kind: str, backend: str) -> None:
     """Any gradient of reduction='none' is obeyed row by row, whatever its strides."""
-    q, k = (x.requires_grad_() for x in q_and_k())
+    q, k = (x.requires_grad_() for x in q_and_k(dtype=widest(backend)))
     rows = fastnce.info_nce(q, k, reduction="none", backend=backend)
-    g = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    upstream = {"random": g[:12], "expanded": g[:1].expand(12), "strided": g[::2], "zero": torch.zeros(12, dtype=torch.float64)}[kind]
+    g = torch.randn(24, dtype=q.dtype, generator=torch.Generator().manual_seed(4))
+    upstream = {"random": g[:12], "expanded": g[:1].expand(12), "strided": g[::2], "zero": torch.zeros(12, dtype=q.dtype)}[kind]
     (found,) = torch.autograd.grad(rows, q, upstream, retain_graph=True)
     one_by_one = sum(upstream[i] * torch.autograd.grad(rows[i], q, retain_graph=True)[0] for i in range(12))
     torch.testing.assert_close(found, one_by_one)
@@ -212,10 +213,10 @@ def test_inputs_changed_in_between_are_noticed() -> None:
 @each_loss
 def test_repeats_are_bitwise(name: str) -> None:
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
-    first = LOSSES[name](q, k, 3.0, backend="cpu")
+    first = LOSSES[name](q, k, 3.0, backend="torch")
     grads = torch.autograd.grad(first, (q, k))
     for _ in range(20):
-        again = LOSSES[name](q, k, 3.0, backend="cpu")
+        again = LOSSES[name](q, k, 3.0, backend="torch")
         assert torch.equal(first, again)
         assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(again, (q, k)), strict=True))
 
@@ -413,7 +414,7 @@ def test_tensors_of_inference_mode(name: str, rows: int) -> None:
 
 
 @each_loss
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_create_graph_keeps_vectors(name: str, backend: str, dtype: torch.dtype) -> None:
     """A second derivative is refused, so that nothing is kept for it beyond what backward had; and torch has nothing to warn of."""
@@ -439,7 +440,7 @@ def test_operators_have_derivatives() -> None:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), f"{name} would be differentiated as a constant"
     q, k = (x.requires_grad_() for x in q_and_k())
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    arguments = ops.Arguments.of(Problem(q, k, scale, None, Pairs(offset=0), False, True), "cpu")
+    arguments = ops.Arguments.of(Problem(q, k, scale, None, Pairs(offset=0), False, True), "torch")
     lse_neg, _, pos, *_ = torch.ops.fastnce.forward(*arguments)
     found = torch.autograd.grad((lse_neg - pos).sum(), (q, k, scale), create_graph=True)
     s = 3.0 * torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T
@@ -453,13 +454,13 @@ def test_operators_have_derivatives() -> None:
 def test_frozen_keys_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend is told that k will get no gradient where that is so in every level, and only there."""
     told: list[bool] = []
-    forward = cpu.forward
+    forward = torch_tiles.forward
 
     def listening(problem: Problem) -> object:
         told.append(problem.frozen)
         return forward(problem)
 
-    monkeypatch.setattr(cpu, "forward", listening)
+    monkeypatch.setattr(torch_tiles, "forward", listening)
     q, k = q_and_k(5, 5, 3)
     leaf, learned, keys = q.clone().requires_grad_(), k.clone().requires_grad_(), k[None].expand(2, 5, 3)
 

@@ -383,7 +383,7 @@ def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("kind", native.KINDS)
-def test_the_report_says_what_building_would_bring(kind: str, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_building_would_bring(kind: str, libraries: None, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnce.__main__ import _compiled
 
     found = {"cpu": f"{pretended}/bin/nvcc", "cuda": "nvcc 13.0"}[kind]

@@ -16,11 +16,10 @@ import torch
 import fastnce
 from fastnce import backends, selftest
 from fastnce.__main__ import main
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.problem import Gradients, Problem, Side
 
 Output = Callable[[], str]
-ON_CPU = [name for name in backends.BACKENDS if name not in ("triton", "cuda")]
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +34,20 @@ def output(capsys: pytest.CaptureFixture[str]) -> Output:
     return lambda: capsys.readouterr().out
 
 
-def test_a_sound_installation_exits_0(output: Output) -> None:
+@pytest.mark.parametrize("built", [False, True], ids=["no library", "library"])
+def test_a_sound_installation_exits_0(built: bool, request: pytest.FixtureRequest, output: Output) -> None:
+    """Every backend that runs on a CPU solves every loss; without the library "cpu" says how to get it, and "auto" is "torch"."""
+    if built:
+        request.getfixturevalue("compiled")
     assert main([]) == 0
     printed = output()
     assert f"fastnce {fastnce.__version__}" in printed
     assert f"torch {torch.__version__}" in printed
-    assert "auto uses  cpu for cpu tensors" in printed
+    assert f"auto uses  {'cpu' if built else 'torch'} for cpu tensors" in printed
+    assert built or re.search(r"\n  cpu +on cpu +no +library not built \(python -m fastnce build-cpu\); backend='torch' ", printed)
     assert "FAILED" not in printed
     rows = [line.split() for line in printed.splitlines() if line.endswith(" s")]
-    assert [row[0] for row in rows if row[2] == "cpu"] == ON_CPU
+    assert [row[0] for row in rows if row[2] == "cpu"] == [*(["cpu"] if built else []), "torch", "reference"]
     assert re.search(r"triton +on cpu +no .*device cpu \(needs CUDA", printed)
     assert re.search(r"cuda +on cpu +no .*device cpu \(needs CUDA", printed)
     assert all(len(row) == 3 + len(selftest.CASES) + 3 for row in rows)
@@ -54,7 +58,7 @@ def test_json_says_the_same(output: Output) -> None:
     found = json.loads(output())
     assert found["versions"]["torch"] == torch.__version__
     assert [row["name"] for row in found["backends"] if row["device"] == "cpu"] == list(backends.BACKENDS)
-    assert found["auto"]["cpu"] == "cpu"
+    assert found["auto"]["cpu"] == "torch"
     for run in found["self_test"]["runs"]:
         assert [loss["loss"] for loss in run["losses"]] == list(selftest.CASES)
         # Exactly 0 would mean that the float64 answer was compared with itself.
@@ -113,14 +117,14 @@ def crash(found: Any) -> Any:
 def test_a_broken_backend_exits_1(
     function: str, fault: Callable[[Any], Any], complaint: str, monkeypatch: pytest.MonkeyPatch, output: Output
 ) -> None:
-    sound = getattr(cpu, function)
-    monkeypatch.setattr(cpu, function, lambda *given: fault(sound(*given)))
+    sound = getattr(torch_tiles, function)
+    monkeypatch.setattr(torch_tiles, function, lambda *given: fault(sound(*given)))
     assert main([]) == 1
     printed = output()
     assert printed.count(complaint) >= len(selftest.CASES)
     assert main(["--json"]) == 1
     runs = {run["backend"]: run for run in json.loads(output())["self_test"]["runs"] if run["device"] == "cpu"}
-    assert not any(loss["ok"] for loss in runs["cpu"]["losses"])
+    assert not any(loss["ok"] for loss in runs["torch"]["losses"])
     assert runs["reference"]["ok"]
 
 
@@ -140,6 +144,6 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, out
 
 
 def test_no_backend_for_auto(monkeypatch: pytest.MonkeyPatch, output: Output) -> None:
-    monkeypatch.setattr(cpu, "unsupported", lambda problem: ["not today"])
+    monkeypatch.setattr(torch_tiles, "unsupported", lambda problem: ["not today"])
     assert main([]) == 0
     assert "auto uses  nothing for cpu tensors" in output()

@@ -35,7 +35,7 @@ def test_compile_is_one_graph(name: str, dynamic: bool) -> None:
     for _ in range(2):
         q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
         s = torch.tensor(3.0, requires_grad=True)
-        found, expected = compiled(q, k, s), LOSSES[name](q, k, s, backend="cpu")
+        found, expected = compiled(q, k, s), LOSSES[name](q, k, s, backend="torch")
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
         for a, b in zip(torch.autograd.grad(found, (q, k, s)), torch.autograd.grad(expected, (q, k, s)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -48,7 +48,7 @@ def test_compile_without_gradient(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
     q, k = q_and_k(dtype=torch.float32)
-    torch.testing.assert_close(compiled(q, k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0, backend="cpu"), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(compiled(q, k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0, backend="torch"), rtol=2e-6, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(compiled(q.requires_grad_(), k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0), rtol=2e-6, atol=1e-7)
 

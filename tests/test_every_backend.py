@@ -1,10 +1,11 @@
-"""What holds on every backend by name, the CPU's in both of its forms: no rows, nan of any bits, ids of any size, infinite features."""
+"""What holds on every backend by name: every loss, no rows, nan of any bits, ids of any size, infinite features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import gpu_promises
 import pytest
 import test_bad_input as bad
 import torch
@@ -13,30 +14,19 @@ from test_bad_input import ids, leaves_of, same, x
 from torch import Tensor
 
 import fastnce
-from fastnce import contrastive_stats, tiles
-from fastnce.backends import _native
+from fastnce import contrastive_stats
+from fastnce.backends import BACKENDS
 
 GPUS = ("triton", "cuda")
-FORMS = ("reference", "tiles", "compiled", "triton", "cuda")
 
 
-@pytest.fixture(params=FORMS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name to ask for: "cpu" is torch's operations or the compiled kernels, GPU kernels run interpreted and emulated."""
-    form = str(request.param)
-    if form == "tiles":
-        monkeypatch.setattr(_native, "serves", lambda *_: False)
-    elif form == "compiled":
-        request.getfixturevalue("compiled")
-    elif form == "cuda":
-        request.getfixturevalue("emulated_cuda")
-    elif form == "triton":
-        pytest.importorskip("interpreter")
-        monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, depth, 1, 1))
-        monkeypatch.setattr(tiles, "GPU_DEPTHS", (16, 32, 64))
-        monkeypatch.setattr(tiles, "GPU_PADDED", 16)
-        monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
-    return "cpu" if form in ("tiles", "compiled") else form
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_loss(backend: str) -> None:
+    gpu_promises.losses_are_within_the_budget(backend)
 
 
 # No rows --------------------------------------------------------------------------------------------------------------------------------
@@ -307,7 +297,7 @@ def test_the_scale_has_no_gradient_where_all_rows_point_the_same_way(lengths: st
     to 1, allows 1e-5. Rows that are equal bit by bit give exactly 0 in the compiled kernels, as their logits are rounded alike; MoCo's two
     parts are not."""
     g = torch.Generator().manual_seed(0)
-    gpu, exactly = backend in GPUS, lengths == "equal" and backend == "cpu" and _native.serves(torch.device("cpu"), torch.float32)
+    gpu, exactly = backend in GPUS, lengths == "equal" and backend == "cpu"
     for d, temperature in [(17, 0.07)] if gpu else [(d, t) for d in (3, 17, 130) for t in (0.5, 0.07, 0.01)]:
         row, n = torch.randn(d, generator=g), 24 if gpu else 96
         a, b, queue = (row.repeat(rows, 1) for rows in (n, n, 70))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from named import ON_CPU
 
 import fastnce
 from train_ref.golden import make
 
 GOLDEN = json.loads(make.FILE.read_text())
 CASES: list[dict[str, Any]] = GOLDEN["cases"]
-BACKENDS = ("reference", "cpu")
 LIMITS = {torch.float64: (1e-12, 1e-11), torch.float32: (5e-6, 2e-5)}  # relative: loss, gradient
 
 
@@ -52,7 +52,7 @@ def relative_errors(loss: float, gradients: dict[str, make.Array], case: dict[st
     return errors
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_agrees_with_the_peer(case: dict[str, Any], dtype: torch.dtype, backend: str) -> None:

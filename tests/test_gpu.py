@@ -1,8 +1,9 @@
 """The GPU backends on a GPU: the problems of problems.py and larger ones against float64, and what only a device has: streams, graphs,
 synchronisation, its memory, indices beyond 2^31. Every test runs with every kind of kernels, see bench/gpu/kernels.py.
 
-FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes on the CPU backend, without the marker: what is written here
-can then not fail on a GPU for a reason that a CPU could have found. What the device alone can do is in the few helpers that ask for it.
+FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes by backend="torch", on the CPU and without the marker: what is
+written here can then not fail on a GPU for a reason that a CPU could have found. What the device alone can do is in the few helpers that
+ask for it.
 FASTNCE_GPU_DRY_RUN=emulated does the same with the kernels of csrc/cuda, where bench/gpu/run.sh --emulate has compiled them for the CPU.
 FASTNCE_GPU_KERNELS=cuda,cuda-mma chooses among the kernels.
 """

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
-from fastnce.backends import cpu
+from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, SideGrad, Wanted
 
@@ -59,7 +59,7 @@ TILED = [p for p in PROBLEMS if p.m > 9]
 def test_no_tensor_as_large_as_the_logits(p: Case, small_tiles: int) -> None:
     """Tiles are 16 x 16 here: nothing may be larger than the largest of an input, a tile, and a caller's own mask."""
     with Largest() as seen:
-        solve(p, cpu)
+        solve(p, torch_tiles)
     allowed = max(p.m * p.d, p.n * p.d, 16 * 16, p.mask[0] * p.mask[1] if p.mask else 0)
     assert seen.elements <= allowed
     if p.m * p.n > allowed:
@@ -80,7 +80,7 @@ def test_no_value_is_read_back_on_a_device(p: Case, small_tiles: int) -> None:
     """Meta tensors have no values: whatever reads one back, as .item() does, raises."""
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
         torch.empty((), device="meta").item()
-    solve(p, cpu, "meta")
+    solve(p, torch_tiles, "meta")
 
 
 LOSSES = {
@@ -115,8 +115,9 @@ def test_a_million_rows_need_no_matrix() -> None:
     assert seen.elements <= 2**20 * 128
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("kind", ["nt_xent", "clip", "sup_con"])
-def test_peak_memory(kind: str) -> None:
+def test_peak_memory(kind: str, backend: str) -> None:
     """Real peak of resident memory above the inputs at 6,000 rows: the dense form's single matrix would take 144 MB."""
     clear = "/proc/self/clear_refs"
     try:
@@ -131,9 +132,9 @@ def test_peak_memory(kind: str) -> None:
     q, k = (torch.randn(6000, 64, requires_grad=True) for _ in range(2))
     labels = torch.arange(6000) // 2
     loss = {
-        "nt_xent": lambda: fastnce.nt_xent(q),
-        "clip": lambda: fastnce.clip_loss(q, k, torch.tensor(10.0, requires_grad=True)),
-        "sup_con": lambda: fastnce.sup_con(q, labels),
+        "nt_xent": lambda: fastnce.nt_xent(q, backend=backend),
+        "clip": lambda: fastnce.clip_loss(q, k, torch.tensor(10.0, requires_grad=True), backend=backend),
+        "sup_con": lambda: fastnce.sup_con(q, labels, backend=backend),
     }[kind]
     loss().backward()
     q.grad = k.grad = None

@@ -1,8 +1,9 @@
-"""The compiled kernels of the CPU backend. That their answers are everybody else's is tested wherever a backend is tested by name."""
+"""The compiled kernels of backend="cpu". That their answers are everybody else's is tested wherever a backend is tested by name."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,8 +14,11 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import build, native
-from fastnce.backends import _native
+from fastnce import backends, build, native
+from fastnce.backends import BACKENDS
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
+from fastnce.schemas import Arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = os.environ.get("CXX", "c++")
@@ -28,26 +32,24 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None and "CXX" not in
 @needs_compiler
 @pytest.mark.parametrize("temperature", [0.5, 0.005])
 @pytest.mark.parametrize("n", [386, 1540])
-def test_agrees_with_the_tiles_of_torch(n: int, temperature: float, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agrees_with_the_tiles_of_torch(n: int, temperature: float, compiled: None) -> None:
     """Across the edges of blocks of 64 and 192 rows, whole losses with their formulas."""
     g = torch.Generator().manual_seed(0)
     z = torch.randn(n, 50, generator=g)
     z[n // 2 :] = z[: n // 2] + 0.7 * torch.randn(n // 2, 50, generator=g)
     labels = torch.arange(n) % 37
 
-    def solve() -> list[torch.Tensor]:
+    def solve(backend: str) -> list[torch.Tensor]:
         leaf = z.clone().requires_grad_()
-        loss = fastnce.nt_xent(leaf, temperature=temperature, backend="cpu")
-        loss = loss + fastnce.sup_con(leaf, labels, temperature=temperature, backend="cpu")
+        loss = fastnce.nt_xent(leaf, temperature=temperature, backend=backend)
+        loss = loss + fastnce.sup_con(leaf, labels, temperature=temperature, backend=backend)
         loss = loss + fastnce.clip_loss(
-            leaf[: n // 3], leaf[-(n // 2) :], 1 / temperature, backend="cpu", image_ids=labels[: n // 3], text_ids=labels[-(n // 2) :]
+            leaf[: n // 3], leaf[-(n // 2) :], 1 / temperature, backend=backend, image_ids=labels[: n // 3], text_ids=labels[-(n // 2) :]
         )
         (gradient,) = torch.autograd.grad(loss, leaf)
         return [loss.detach(), gradient]
 
-    ours = solve()
-    monkeypatch.setattr(_native, "serves", lambda *_: False)
-    for found, expected in zip(ours, solve(), strict=True):
+    for found, expected in zip(solve("cpu"), solve("torch"), strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -175,8 +177,59 @@ def test_only_symbols_of_the_stable_interface(compiled_library: Path) -> None:
     assert not [name for name in names if "::" in name and any(space in name for space in ("torch::", "at::", "c10::"))]
 
 
-def test_no_library_no_difference(libraries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# ---------------------------------------------------------------- who asks for it, and without it
+
+
+def problem(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
+    q, k = torch.ones(2, 3, 4, dtype=dtype, device=device)
+    return Problem(q, k, torch.ones((), device=device), None, Pairs(offset=0), False, True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_auto_takes_it_where_it_computes(dtype: torch.dtype, compiled: None) -> None:
+    """The backend has no other objections than these: float64, another device, and no library."""
+    picked = "torch" if dtype == torch.float64 else "cpu"
+    assert backends.pick("nt_xent", "auto", problem(dtype)) == picked
+    assert (BACKENDS["cpu"].unsupported(problem(dtype)) == []) == (picked == "cpu")
+    assert backends.pick("nt_xent", "auto", problem(dtype, "meta")) == "torch"
+
+
+@needs_compiler
+def test_auto_takes_it_in_one_traced_graph(compiled: None) -> None:
+    """Whether it is there is asked while tracing."""
+    torch._dynamo.reset()
+    z, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 4
+    traced = torch.compile(fastnce.sup_con, fullgraph=True, backend="aot_eager")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        (found,) = torch.autograd.grad(traced(z, labels), z)
+    assert {"fastnce_cpu::forward", "fastnce_cpu::backward"} <= {event.name for event in seen.events()}
+    torch.testing.assert_close(found, torch.autograd.grad(fastnce.sup_con(z, labels, backend="torch"), z)[0])
+
+
+def test_what_it_does_not_compute_is_refused() -> None:
+    """By name, with what to do about it; whether there is a library is not asked then."""
+    z = torch.randn(6, 4)
+    with pytest.raises(NotImplementedError, match=r"cpu: dtype float64 \(supports float32.*; backend='torch' computes in float64\)$"):
+        fastnce.nt_xent(z.double(), backend="cpu")
+    with pytest.raises(NotImplementedError, match=r"cpu: device meta \(needs a CPU; backend='torch' runs on any device\)$"):
+        fastnce.nt_xent(z.to("meta"), backend="cpu")
+
+
+def test_without_it_torch_is_named_and_taken(libraries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path)
-    assert native.objection("cpu") == "not built (python -m fastnce build-cpu)"
-    assert not _native.serves(torch.device("cpu"), torch.float32)
+    z = torch.randn(6, 4)
+    advice = "cpu: library not built (python -m fastnce build-cpu); backend='torch' computes the same without it"
+    with pytest.raises(NotImplementedError, match=re.escape(advice)):
+        fastnce.nt_xent(z, backend="cpu")
+    assert backends.pick("nt_xent", "auto", problem()) == "torch"
+    assert torch.equal(fastnce.sup_con(z, torch.arange(6) % 2), fastnce.sup_con(z, torch.arange(6) % 2, backend="torch"))
+    # A graph that was traced where the library is.
+    arguments = Arguments.of(problem(), "cpu")
+    with pytest.raises(NotImplementedError, match="backend 'cpu' was chosen where this was traced, and here its library is not built"):
+        torch.ops.fastnce.forward(*arguments)
+    monkeypatch.setenv("FASTNCE_NATIVE", "0")
+    native.objection.cache_clear()
+    with pytest.raises(NotImplementedError, match="cpu: library switched off by FASTNCE_NATIVE=0; backend='torch' "):
+        fastnce.nt_xent(z, backend="cpu")

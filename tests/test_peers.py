@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from named import IN_FLOAT64
 from torch import Tensor
 
 import fastnce
@@ -33,7 +34,6 @@ from train_ref.golden import make, packages
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
 fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which
-BACKENDS = ("reference", "cpu")
 LOSS, GRADIENT = 1e-12, 1e-11  # float64, relative
 
 
@@ -75,7 +75,7 @@ def test_golden_file_is_what_the_installed_peers_compute() -> None:
             assert products == pytest.approx(gradient["products"], rel=0, abs=limit)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("negatives", [None, "unpaired", "paired"])
 def test_info_nce_pytorch(negatives: str | None, reduction: str, backend: str) -> None:
@@ -91,7 +91,7 @@ def test_info_nce_pytorch(negatives: str | None, reduction: str, backend: str) -
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_lightly_nt_xent(backend: str) -> None:
     leaves = views(1, (33, 21), (33, 21))
     agree(
@@ -101,7 +101,7 @@ def test_lightly_nt_xent(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_lightly_memory_bank_is_the_moco_queue(backend: str) -> None:
     """The loss reads the bank as it was; the batch enters it afterwards, in place, so its keys are copied out first."""
     q, k = views(2, (16, 21), (16, 21))
@@ -111,7 +111,7 @@ def test_lightly_memory_bank_is_the_moco_queue(backend: str) -> None:
     agree(lambda: fused.moco_loss(q, k.detach(), queue, 0.2, backend=backend), lambda: peer(q, k.detach()), [q])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_pytorch_metric_learning(backend: str) -> None:
     from pytorch_metric_learning import losses
 
@@ -129,7 +129,7 @@ def test_pytorch_metric_learning(backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_anchors_without_a_positive(backend: str) -> None:
     """pytorch-metric-learning leaves them out of the mean, SupContrast counts them as 0: here 4 anchors against 6."""
     from pytorch_metric_learning import losses
@@ -150,7 +150,7 @@ def test_several_positives_differ_from_pytorch_metric_learnings_nt_xent() -> Non
     assert fused.sup_con(rows, labels, temperature=0.2) > losses.NTXentLoss(0.2)(rows, labels) * 1.05
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_open_clip(backend: str) -> None:
     leaves = [*views(8, (33, 21), (33, 21)), torch.tensor(1 / 0.07, dtype=torch.float64, requires_grad=True)]
     image, text, logit_scale = leaves

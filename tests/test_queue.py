@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from named import IN_FLOAT64, ON_CPU
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.aot_autograd import make_boxed_func
@@ -111,7 +112,7 @@ def test_queue_starts_again_in_place() -> None:
     assert queue.pointer == 0 and queue.keys.data_ptr() == place
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 def test_queue_is_read_in_place(backend: str) -> None:
     """No copy per step, so that an update between forward and backward must not go unnoticed: it is told what to do instead."""
     queue, q, k = NegativeQueue(8, 5), rows(3, 5), rows(3, 5, seed=1).detach()
@@ -172,7 +173,7 @@ def moco(**options: Any) -> MoCoLoss:
     return MoCoLoss(7, 5, temperature=0.2, **options)
 
 
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *IN_FLOAT64])
 def test_moco_over_several_steps(backend: str) -> None:
     """Batches neither divide the queue nor fit into it."""
     steps = Steps(moco(backend=backend))

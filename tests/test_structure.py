@@ -28,7 +28,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """Its dotted name below the package: losses, backends, backends.cpu; __init__ for the package itself."""
+    """Its dotted name below the package: losses, backends, backends.reference; __init__ for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 

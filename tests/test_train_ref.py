@@ -388,7 +388,7 @@ def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.Capture
     assert result["data"]["described"] == "digits: 1297 training images and 500 test images, from data/digits.npz"
     assert result["config"]["preset"] == "digits"
     assert result["config"]["seeds"] == [0]
-    assert result["config"]["backend"] == "cpu"
+    assert result["config"]["backend"] == "torch"
     assert result["config"]["temperatures"] == {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
     labels = [row["row"] for row in result["summary"]]
     trained = [f"{name}, {loss}" for name in ("SimCLR", "SupCon", "MoCo") for loss in ("fused", "reference")]
@@ -470,7 +470,7 @@ def test_the_reference_runs_anywhere_without_fastnce_and_matplotlib(tmp_path: Pa
         ("--device nowhere", "argument --device: 'nowhere' cannot be used"),
         ("--device meta", "argument --device: 'meta' cannot be used"),
         ("--backend fastest", "argument --backend: 'fastest' cannot be used on cpu"),
-        ("--backend cpu --loss reference", "argument --backend: the reference losses have no backends"),
+        ("--backend torch --loss reference", "argument --backend: the reference losses have no backends"),
         ("--method byol", "argument --method: invalid choice: 'byol'"),
         ("--out {file}/below", "argument --out: cannot make the folder"),
     ],

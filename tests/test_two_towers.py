@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from named import IN_FLOAT64
 from torch import Tensor
 
 from train_ref.implementations import LossFunctions, dense_losses, fused_losses
@@ -310,7 +311,7 @@ def embedded_batch(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", IN_FLOAT64)
 def test_fused_gradients_are_the_dense_ones_on_a_real_batch(variant: str, backend: str, tmp_path: Path) -> None:
     left, right, ids = embedded_batch(tmp_path)
     assert false_negatives(ids) > 0.5
@@ -322,7 +323,7 @@ def test_fused_gradients_are_the_dense_ones_on_a_real_batch(variant: str, backen
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("backend", ["cpu", "auto"])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_fused_gradients_are_the_dense_ones_with_hard_negatives(variant: str, backend: str, tmp_path: Path) -> None:
     """Of batches of 12 with two mined for each, the first in float64: copies in the batch, among the own mined and among the others'."""
     left, right, ids = embedded_batch(tmp_path)
@@ -380,7 +381,7 @@ def test_dense_losses_with_hard_negatives_pair_by_pair() -> None:
         assert objective(variant, dense_losses())(*batch).item() == pytest.approx(expected[variant], rel=1e-13)
 
 
-@pytest.mark.parametrize("functions", [dense_losses(), fused_losses("cpu")], ids=["reference", "fused"])
+@pytest.mark.parametrize("functions", [dense_losses(), fused_losses("torch")], ids=["reference", "fused"])
 def test_copies_with_one_embedding_make_plain_and_multi_positive_the_same(functions: LossFunctions, tmp_path: Path) -> None:
     """And so their gradients in whatever comes before the embedding; excluding the copies is another loss."""
     _, right, ids = embedded_batch(tmp_path)
@@ -550,7 +551,7 @@ def test_hard_negatives_after_a_first_epoch_without(tmp_path: Path) -> None:
 
 def test_the_logit_scale_learns_alike_in_both_implementations(tmp_path: Path) -> None:
     data = load_tatoeba(write_tatoeba(tmp_path))
-    scales = [[e.logit_scale for e in train(data, "exclude", 0, f)[1].epochs] for f in (dense_losses(), fused_losses("cpu"))]
+    scales = [[e.logit_scale for e in train(data, "exclude", 0, f)[1].epochs] for f in (dense_losses(), fused_losses("torch"))]
     assert scales[0] == pytest.approx(scales[1], rel=1e-5)
     assert scales[0][-1] != pytest.approx(10.0, abs=1e-3)
 
@@ -595,7 +596,7 @@ def test_digit_halves_fused_and_reference(tmp_path: Path, capsys: pytest.Capture
     labels = [row["row"] for row in result["summary"]]
     assert labels == ["chance", "untrained towers", *(f"{v}, {loss}" for v in VARIANTS for loss in ("fused", "reference"))]
     assert all(label in shown for label in labels)
-    assert result["config"]["backend"] == "cpu" and result["config"]["n_candidates"] == 500
+    assert result["config"]["backend"] == "torch" and result["config"]["n_candidates"] == 500
     assert result["summary"][0]["left_to_right_r1"] == {"mean": pytest.approx(1 / 500), "sd": None}
     assert len(result["comparisons"]) == 3
     for comparison in result["comparisons"]:
@@ -673,7 +674,7 @@ def test_hard_negatives_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         ("--one-of-each", "argument --one-of-each: the pairs of digit-halves have no repeated sentences"),
         ("--device nowhere", "argument --device: 'nowhere' cannot be used"),
         ("--backend fastest", "argument --backend: 'fastest' cannot be used on cpu"),
-        ("--backend cpu --loss reference", "argument --backend: the reference losses have no backends"),
+        ("--backend torch --loss reference", "argument --backend: the reference losses have no backends"),
         ("--out {file}/below", "argument --out: cannot make the folder"),
         ("--temp 0.2", "unrecognized arguments: --temp 0.2"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from named import ON_CPU
 from problems import PROBLEMS
 from problems import Problem as Case
 from torch import Tensor
@@ -72,6 +73,7 @@ def gradients(loss: Loss, leaves: tuple[Tensor, ...], dtype: torch.dtype, **opti
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("mean", [None, 0.0, 1.0, 5.0], ids=["normalized", "0", "1", "5"])
 @pytest.mark.parametrize("name", [*TWICE, *ONCE])
+@pytest.mark.usefixtures("compiled")
 def test_rounded_once(name: str, mean: float | None, dtype: torch.dtype) -> None:
     """Where the parts of a gradient cancel (rows that are not normalised, with a common part) and where they do not: the error is that of
     rounding the exact gradient, up to a tenth. Two gradients that are rounded and added have 1.7 times that when nothing cancels."""
@@ -82,7 +84,7 @@ def test_rounded_once(name: str, mean: float | None, dtype: torch.dtype) -> None
     k, n = features(N, common, 1), features(2 * N, min(common, 1.0) if alone else common, 2)
     leaves = tuple(x.to(dtype) for x in (q, k, n))
     exact = gradients(loss, leaves, torch.float64, normalize=mean is None)
-    for backend in ("auto", "cpu", "reference"):
+    for backend in ("auto", *ON_CPU):
         found = gradients(loss, leaves, dtype, normalize=mean is None, backend=backend)
         for g, e in zip(found, exact, strict=True):
             assert g.dtype == dtype
@@ -116,7 +118,7 @@ def a_gradient_that_is_added_to_is_not_rounded(p: Case, dtype: torch.dtype, back
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("p", CASES, ids=str)
 def test_a_gradient_that_is_added_to_is_not_rounded(p: Case, backend: str, dtype: torch.dtype) -> None:
     a_gradient_that_is_added_to_is_not_rounded(p, dtype, backend)
@@ -124,7 +126,7 @@ def test_a_gradient_that_is_added_to_is_not_rounded(p: Case, backend: str, dtype
 
 @pytest.mark.parametrize("p", CASES[:2], ids=str)
 def test_the_same_in_tiles_of_torch(p: Case, small_tiles: int) -> None:
-    a_gradient_that_is_added_to_is_not_rounded(p, torch.bfloat16, "cpu")
+    a_gradient_that_is_added_to_is_not_rounded(p, torch.bfloat16, "torch")
 
 
 @pytest.mark.parametrize("name", ["moco", "paired too", "mask"])

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--backend",
         metavar="NAME",
-        help="fastnce's backend for the fused losses (default: auto; with --loss both on a CPU: cpu)",
+        help="fastnce's backend for the fused losses (default: auto; with --loss both on a CPU: torch)",
     )
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the preset's)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1; see README.md)")
@@ -131,7 +131,7 @@ def read_options(argv: Sequence[str]) -> Run:
     if options.loss == "reference" and options.backend:
         p.error("argument --backend: the reference losses have no backends; use --loss fused or both")
     # On a CPU, auto may solve problems as small as these densely, and dense against dense would compare nothing.
-    backend = options.backend or ("cpu" if options.loss == "both" and device.type == "cpu" else "auto")
+    backend = options.backend or ("torch" if options.loss == "both" and device.type == "cpu" else "auto")
     implementations = read_implementations(p, options.loss, backend, device)
     data = read_data(p, options, preset)
     out = read_out(p, options, f"{'-'.join(methods)}-{options.loss}")

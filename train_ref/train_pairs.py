@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--backend",
         metavar="NAME",
-        help="fastnce's backend for the fused losses (default: auto; with --loss both on a CPU: cpu)",
+        help="fastnce's backend for the fused losses (default: auto; with --loss both on a CPU: torch)",
     )
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1)")
@@ -175,7 +175,7 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, PairData, Set
     if options.loss == "reference" and options.backend:
         p.error("argument --backend: the reference losses have no backends; use --loss fused or both")
     # On a CPU, auto may solve small problems densely, and dense against dense would compare nothing.
-    options.backend = options.backend or ("cpu" if options.loss == "both" and device.type == "cpu" else "auto")
+    options.backend = options.backend or ("torch" if options.loss == "both" and device.type == "cpu" else "auto")
     implementations = read_implementations(p, options.loss, options.backend, device)
     data, chosen = load(p, options), SETTINGS[options.data]
     settings = Settings(

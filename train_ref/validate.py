@@ -2,7 +2,7 @@
 
 python train_ref/validate.py                   every backend that runs here, three dtypes: five minutes of one core
 python train_ref/validate.py --quick           a minute: fewer scenes, steps and seeds, no outcome
-python train_ref/validate.py --gate replay --backend cpu --dtype bfloat16
+python train_ref/validate.py --gate replay --backend torch --dtype bfloat16
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     triton         backend "triton"; arithmetic over single rows in the CUDA library where that is built
     triton-alone   the same without that library: the race has both
 
-Without a GPU all of them are the backend "cpu", or, emulated, the two of cuda run csrc/cuda as compiled for the CPU (tests/emulated.py).
+Without a GPU all of them are the backend "torch", or, emulated, the two of cuda run csrc/cuda as compiled for the CPU (tests/emulated.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Kernels(NamedTuple):
     def of(name: str, where: str) -> Kernels:
         backend, _, variant = name.partition("-")
         if where == "cpu" or (where == "emulated" and backend != "cuda"):
-            return Kernels(name, "cpu", "cpu")
+            return Kernels(name, "cpu", "torch")
         # Emulated, the table is asked for the tiles of a Hopper; the library's own answer is that of the oldest GPU.
         architecture = OLDEST if variant == "mma" else HOPPER if where == "emulated" else 0
         return Kernels(name, "cuda" if where == "gpu" else "cpu", backend, architecture, variant == "alone")
@@ -81,7 +81,7 @@ def chosen(kernels: Kernels) -> Iterator[None]:
 
 def names(where: str) -> tuple[str, ...]:
     """Those that differ there."""
-    return {"gpu": NAMES, "emulated": NAMES[:2], "cpu": ("cpu",)}[where]
+    return {"gpu": NAMES, "emulated": NAMES[:2], "cpu": ("torch",)}[where]
 
 
 def where() -> str:

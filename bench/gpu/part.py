@@ -4,7 +4,7 @@ A part is a module with main(); it fills a Report and calls finish(), which prin
 the exit status: 1 where something raised that should not have, whatever the figures say. `python -m bench.gpu.part summary` shows
 what all parts left.
 
-The dry run is the same code at tiny sizes on the CPU, with backend="cpu": its figures mean nothing, its exit status does. --emulate is a
+The dry run is the same code at tiny sizes on the CPU, with backend="torch": its figures mean nothing, its exit status does. --emulate is a
 dry run whose parts for the CUDA library run its sources, compiled for the CPU by the part `build`.
 """
 
@@ -58,7 +58,7 @@ class Report:
         self.part, self.dry, self.out = part, self.where != "gpu", options.out
         if not self.dry and not torch.cuda.is_available():
             parser.error("torch finds no CUDA device here; --dry-run shows on the CPU that everything runs")
-        self.device, self.backend = ("cpu", "cpu") if self.dry else ("cuda", options.backend)
+        self.device, self.backend = ("cpu", "torch") if self.dry else ("cuda", options.backend)
         self.asked = tuple(filter(None, options.kernels.split(",")))
         if unknown := [name for name in self.asked if name not in known.RACERS]:
             parser.error(f"unknown kernels {', '.join(unknown)}")

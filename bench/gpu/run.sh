@@ -8,7 +8,7 @@
 #     --kernels cuda,...     those that build, tests, sanitize, accuracy and race look at: kernels.py names them
 #     --backend cuda         the one that bench times and whose bars it checks; triton by default
 #     --wheels DIR           install the wheels of a folder (peers, compute-sanitizer) beside the environment, without asking any index
-#     --dry-run              everything at tiny sizes on the CPU with backend="cpu": no figure means anything, but nothing may raise
+#     --dry-run              everything at tiny sizes on the CPU with backend="torch": no figure means anything, but nothing may raise
 #     --emulate              a dry run, in which build compiles csrc/cuda for the CPU, and what is about its kernels runs them there
 #
 # The CUDA library is found and built in FASTNCE_CACHE_DIR. A part that fails does not stop the others; the exit status is then 1. Bars that

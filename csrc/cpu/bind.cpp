@@ -1,4 +1,4 @@
-// Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/_native.py has prepared; results are written
+// Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/cpu.py has prepared; results are written
 // into tensors that it made. No other unit includes torch.
 #include <limits>
 

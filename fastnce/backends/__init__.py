@@ -9,12 +9,12 @@ from types import ModuleType
 import torch
 
 from fastnce import checks
-from fastnce.backends import cpu, cuda, reference, triton
+from fastnce.backends import cpu, cuda, reference, torch_tiles, triton
 from fastnce.problem import Problem
 
-# In order of preference for "auto". A backend is importable everywhere; what it needs, it looks for in unsupported().
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, reference)}
-AUTO = ("cpu",)
+# The fastest first. A backend is importable everywhere; what it needs, it looks for in unsupported(). "auto" goes through AUTO.
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, torch_tiles, reference)}
+AUTO = ("cpu", "torch")
 
 
 def pick(where: str, name: str, problem: Problem) -> str:

@@ -61,6 +61,6 @@ def test_accuracy_finds_a_planted_error(wrong: str | None, dtype: torch.dtype, m
     monkeypatch.setattr(accuracy, "fused", lambda loss, backend: planted)
     cell = accuracy.Cell("clip", dtype, "random", 24, 0.1)
     sides, parameter = accuracy.inputs(cell, 66)
-    verdicts = accuracy.judge(cell, sides, parameter, exact.Cosines.of("clip", sides), "cpu")
+    verdicts = accuracy.judge(cell, sides, parameter, exact.Cosines.of("clip", sides), "torch")
     outside = {name for name, verdict in verdicts.items() if not verdict.used <= 1}
     assert outside == ({wrong} if wrong != "loss" else {"loss", "row"}) - {None}

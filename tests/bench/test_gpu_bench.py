@@ -214,7 +214,7 @@ def test_which_kernels_are_chosen_and_for_how_long() -> None:
             with gpu_kernels.chosen(Kernels.of(name, "gpu")):
                 assert rows.compiled(torch.ones(1))
     assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.RACERS] == [("cuda", "cuda")] * 2 + [("cuda", "triton")] * 2
-    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.RACERS} == {("cpu", "cpu", 0, False)}
+    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.RACERS} == {("cpu", "torch", 0, False)}
     assert not Kernels.of("cuda", "cpu").objection()
 
 

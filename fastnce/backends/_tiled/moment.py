@@ -1,4 +1,4 @@
-"""Gradients of the CPU backend beside the tiles: the derivative by scale, and factors that keep weights in the range of float32."""
+"""The derivative by scale."""
 
 from __future__ import annotations
 
@@ -7,22 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastnce.problem import Problem, Side, SideGrad
-
-LOG2E = math.log2(math.e)
-
-
-def lift_of(grads: list[SideGrad]) -> Tensor:
-    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
-    of single pairs would leave the normal numbers of float32."""
-    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
-    most = math.log2(torch.finfo(peak.dtype).max) - 24
-    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
-
-
-def rest_of(base: Tensor, own: Tensor) -> Tensor:
-    """2^(base - own), where base is own rounded; 1 where both are infinite."""
-    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))
+from fastnce.backends._tiled.operands import LOG2E
+from fastnce.problem import Problem, Side
 
 
 class Moment:

@@ -1,4 +1,4 @@
-"""Products for the CPU backend: of matrices, the fastest that torch offers on this processor, and of rows."""
+"""Products of matrices, the fastest that torch offers on this processor, and of rows."""
 
 from __future__ import annotations
 

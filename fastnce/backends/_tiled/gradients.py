@@ -1,0 +1,134 @@
+"""What backward starts from, the coefficients of the weights, and the gradients that follow from what the tiles have added."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnce.backends._tiled.gemm import inner
+from fastnce.backends._tiled.moment import Moment
+from fastnce.backends._tiled.operands import LOG2E, Work
+from fastnce.problem import Gradients, Side, SideGrad, Wanted
+
+
+class Weights(NamedTuple):
+    """Coefficients of one side: a negative has the weight negative * exp2(t - base_neg), a positive positive * exp2(t - base_pos) + mean,
+    all of them times lift.
+
+    Unshifted, tiles hold exp2(t), and exp2(-base) is already inside the coefficient.
+    """
+
+    negative: Tensor
+    positive: Tensor
+    mean: Tensor
+    base_neg: Tensor
+    base_pos: Tensor
+
+    @staticmethod
+    def of(work: Work, grad: SideGrad, side: Side, lift: Tensor) -> Weights:
+        # Of an empty set, base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
+        no_negative, no_positive = side.empty()
+        negative, positive, mean = (v * lift for v in grad)
+        if work.in_tile:
+            mean = mean / side.n_pos.clamp(min=1)
+        empty = 1.0 if work.unshifted else 0.0
+        own_neg, own_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
+        dtype = work.x.dtype
+        base_neg, base_pos = own_neg.to(dtype), own_pos.to(dtype)
+        if work.unshifted:
+            negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
+        else:
+            # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
+            negative = negative * _rest_of(base_neg, own_neg)
+            positive = positive * _rest_of(base_pos, own_pos) if work.in_tile else positive
+        return Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos)
+
+
+class Parts(NamedTuple):
+    """What backward adds up, pair by pair.
+
+    weights  of the rows, then of the columns where two_sided
+    dx, dy   sum_j w_ij y_j and sum_i w_ij x_i, times lift; None where not asked for. Where k is q, both are one
+    moment   sum_ij w_ij t_ij; None where not asked for
+    due      sum_ij w_ij: known before, because the exponentials of a set, over their own sum, add up to one
+    """
+
+    work: Work
+    wanted: Wanted
+    weights: list[Weights]
+    dx: Tensor | None
+    dy: Tensor | None
+    moment: Moment | None
+    due: Tensor
+    lift: Tensor
+
+    @staticmethod
+    def of(work: Work, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Parts:
+        """With the pairs that are kept out of the tiles, and nothing from these."""
+        problem = work.problem
+        grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
+        lift = _lift_of(grads)
+        weights = [Weights.of(work, *side, lift) for side in zip(grads, stats, strict=True)]
+        due = torch.stack([(grad.dlse_neg + grad.dlse_pos + grad.dpos).sum() for grad in grads]).sum()
+        moment = Moment(problem, stats[0], work.in_tile, work.x.dtype, due, lift) if wanted.scale else None
+        dx = torch.zeros_like(work.x) if wanted.q else None
+        dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
+        parts = Parts(work, wanted, weights, dx, dy, moment, due, lift)
+        if not work.in_tile:
+            parts._add_aligned()
+        return parts
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether any of them needs the tiles: dbias does not."""
+        return self.wanted.q or self.wanted.k or self.wanted.scale
+
+    def _add_aligned(self) -> None:
+        work, (i, j) = self.work, self.work.aligned()
+        # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
+        ends = [(self.weights[side].positive + self.weights[side].mean)[own] for side, own in work.ends(i, j)]
+        w = ends[0] if len(ends) == 1 else ends[0] + ends[1]
+        if self.moment is not None:
+            self.moment.add((self.moment.aligned[i] - self.moment.at) * w)
+        if self.dx is not None:
+            self.dx[i].addcmul_(w[:, None], work.y[j])
+        if self.dy is not None:
+            self.dy[j].addcmul_(w[:, None], work.x[i])
+
+    def result(self) -> Gradients:
+        """dL/d(q, k, scale, bias). dx and dy are overwritten."""
+        work, problem = self.work, self.work.problem
+        dq_dtype, dk_dtype = problem.gradient_dtypes
+        return Gradients(
+            None if self.dx is None else self._project(self.dx, work.x, work.r_x, dq_dtype),
+            None if self.dy is None or problem.symmetric else self._project(self.dy, work.y, work.r_y, dk_dtype),
+            None if self.moment is None else (self.moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
+            self.due.to(problem.scale.dtype) if self.wanted.bias else None,
+        )
+
+    def _project(self, dx: Tensor, x: Tensor, r: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """From lift * dL/dx (natural log) to dL/drows: ds/dq_hat = root / log2(e) * y, then the backward of q_hat = r q."""
+        root = self.work.root
+        factor = root / LOG2E / self.lift
+        if r is None:
+            dx.mul_(factor.to(dx.dtype))
+        else:
+            radial = (inner(x, dx) / -(root * root)).to(dx.dtype)
+            dx.addcmul_(x, radial[:, None]).mul_((r * factor).to(dx.dtype)[:, None])
+        return dx[:, : self.work.problem.q.shape[1]].to(dtype).contiguous()
+
+
+def _lift_of(grads: list[SideGrad]) -> Tensor:
+    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
+    of single pairs would leave the normal numbers of float32."""
+    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
+    most = math.log2(torch.finfo(peak.dtype).max) - 24
+    return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
+
+
+def _rest_of(base: Tensor, own: Tensor) -> Tensor:
+    """2^(base - own), where base is own rounded; 1 where both are infinite."""
+    return torch.exp2((base - own).masked_fill(own.isinf(), 0.0))

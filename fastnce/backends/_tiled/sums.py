@@ -1,0 +1,88 @@
+"""What forward collects for every row, and the statistics that follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastnce.backends._tiled.gemm import inner
+from fastnce.backends._tiled.operands import LN2, LOG2E, Work
+from fastnce.norms import vector_dtype
+from fastnce.problem import Side
+
+
+class LogSum:
+    """log2 of a running sum of exp2 per row. Unshifted, total is sum exp2(t); elsewhere sum exp2(t - top), and top the largest t so far."""
+
+    def __init__(self, work: Work, rows: int) -> None:
+        self.total = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
+        self.top = None if work.unshifted else work.x.new_full((rows,), -torch.inf)
+
+    def log2(self) -> Tensor:
+        return self.total.log2() if self.top is None else self.total.log2() + self.top
+
+    def own(self) -> Tensor:
+        """What backward divides by: the sum itself, or its logarithm where that is out of range."""
+        return self.total if self.top is None else self.log2()
+
+
+class Sums:
+    """What is collected for one side: a vector each, of the length of its rows.
+
+    negative, positive   of its negatives; of its positives, None where these are kept out of the tiles
+    pos, n_pos           sum of the logits of its positives, and their number
+    tile_pos             the same logits as the tiles have them: an aligned pair has a sum of products of its own in `pos`, which is
+                         rounded less
+    pos_max; low, high   } metrics only: largest positive logit; what negatives are compared with, see compare();
+    rank, ties           } negatives above and between these;
+    hardest_logit        } largest negative logit,
+    hardest              } and its column
+    """
+
+    def __init__(self, work: Work, rows: int) -> None:
+        self.problem = work.problem
+        self.negative = LogSum(work, rows)
+        self.positive = LogSum(work, rows) if work.in_tile else None
+        self.pos = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
+        self.tile_pos = self.pos if work.in_tile else torch.zeros_like(self.pos)
+        self.n_pos = torch.zeros(rows, dtype=torch.int64, device=work.x.device)
+        if self.problem.metrics:
+            self.pos_max = work.x.new_full((rows,), -torch.inf)
+            self.low, self.high = self.pos_max, self.pos_max
+            self.rank, self.ties = torch.zeros_like(self.n_pos), torch.zeros_like(self.n_pos)
+            self.hardest = torch.full_like(self.n_pos, -1)
+            self.hardest_logit = torch.full_like(self.pos_max, -torch.inf)
+
+    @staticmethod
+    def of(work: Work) -> list[Sums]:
+        """Of every side, with the pairs that are kept out of the tiles, and nothing from these."""
+        sums = [Sums(work, len(rows)) for rows in work.sides()]
+        if not work.in_tile:
+            i, j = work.aligned()
+            aligned = inner(work.x[i], work.y[j])
+            for side, own in work.ends(i, j):
+                sums[side].pos[own] = aligned
+                sums[side].n_pos[own] = 1
+        return sums
+
+    def compare(self) -> None:
+        """From the best positives to the bounds that negatives are compared with."""
+        self.low, self.high = (bound.to(self.pos_max.dtype) for bound in self.problem.tied(self.pos_max, LOG2E))
+
+    def result(self) -> Side:
+        lse_neg, own_neg, none = self._nats(self.negative.log2()), self.negative.own(), self.n_pos == 0
+        if self.positive is None:
+            pos = self._nats(self.pos).masked_fill_(none, 0.0)
+            side = Side(lse_neg, pos.masked_fill(none, -torch.inf), pos, self.n_pos, own_neg, self.tile_pos)
+        else:
+            pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(none, 0.0)
+            lse_pos = torch.where(self.n_pos == 1, pos, self._nats(self.positive.log2()))
+            side = Side(lse_neg, lse_pos, pos, self.n_pos, own_neg, self.positive.own())
+        if not self.problem.metrics:
+            return side
+        logits = {"hardest_logit": self._nats(self.hardest_logit), "pos_max": self._nats(self.pos_max)}
+        return side._replace(rank=self.rank, ties=self.ties, hardest=self.hardest, **logits)
+
+    def _nats(self, t: Tensor) -> Tensor:
+        s = t.to(self.pos.dtype) * LN2
+        return s if self.problem.bias is None else s + self.problem.bias

@@ -1,0 +1,231 @@
+"""The backend of torch operations: one 512 x 512 tile of the logits at a time, on any device. Read this file first: the kernels of the
+other backends take the same steps.
+
+    forward    per tile: multiply rows with columns, which gives t. Find out which pairs are positive or excluded. Add exp2(t) of the
+               negatives to the running sum of their row, and of their column.
+    backward   per tile: t again. Turn it into weights w = dL/ds as in reference.py. dx_i += w y_j, dy_j += w' x_i.
+
+Logits are in base 2 and without the bias everywhere below, see _tiled. Where k is q only tiles on or above the diagonal are visited: one
+above it also stands for its mirror image, one on it contains its own. Everything is reduced along dim 1; the columns of a tile are the rows
+of its transposed view. Memory: O(tile * rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnce.backends._tiled.gemm import product
+from fastnce.backends._tiled.gradients import Parts, Weights
+from fastnce.backends._tiled.operands import Work
+from fastnce.backends._tiled.sums import LogSum, Sums
+from fastnce.pairs import Tile, fill_diagonal
+from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+from fastnce.tiles import CPU_TILE
+
+NAME = "torch"
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Runs everything: these are torch's own operations."""
+    return []
+
+
+def forward(problem: Problem) -> list[Side]:
+    """Row statistics, then column statistics where two_sided."""
+    work = Work.of(problem)
+    sums = Sums.of(work)
+    if problem.metrics:
+        _find_best_positives(work, sums)
+    for tile, t in _tiles(work):
+        if not work.in_tile:
+            _see_aligned(work, sums, tile, t)
+        classes = _classify(work, tile, t)
+        views = _views(problem, tile)
+        for view in views:
+            _add_logits(sums[view.side], view, classes)
+        if work.unshifted:
+            classes.exp2_()
+        for view in views:
+            _add_exponentials(sums[view.side], view, classes)
+    return [side.result() for side in sums]
+
+
+def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
+    """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    work = Work.of(problem)
+    parts = Parts.of(work, grads, stats, wanted)
+    dx, dy, moment = parts.dx, parts.dy, parts.moment
+    guarded = [_guarded(weights) for weights in parts.weights]
+    for tile, t in _tiles(work) if parts.in_tiles else ():
+        centered = None if moment is None else t - moment.center
+        classes = _classify(work, tile, t)
+        if work.unshifted:
+            classes.exp2_()
+        w = torch.zeros_like(t)
+        for view in _views(problem, tile):
+            _add_weights(view.of(w), work, parts.weights[view.side], guarded[view.side], view, classes)
+        if moment is not None and centered is not None:
+            moment.add(centered.mul_(w).sum(1))
+        on_diagonal = problem.symmetric and tile.i0 == tile.j0
+        if on_diagonal:
+            w = w + w.T
+        i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+        if dx is not None:
+            dx[i] += product(w, work.y[j].T)
+        if dy is not None and not on_diagonal:
+            # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
+            dy[j] += product(w.T.contiguous(), work.x[i].T)
+    return parts.result()
+
+
+def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[Tile, Tensor]]:
+    """positives: only tiles in which some pair may be one."""
+    rows, columns, symmetric = len(work.x), len(work.y), work.problem.symmetric
+    for i in range(0, rows, CPU_TILE):
+        for j in range(i if symmetric else 0, columns, CPU_TILE):
+            tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
+            if not positives or work.problem.pairs.may_be_positive(tile, symmetric):
+                yield tile, _logits(work.problem, work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
+
+
+def _logits(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
+    if not problem.metrics:
+        return product(x, y)
+    # Ranks compare logits of different tiles. The order in which a product is summed depends on its shape: give it one shape, so that
+    # equal rows have equal logits.
+    full = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x, y)]
+    return product(*full)[: len(x), : len(y)]
+
+
+class _Classes(NamedTuple):
+    """Logits of one tile with all but the negatives at -inf, the same for the positives, and which pairs those are."""
+
+    negative: Tensor
+    positive: Tensor | None = None
+    is_positive: Tensor | None = None
+
+    def exp2_(self) -> None:
+        self.negative.exp2_()
+        if self.positive is not None:
+            self.positive.exp2_()
+
+
+def _classify(work: Work, tile: Tile, t: Tensor) -> _Classes:
+    pairs, symmetric = work.problem.pairs, work.problem.symmetric
+    if not work.in_tile and pairs.q_exclude is None:
+        for diagonal in sum(pairs.diagonals(symmetric), []):
+            fill_diagonal(t, tile, diagonal, -torch.inf)
+        return _Classes(t)
+    positive, excluded = pairs.classify(tile, symmetric, t.device)
+    # masked_fill and never a product with a mask: a nan at an excluded pair must not reach the row.
+    negative = t.masked_fill(positive | excluded, -torch.inf)
+    return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
+
+
+class _View(NamedTuple):
+    """A tile seen from one side: its rows, or (flip) its columns. own, other: the ranges they cover in that side's statistics."""
+
+    side: int
+    flip: bool
+    own: slice
+    other: slice
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.flip else matrix
+
+
+def _views(problem: Problem, tile: Tile) -> list[_View]:
+    i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
+    views = [_View(0, False, i, j)]
+    if problem.two_sided:
+        views.append(_View(1, True, j, i))
+    elif problem.symmetric and i != j:
+        views.append(_View(0, True, j, i))
+    return views
+
+
+def _find_best_positives(work: Work, sums: list[Sums]) -> None:
+    """Before the negatives above them are counted, and from the tiles: the same product gives the same bits for equal rows."""
+    problem = work.problem
+    for tile, t in _tiles(work, positives=True):
+        positive, _ = problem.pairs.classify(tile, problem.symmetric, t.device)
+        best = t.masked_fill(~positive, -torch.inf)
+        for view in _views(problem, tile):
+            pos_max = sums[view.side].pos_max
+            pos_max[view.own] = torch.maximum(pos_max[view.own], view.of(best).amax(1))
+    for side in sums:
+        side.compare()
+
+
+def _see_aligned(work: Work, sums: list[Sums], tile: Tile, t: Tensor) -> None:
+    """The logits of the aligned pairs that lie in this tile; where k is q, of those with j above i."""
+    i, j = work.aligned()
+    offset = j.start - i.start
+    start, stop = max(i.start, tile.i0, tile.j0 - offset), min(i.stop, tile.i1, tile.j1 - offset)
+    if start < stop:
+        aligned = t[start - tile.i0 : stop - tile.i0, start + offset - tile.j0 : stop + offset - tile.j0].diagonal()
+        for side, own in work.ends(slice(start, stop), slice(start + offset, stop + offset)):
+            sums[side].tile_pos[own] = aligned
+
+
+def _add_logits(sums: Sums, view: _View, classes: _Classes) -> None:
+    own = view.own
+    if classes.is_positive is not None and classes.positive is not None:
+        is_positive = view.of(classes.is_positive)
+        sums.pos[own] += view.of(classes.positive).where(is_positive, 0.0).sum(1)
+        sums.n_pos[own] += is_positive.sum(1)
+    if sums.problem.metrics:
+        negative, low, high = view.of(classes.negative), sums.low[own, None], sums.high[own, None]
+        sums.rank[own] += (~(negative <= high)).sum(1)
+        sums.ties[own] += ((low <= negative) & (negative <= high)).sum(1)
+        best, where = negative.masked_fill(negative.isnan(), -torch.inf).max(1)
+        # Tiles come in the order of their columns: the first of equally hard ones stays.
+        better = best > sums.hardest_logit[own]
+        sums.hardest_logit[own] = torch.where(better, best, sums.hardest_logit[own])
+        sums.hardest[own] = torch.where(better, where + view.other.start, sums.hardest[own])
+
+
+def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
+    """Unshifted, classes hold exp2(t); elsewhere t, and the sum so far is multiplied to the new maximum."""
+
+    def add(sum_: LogSum, tile: Tensor) -> None:
+        tile = view.of(tile)
+        if sum_.top is None:
+            sum_.total[view.own] += tile.sum(1)
+            return
+        old = sum_.top[view.own]
+        top = torch.maximum(old, tile.amax(1))
+        # No pair so far, or an infinite logit: inf - inf would be nan. From any finite base exp2(-inf) is 0 and exp2(inf) is inf.
+        base = top.masked_fill(top.isinf(), 0.0)
+        sum_.total[view.own] = sum_.total[view.own] * torch.exp2(old - base) + torch.exp2(tile - base[:, None]).sum(1)
+        sum_.top[view.own] = top
+
+    add(sums.negative, classes.negative)
+    if sums.positive is not None and classes.positive is not None:
+        add(sums.positive, classes.positive)
+
+
+def _guarded(weights: Weights) -> bool:
+    """A coefficient is nan, or may be where reading one would wait: 0 * nan must not reach the pairs that do not count."""
+    some = weights.negative + weights.positive + weights.base_neg + weights.base_pos
+    return some.device.type != "cpu" or bool(some.isnan().any())
+
+
+def _add_weights(w: Tensor, work: Work, weights: Weights, guarded: bool, view: _View, classes: _Classes) -> None:
+    def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
+        tile = view.of(tile)
+        e = tile if work.unshifted else torch.exp2(tile - base[view.own, None])
+        if guarded:
+            w.add_((e * coefficient[view.own, None]).masked_fill_(tile == (0.0 if work.unshifted else -torch.inf), 0.0))
+        else:
+            w.addcmul_(e, coefficient[view.own, None])
+
+    add(classes.negative, weights.negative, weights.base_neg)
+    if classes.positive is not None and classes.is_positive is not None:
+        add(classes.positive, weights.positive, weights.base_pos)
+        w.add_(weights.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
