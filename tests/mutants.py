@@ -25,7 +25,7 @@ from train_ref.gates.scenes import SCENES
 from train_ref.gates.subject import Subject, dtype_name
 from train_ref.gates.trainings import Trainings
 from train_ref.gates.verdict import Verdict, worst
-from train_ref.implementations import DenseQueue, LossFunctions, dense_losses
+from train_ref.implementations import LossFunctions, dense_losses
 
 # Of columns, for a few hundred and for more. They divide none of the sizes in use: the last tile is always ragged.
 TILES = (48, 200)
@@ -288,7 +288,7 @@ def tiled(fault: str = "") -> LossFunctions:
         pairs = Pairs(torch.arange(len(q)), own_before=len(k))
         return reduced(rows(q, torch.cat([k, queue]), 1 / temperature, pairs), reduction, weight)
 
-    return LossFunctions(fault or "tiled", info_nce, nt_xent, sup_con, clip_loss, moco_loss, DenseQueue)
+    return LossFunctions(fault or "tiled", {loss.__name__: loss for loss in (info_nce, nt_xent, sup_con, clip_loss, moco_loss)})
 
 
 # The measured tables --------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastnce
-from train_ref.golden import make
+from train_ref.truth.golden import make
 
 GOLDEN = json.loads(make.FILE.read_text())
 CASES: list[dict[str, Any]] = GOLDEN["cases"]

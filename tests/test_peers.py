@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fastnce
 from fastnce.bench import forms, packages
-from train_ref.golden import make
+from train_ref.truth.golden import make
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
 fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from train_ref.gates.call import Answer, Both, Drive, call, lengths, upstream
 from train_ref.gates.cases import Case
-from train_ref.gates.dense_rows import row_losses
+from train_ref.truth import LOSSES
 
 U = 2.0**-24
 STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -84,7 +84,7 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
     mass = given if case.option == "weight" else given * -torch.expm1(-exact.rows)
-    rated = (4 if case.loss in ("nt_xent", "sup_con") else 2) * scale
+    rated = (4 if LOSSES[case.loss].symmetric else 2) * scale
     terms = rated * mass.norm().item()
     # float64 takes differences too: of solved rows at low temperatures 1e-13 of all terms is all that it knows.
     unknown = 1e-13 * rated * given.norm().item()
@@ -124,14 +124,11 @@ def of_rows(case: Case, order: int = 0) -> Both:
     def both(sides: list[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
         places = {n: shuffled(n) for n in sorted({len(side) for side in sides})}  # of sides that belong together the same
         own, coordinates = places[len(sides[0])], shuffled(case.d)
-        labels, ids = case.labels(), case.ids()
-        if labels is not None:
-            ids = (labels, labels)
-        if ids is not None:
-            ids = ids[0][own], ids[1][own]
+        labels, loss = case.labels(), LOSSES[case.loss]
+        given = case.named_ids() | ({} if labels is None else {"labels": labels})
         moved = [side[places[len(side)]][:, coordinates] for side in sides]
-        given = {"exclude" if case.option == "exclude ids" else "ids": ids}
-        rows = row_losses(case.loss, moved, scale, **given).view(-1, len(own))[:, own.argsort()].flatten()
+        rows = loss.function(*moved, **{name: of_rows[own] for name, of_rows in given.items()}, **{loss.number: scale})
+        rows = rows.view(-1, len(own))[:, own.argsort()].flatten()
         weights = case.weights()
         if weights is None:
             return rows, rows.mean()

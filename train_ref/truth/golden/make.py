@@ -1,6 +1,6 @@
 """Golden vectors: losses and gradients in float64, of four other projects' own code and of the formulas of three restated.
 
-    python train_ref/golden/make.py            # writes peers.json beside this file; needs the peers, see PEERS
+    python train_ref/truth/golden/make.py      # writes peers.json beside this file; needs the peers, see PEERS
 
 peers.json lets a machine without the peers hold fastnce to them. Each case names who computed it, the fastnce call that
 must agree, and the conversion between the two: peer = times * fastnce + plus. Inputs are not stored but described:
@@ -281,7 +281,7 @@ def evaluate(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ and train_ref/ are folders of the checkout, never installed
+    sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ and train_ref/ are folders of the checkout, never installed
     from train_ref import files
 
     return files.command("make.py")(make)(files.write)
