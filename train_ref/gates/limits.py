@@ -73,17 +73,17 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     scale, given = 1 / case.temperature, effective(case, drive, len(exact.rows))
     low = max(1.0, 0.02 / case.temperature)
 
-    mean = max(5e-6 * exact.mean, 1e-6) * low
+    mean = max(5e-6 * abs(exact.mean), 1e-6) * low
     # Of identical rows dense torch's logits have equal bits, and m is 0 by luck: an lse next to logits of size scale
     # rounds by u scale, in any order but that one.
     if case.kind != "identical":
         # The mean of a few rows is as uncertain as a row.
-        few = max(4 * max(1.0, exact.mean), 32 * max(1.0, scale) / len(exact.rows))
+        few = max(4 * max(1.0, abs(exact.mean)), 32 * max(1.0, scale) / len(exact.rows))
         mean = min(mean, 2 * max(abs(single.mean - exact.mean) for single in singles) + U * few)
     rows = 2 * max(largest(single.rows - exact.rows) for single in singles) + 32 * U * max(1.0, scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
-    mass = given if case.option == "weight" else given * -torch.expm1(-exact.rows)
+    mass = given if case.option == "weight" else given * LOSSES[case.loss].share(exact.rows)
     rated = (4 if LOSSES[case.loss].symmetric else 2) * scale
     terms = rated * mass.norm().item()
     # float64 takes differences too: of solved rows at low temperatures 1e-13 of all terms is all that it knows.

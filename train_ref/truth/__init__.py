@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from train_ref.truth import losses
@@ -23,6 +24,16 @@ class Rows(NamedTuple):
     labels: Tensor
 
 
+def _of_negatives(values: Tensor) -> Tensor:
+    """1 - p, p the share of the positives in the sum: next to nothing where the loss is solved."""
+    return -torch.expm1(-values)
+
+
+def _whole(values: Tensor) -> Tensor:
+    """The positives are no part of the sum."""
+    return torch.ones_like(values)
+
+
 class Loss(NamedTuple):
     """A public loss and its truth.
 
@@ -34,6 +45,7 @@ class Loss(NamedTuple):
     example     the tensors of one call, by name
     symmetric   the keys are the queries
     number      the name of the argument that multiplies the cosines
+    share       from the values of the rows: what the weights dL/ds of a row's negatives add up to
     """
 
     name: str
@@ -44,6 +56,7 @@ class Loss(NamedTuple):
     example: Callable[[Rows], dict[str, Tensor]]
     symmetric: bool = False
     number: str = "scale"
+    share: Callable[[Tensor], Tensor] = _of_negatives
 
 
 ONE_POSITIVE = "softplus(lse_neg - pos)"
@@ -86,6 +99,7 @@ LOSSES = {
         Loss(
             "sup_con", "SupConLoss", losses.sup_con, ("features",), "softplus(lse_neg - lse_pos) + lse_pos - pos", _sup_con, symmetric=True
         ),
+        Loss("dcl_loss", "DCLLoss", losses.dcl_loss, ("z0", "z1"), "lse_neg - pos", _two_views, symmetric=True, share=_whole),
         Loss("moco_loss", "MoCoLoss", losses.moco_loss, ("q", "k", "queue"), ONE_POSITIVE, _moco),
     )
 }

@@ -180,6 +180,18 @@ def nt_xent(z0: Tensor, z1: Tensor | None = None, temperature: Number = 0.5, *, 
     return one_positive(*_two_views(z0, z1, temperature, scale))
 
 
+def dcl_loss(z0: Tensor, z1: Tensor | None = None, temperature: Number = 0.1, *, scale: Number | None = None) -> Tensor:
+    """DCL (2B,): NT-Xent without the positive in the sum, log sum_{j != i, p} exp s_ij - s_ip; 0, also in the gradient, where B is 1.
+
+    Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
+    """
+    s, partner = _two_views(z0, z1, temperature, scale)
+    pos = s.gather(1, partner[:, None])
+    if len(s) == 2:
+        return 0 * pos[:, 0]
+    return s.scatter(1, partner[:, None], -torch.inf).logsumexp(1) - pos[:, 0]
+
+
 def sup_con(
     features: Tensor,
     labels: Tensor,
