@@ -15,7 +15,7 @@ from torch import Tensor
 import fastnce
 from bench import dense
 from bench.dense import CAREFUL, CHUNKED, EAGER, LOSSES, Contestant
-from train_ref.golden import packages
+from train_ref.truth.golden import packages
 
 OURS = "fastnce"
 

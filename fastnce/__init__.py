@@ -4,14 +4,15 @@ from fastnce._version import __version__
 from fastnce.checks import debug
 from fastnce.formulas import RetrievalStats
 from fastnce.logit_scale import LogitScale
-from fastnce.losses import clip_loss, info_nce, moco_loss, nt_xent, sup_con
-from fastnce.modules import ClipLoss, InfoNCE, MoCoLoss, NTXentLoss, SupConLoss
+from fastnce.losses import clip_loss, dcl_loss, info_nce, moco_loss, nt_xent, sup_con
+from fastnce.modules import ClipLoss, DCLLoss, InfoNCE, MoCoLoss, NTXentLoss, SupConLoss
 from fastnce.queue import NegativeQueue
 from fastnce.stats import ContrastiveStats, contrastive_stats, merge
 
 __all__ = [
     "ClipLoss",
     "ContrastiveStats",
+    "DCLLoss",
     "InfoNCE",
     "LogitScale",
     "MoCoLoss",
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "clip_loss",
     "contrastive_stats",
+    "dcl_loss",
     "debug",
     "info_nce",
     "merge",

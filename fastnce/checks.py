@@ -25,7 +25,7 @@ CHOICES = {
     "unlabelled": ("alone", "own_views"),
 }
 # Of the loss of that name, where neither temperature nor scale is given.
-TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "sup_con": 0.1, "moco_loss": 0.07}
+TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "dcl_loss": 0.1, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Not uint64: int64, as which ids are compared, does not hold all of its numbers.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)

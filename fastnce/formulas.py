@@ -62,6 +62,12 @@ def l_in(found: ContrastiveStats) -> Tensor:
     return values.masked_fill(none, 0.0)
 
 
+def decoupled(found: ContrastiveStats) -> Tensor:
+    """log(sum over negatives) - mean positive logit (Yeh et al. 2021, eq. 6), 0 for a row without positives or without negatives."""
+    nothing = (found.n_pos == 0) | (found.lse_neg == -torch.inf)
+    return (found.lse_neg.masked_fill(nothing, 0.0) - found.pos).masked_fill(nothing, 0.0)
+
+
 def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction, like: Tensor) -> Tensor:
     """none, sum, or mean (with weights: sum of weight * value over sum of weight, 0 where that is 0), in the dtype of results for
     features `like`."""

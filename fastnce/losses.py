@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fastnce import checks, hints, relations, small, stats
-from fastnce.formulas import Loss, Reduction, answer, l_in, l_out, reduced
+from fastnce.formulas import Loss, Reduction, answer, decoupled, l_in, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 from fastnce.queue import NegativeQueue
+from fastnce.views import two_views
 from fastnce.wide import shared as shared_uses
 
 
@@ -192,33 +193,42 @@ def nt_xent(
     tensor(1.0986)
     """
     where = "nt_xent"
-    if z1 is None:
-        checks.features(where, z0=z0)
-        if z0.shape[0] % 2:
-            raise ValueError(f"{where}: z0 is {tuple(z0.shape)}; without z1 it holds two views, [view 0; view 1]: an even number of rows")
-        checks.values(where, normalize, z0=z0)
-        z, wide = z0, None
-    else:
-        checks.features(where, z0=z0, z1=z1)
-        z0, z1 = checks.one_dtype(where, z0=z0, z1=z1)
-        if z0.shape != z1.shape:
-            raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
-        checks.values(where, normalize, z0=z0, z1=z1)
-        z, (wide, other) = torch.cat([z0, z1]), shared_uses(z0, z1)
-        wide = None if wide is None or other is None else torch.cat([wide, other])
-    rows = z.shape[0]
-    checks.reduction(where, reduction, rows)
-    checks.options(where, normalize=normalize, return_stats=return_stats)
-    if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
-        weight = torch.cat([weight, weight])
-    weight = checks.weights(where, weight, rows, z, rows // 2)
-    hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, z)
-    problem = Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, return_stats, q_wide=wide)
+    checks.options(where, return_stats=return_stats)
+    problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight, return_stats)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
-    return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, z), found, scale, None, return_stats)
+    loss = reduced(l_out(found, one_positive=True), weight, reduction, problem.q)
+    return answer(where, loss, found, problem.scale, None, return_stats)
+
+
+def dcl_loss(
+    z0: Tensor,
+    z1: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    reduction: Reduction = "mean",
+    *,
+    scale: float | Tensor | None = None,
+    normalize: bool = True,
+    weight: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """DCL, NT-Xent whose denominator leaves out the positive: mean over i of log(sum_{j != i, p} exp(s_ij)) - s_ip, p the other view of i.
+
+    z0, z1        (B, D) two views, or z0 (2B, D) alone, as in nt_xent; weight too
+    temperature   as in info_nce. Without it and scale: 0.1
+    Others as in info_nce. Returns a 0-dim float32 (float64) tensor in nats, below 0 where the positive outweighs all negatives;
+    reduction="none": (2B,), rows of z0 first. A batch of one example has no negatives: 0, without gradient.
+    Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
+
+    >>> dcl_loss(torch.eye(4), temperature=1.0)  # two negatives at similarity 0, as the positive
+    tensor(0.6931)
+    """
+    where = "dcl_loss"
+    problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
+    found = stats.compute(where, problem, backend)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
+    return reduced(decoupled(found), weight, reduction, problem.q)
 
 
 def sup_con(
@@ -287,7 +297,7 @@ def sup_con(
         hints.views_second(where, features)
         labels = torch.arange(examples, device=features.device)
     elif labels is not None and unlabelled == "own_views":
-        labels = _with_own_labels(labels)
+        labels = relations.with_own_labels(labels)
     else:
         hints.negative_ids(where, ("labels",), (labels,))
     pairs = Pairs(exclude_self=True, q_label=None if labels is None else labels.repeat(n_views), mask=mask)
@@ -311,14 +321,6 @@ def sup_con(
     result = answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
     hints.anchors(where, found.n_pos, n_views, mask is not None, no_positive == "skip")
     return result
-
-
-def _with_own_labels(labels: Tensor) -> Tensor:
-    """Each negative label replaced by one that no other example has. Any int64 may be in use, so the others are renumbered, from 0 or 1 to
-    at most their number."""
-    ranked, order = labels.sort()
-    numbers = torch.empty_like(labels).scatter(0, order, (ranked != ranked.roll(1)).cumsum(0))
-    return numbers.where(labels >= 0, len(labels) + 1 + torch.arange(len(labels), device=labels.device))
 
 
 def clip_loss(

@@ -206,6 +206,26 @@ class NTXentLoss(_Loss):
         return losses.nt_xent(z0, z1, weight=weight, **self._given())
 
 
+class DCLLoss(_Loss):
+    """losses.dcl_loss as a module; forward(z0, z1=None, weight=None)."""
+
+    _function = staticmethod(losses.dcl_loss)
+
+    def __init__(
+        self,
+        temperature: float | Tensor | None = None,
+        reduction: Reduction = "mean",
+        *,
+        scale: float | Tensor | LogitScale | None = None,
+        normalize: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature=temperature, reduction=reduction, scale=scale, normalize=normalize, backend=backend)
+
+    def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        return losses.dcl_loss(z0, z1, weight=weight, **self._given())
+
+
 class SupConLoss(_Loss):
     """losses.sup_con as a module; forward(features, labels=None, mask=None, weight=None)."""
 

@@ -124,3 +124,11 @@ def disagreement(a: Tensor | None, b: Tensor | None) -> int | None:
         return None
     differ = (a != b) & (a >= 0) & (b >= 0)
     return int(differ.nonzero()[0]) if bool(differ.any()) else None
+
+
+def with_own_labels(labels: Tensor) -> Tensor:
+    """Each negative label replaced by one that no other example has. Any int64 may be in use, so the others are renumbered, from 0 or 1 to
+    at most their number."""
+    ranked, order = labels.sort()
+    numbers = torch.empty_like(labels).scatter(0, order, (ranked != ranked.roll(1)).cumsum(0))
+    return numbers.where(labels >= 0, len(labels) + 1 + torch.arange(len(labels), device=labels.device))

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
 CASES: dict[str, Callable[[Inputs, str], object]] = {
     "info_nce": lambda x, backend: losses.info_nce(x.a, x.b, None, x.temperature, "none", backend=backend),
     "nt_xent": lambda x, backend: losses.nt_xent(x.a, x.b, x.temperature, "none", backend=backend),
+    "dcl_loss": lambda x, backend: losses.dcl_loss(x.a, x.b, x.temperature, "none", backend=backend),
     "sup_con": lambda x, backend: losses.sup_con(x.a, x.labels, None, x.temperature, reduction="none", backend=backend),
     "clip_loss": lambda x, backend: losses.clip_loss(x.a, x.b, 1 / x.temperature, None, "none", backend=backend),
     "moco_loss": lambda x, backend: losses.moco_loss(x.a, x.b, x.queue, x.temperature, "none", backend=backend),

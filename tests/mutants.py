@@ -25,7 +25,7 @@ from train_ref.gates.scenes import SCENES
 from train_ref.gates.subject import Subject, dtype_name
 from train_ref.gates.trainings import Trainings
 from train_ref.gates.verdict import Verdict, worst
-from train_ref.implementations import DenseQueue, LossFunctions, dense_losses
+from train_ref.implementations import LossFunctions, dense_losses
 
 # Of columns, for a few hundred and for more. They divide none of the sizes in use: the last tile is always ragged.
 TILES = (48, 200)
@@ -74,13 +74,15 @@ MUTANTS = (
 @dataclass(frozen=True)
 class Pairs:
     """What column j is to row i: its partner or a column with its label (of rows and columns) is positive; excluded are itself,
-    the columns before own_before that are not its partner, and those with its excluded label that are not positive."""
+    the columns before own_before that are not its partner, and those with its excluded label that are not positive. In a decoupled
+    loss the positives are no part of the sum."""
 
     partner: Tensor | None = None
     labels: tuple[Tensor, Tensor] | None = None
     exclude_self: bool = False
     own_before: int = 0
     excluded: tuple[Tensor, Tensor] | None = None
+    decoupled: bool = False
 
     def tile(self, rows: int, columns: Tensor, fault: str, backward: bool = False) -> tuple[Tensor, Tensor]:
         """(rows, columns) positive and kept."""
@@ -147,22 +149,23 @@ class Tiled(torch.autograd.Function):
             total += exact.masked_fill(~positive, 0.0).sum(1)
             n_pos += positive.sum(1)
         lse_neg, lse_pos = negatives.value(q_hat), positives.value(q_hat)
-        some = n_pos > 0
-        lse = F.softplus(lse_neg - lse_pos) + lse_pos
+        some = (n_pos > 0) & (lse_neg > -torch.inf) if pairs.decoupled else n_pos > 0
+        lse = lse_neg if pairs.decoupled else F.softplus(lse_neg - lse_pos) + lse_pos
         loss = torch.where(some, lse - total / n_pos.clamp(min=1), lse_neg if fault == "lonely anchor" else 0.0)
-        ctx.save_for_backward(q_hat, q_norm, k_hat, k_norm, scale, lse_neg, lse_pos, n_pos)
+        ctx.save_for_backward(q_hat, q_norm, k_hat, k_norm, scale, lse_neg, lse_pos, n_pos, some)
         ctx.pairs, ctx.fault, ctx.symmetric, ctx.dtype = pairs, fault, k is None, q.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q_hat, q_norm, k_hat, k_norm, scale, lse_neg, lse_pos, n_pos = ctx.saved_tensors
+        q_hat, q_norm, k_hat, k_norm, scale, lse_neg, lse_pos, n_pos, some = ctx.saved_tensors
         fault, dtype = ctx.fault, ctx.dtype
         if fault == "row 0":
             upstream = upstream[0].expand_as(upstream)
         if fault == "no upstream":
             upstream = upstream.abs()
-        share = torch.sigmoid(lse_neg - lse_pos)[:, None]  # of the negatives in the sum
+        # Of the negatives in the sum.
+        share = torch.ones_like(lse_neg)[:, None] if ctx.pairs.decoupled else torch.sigmoid(lse_neg - lse_pos)[:, None]
         dq, dk, dscale = torch.zeros_like(q_hat), torch.zeros_like(k_hat), torch.zeros_like(scale)
         for columns in tiles(len(k_hat), fault):
             cosine = product(q_hat, k_hat[columns], dtype, fault)
@@ -172,7 +175,7 @@ class Tiled(torch.autograd.Function):
             negative = (s - lse_neg[:, None]).exp() * share
             # Of one positive: 1 - 1 - share, where nothing cancels.
             w = torch.where(positive, (of_positives - one) - of_positives * share, negative)
-            w = w.masked_fill(~(kept & (n_pos > 0)[:, None]), 0.0) * upstream[:, None]
+            w = w.masked_fill(~(kept & some[:, None]), 0.0) * upstream[:, None]
             dscale += (w * cosine).sum()
             if fault == "one-hot outside":
                 ones = one * upstream[:, None]
@@ -241,9 +244,15 @@ def tiled(fault: str = "") -> LossFunctions:
         rows = rows * weight
         return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weight.sum()}[reduction]
 
-    def nt_xent(z0: Tensor, z1: Tensor, temperature: Any = 0.5, reduction: str = "mean", *, weight: Tensor | None = None) -> Tensor:
+    def two_views(z0: Tensor, z1: Tensor, temperature: Any, decoupled: bool = False) -> Tensor:
         partner = torch.arange(2 * len(z0)).roll(len(z0))
-        return reduced(rows(torch.cat([z0, z1]), None, 1 / temperature, Pairs(partner, exclude_self=True)), reduction, weight)
+        return rows(torch.cat([z0, z1]), None, 1 / temperature, Pairs(partner, exclude_self=True, decoupled=decoupled))
+
+    def nt_xent(z0: Tensor, z1: Tensor, temperature: Any = 0.5, reduction: str = "mean", *, weight: Tensor | None = None) -> Tensor:
+        return reduced(two_views(z0, z1, temperature), reduction, weight)
+
+    def dcl_loss(z0: Tensor, z1: Tensor, temperature: Any = 0.1, reduction: str = "mean", *, weight: Tensor | None = None) -> Tensor:
+        return reduced(two_views(z0, z1, temperature, decoupled=True), reduction, weight)
 
     def info_nce(
         query: Tensor,
@@ -288,7 +297,8 @@ def tiled(fault: str = "") -> LossFunctions:
         pairs = Pairs(torch.arange(len(q)), own_before=len(k))
         return reduced(rows(q, torch.cat([k, queue]), 1 / temperature, pairs), reduction, weight)
 
-    return LossFunctions(fault or "tiled", info_nce, nt_xent, sup_con, clip_loss, moco_loss, DenseQueue)
+    losses = (info_nce, nt_xent, dcl_loss, sup_con, clip_loss, moco_loss)
+    return LossFunctions(fault or "tiled", {loss.__name__: loss for loss in losses})
 
 
 # The measured tables --------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "paired": lambda q, k, s, **o: fastnce.info_nce(q, k, paired(k), scale=s, negative_mode="paired", in_batch=True, **o),
     "ragged": lambda q, k, s, **o: fastnce.info_nce(q, k, (paired(k).flatten(0, 1), torch.arange(0, 2 * len(k) + 1, 2)), scale=s, **o),
     "nt_xent": lambda q, k, s, **o: fastnce.nt_xent(q, k, scale=s, **o),
+    "dcl": lambda q, k, s, **o: fastnce.dcl_loss(q, k, scale=s, **o),
     "sup_con": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, scale=s, **o),
     "sup_con in": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, variant="in", scale=s, **o),
     "clip": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),

@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,8 +22,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
-from fastnce import LogitScale, NegativeQueue, backends, checks, clip_loss, contrastive_stats, info_nce, moco_loss, nt_xent, sup_con
+from fastnce import (
+    LogitScale,
+    NegativeQueue,
+    backends,
+    checks,
+    clip_loss,
+    contrastive_stats,
+    dcl_loss,
+    info_nce,
+    moco_loss,
+    nt_xent,
+    sup_con,
+)
 from fastnce.backends import torch_tiles
+from train_ref.truth import losses
 
 BACKENDS = ("auto", *backends.BACKENDS)
 HALVES = (torch.bfloat16, torch.float16)
@@ -85,6 +99,7 @@ ENTRIES = {
         ragged, pair(*KEYS, values=lambda: x(6, 5, seed=2), offsets=lambda: torch.arange(7)), (*KEYS, "values"), ids=("offsets",)
     ),
     "nt_xent": Entry(nt_xent, pair("z0", "z1"), ("z0", "z1")),
+    "dcl": Entry(dcl_loss, pair("z0", "z1"), ("z0", "z1")),
     "sup_con": Entry(sup_con, lambda: {"features": x(6, 5), "labels": ids(6)}, ("features",), ids=("labels",)),
     "views": Entry(sup_con, lambda: {"features": x(6, 2, 5), "labels": ids(6)}, ("features",), ids=("labels",)),
     "clip": Entry(clip_loss, pair("image", "text", logit_scale=lambda: 10.0), ("image", "text"), "logit_scale"),
@@ -293,7 +308,7 @@ def test_temperature_out_of_the_range_of_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_reductions_and_weights(name: str) -> None:
-    entry, n = ENTRIES[name], {"nt_xent": 12, "views": 12}.get(name, 6)
+    entry, n = ENTRIES[name], {"nt_xent": 12, "dcl": 12, "views": 12}.get(name, 6)
     for wrong in ("foo", None, "Mean"):
         with raises(ValueError, f"{entry.name}: {wrong!r} is not a valid value for reduction; use one of 'none', 'mean', 'sum'"):
             entry(reduction=wrong)
@@ -360,6 +375,7 @@ VALUE_ERRORS: dict[str, Callable[[], object]] = {
     "info_nce: expected negative_keys to be ...got one number: ...by its name": lambda: info_nce(x(6, 5), x(6, 5), torch.tensor([0.07])),
     "info_nce: ids relate queries to in-batch or unpaired keys, and there": lambda: ENTRIES["paired"](query_ids=ids(6)),
     "info_nce: query has 2147483648 rows; at most 2^31 - 1": lambda: info_nce(torch.zeros(1, 1).expand(2**31, 1), x(6, 1)),
+    "dcl_loss: z0 is (5, 5); without z1 it holds two views, ...an even number of rows": lambda: dcl_loss(x(5, 5)),
     "nt_xent: z0 is (5, 5); without z1 it holds two views, ...an even number of rows": lambda: nt_xent(x(5, 5)),
     "nt_xent: z0 is (6, 5) and z1 is (5, 5); two views have the same number": lambda: nt_xent(x(6, 5), x(5, 5)),
     "sup_con: Cannot define both `labels` and `mask`": lambda: sup_con(x(6, 5), ids(6), torch.ones(6, 6, dtype=torch.bool)),
@@ -420,6 +436,7 @@ def test_message(error: type[Exception], words: str) -> None:
     [
         (fastnce.InfoNCE, info_nce, [(6, 5), (4, 5)]),
         (fastnce.NTXentLoss, nt_xent, [(6, 5), (5, 5)]),
+        (fastnce.DCLLoss, dcl_loss, [(6, 5), (5, 5)]),
         (fastnce.SupConLoss, sup_con, [(6, 0, 5)]),
         (fastnce.ClipLoss, lambda *z, **options: clip_loss(*z, 10.0, **options), [(6, 5), (4, 5)]),
         (lambda **options: fastnce.MoCoLoss(4, 5, **options), lambda *z, **options: moco_loss(*z, x(4, 5), **options), [(6, 5), (5, 5)]),
@@ -460,7 +477,7 @@ def assert_nothing_to_learn(loss: Tensor, arguments: dict[str, Any]) -> None:
 
 
 EMPTY: dict[str, tuple[str, dict[str, Callable[[], Any]]]] = {
-    **{name: (name, {}) for name in ("in-batch", "ids", "nt_xent", "sup_con", "clip", "captions")},
+    **{name: (name, {}) for name in ("in-batch", "ids", "nt_xent", "dcl", "sup_con", "clip", "captions")},
     "more keys": ("in-batch", {"positive_key": lambda: x(3, 5)}),
     "symmetric": ("in-batch", {"symmetric": lambda: True}),
     "unpaired": ("unpaired", {"negative_keys": lambda: x(7, 5)}),
@@ -493,7 +510,7 @@ def test_empty_batch(case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["in-batch", "symmetric", "ids", "nt_xent", "sup_con", "views", "clip", "captions"])
+@pytest.mark.parametrize("name", ["in-batch", "symmetric", "ids", "nt_xent", "dcl", "sup_con", "views", "clip", "captions"])
 def test_batch_of_one(name: str, backend: str) -> None:
     """One positive and nothing else: log(1) = 0, and nothing to learn."""
     entry = ENTRIES[{"symmetric": "in-batch"}.get(name, name)]
@@ -644,32 +661,13 @@ def test_the_length_of_a_row_does_not_matter_up_to_the_limits(name: str, feature
         torch.testing.assert_close(found, expected.double(), rtol=2e-6, atol=2e-6)
 
 
-def of_unit_rows(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *rows: formula(*(F.normalize(z, dim=-1) for z in rows))
-
-
-def cross_entropy(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
-
-
-def positive_first(positive: Tensor, negatives: Tensor) -> Tensor:
-    return F.cross_entropy(torch.cat([positive[:, None], negatives], 1), same(len(positive)), reduction="none")
-
-
-def two_views(a: Tensor, b: Tensor) -> Tensor:
-    z = torch.cat([a, b])
-    s = (z @ z.T).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
-    return F.cross_entropy(s, torch.arange(len(z)).roll(len(a)), reduction="none")
-
-
 DENSE: dict[str, Callable[..., Tensor]] = {
-    "in-batch": of_unit_rows(lambda q, k: cross_entropy(q @ k.T)),
-    "unpaired": of_unit_rows(lambda q, k, n: positive_first((q * k).sum(1), q @ n.T)),
-    "paired": of_unit_rows(lambda q, k, n: positive_first((q * k).sum(1), (q[:, None] * n).sum(2))),
-    "ragged": of_unit_rows(lambda q, k, n: positive_first((q * k).sum(1), (q * n).sum(1, keepdim=True))),
-    "nt_xent": of_unit_rows(two_views),
-    "clip": of_unit_rows(lambda q, k: (cross_entropy(q @ k.T) + cross_entropy(k @ q.T)) / 2),
-    "moco": of_unit_rows(lambda q, k, n: positive_first((q * k).sum(1), q @ n.T)),
+    **dict.fromkeys(("in-batch", "unpaired", "paired"), partial(losses.info_nce, scale=1.0)),
+    "ragged": lambda query, positive_key, values: losses.info_nce(query, positive_key, values[:, None], scale=1.0),
+    "nt_xent": partial(losses.nt_xent, scale=1.0),
+    "dcl": partial(losses.dcl_loss, scale=1.0),
+    "clip": partial(losses.clip_loss, logit_scale=1.0),
+    "moco": partial(losses.moco_loss, scale=1.0),
 }
 
 
@@ -842,7 +840,7 @@ def test_autocast_lowers_nothing(name: str) -> None:
 
 # Derivatives ----------------------------------------------------------------------------------------------------------------------------
 
-FUSED = ("in-batch", "ids", "unpaired", "nt_xent", "sup_con", "clip", "captions", "moco", "stats")
+FUSED = ("in-batch", "ids", "unpaired", "nt_xent", "dcl", "sup_con", "clip", "captions", "moco", "stats")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -956,7 +954,7 @@ def test_tensors_without_values(name: str, mode: str) -> None:
         with kind(mode), fastnce.debug(on):
             found = ENTRIES[name](**({"reduction": "none"} if name in LOSSES else {}))
             vector = found if name in LOSSES else found.lse_neg
-            assert vector.shape == ({"nt_xent": 12, "views": 12}.get(name, 6),) and vector.dtype == torch.float32
+            assert vector.shape == ({"nt_xent": 12, "dcl": 12, "views": 12}.get(name, 6),) and vector.dtype == torch.float32
             assert vector.is_meta == (mode == "meta")
 
 

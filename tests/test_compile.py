@@ -205,6 +205,7 @@ def test_refusals() -> None:
 NUMBERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "info_nce": lambda q, k, t: fastnce.info_nce(q, k, temperature=t),
     "nt_xent": lambda q, k, t: fastnce.nt_xent(q, k, t),
+    "dcl": lambda q, k, t: fastnce.dcl_loss(q, k, t),
     "sup_con": lambda q, k, t: fastnce.sup_con(q, torch.arange(12) % 5, temperature=t),
     "clip": lambda q, k, t: fastnce.clip_loss(q, k, t, t),
     "moco": lambda q, k, t: fastnce.moco_loss(q, k, k, t),

@@ -14,7 +14,7 @@ from test_bad_input import ENTRIES, LOSSES, x
 from torch import Tensor
 
 import fastnce
-from fastnce import clip_loss, contrastive_stats, info_nce, moco_loss, nt_xent, sup_con
+from fastnce import clip_loss, contrastive_stats, dcl_loss, info_nce, moco_loss, nt_xent, sup_con
 
 A, B, QUEUE = x(16, 5), x(16, 5, seed=3), x(7, 5, seed=5)
 VIEWS = torch.stack([A, B], dim=1)
@@ -63,10 +63,12 @@ def scale(call: Callable[..., Any], given: object) -> Suspect:
 TEMPERED: dict[str, Callable[..., Any]] = {
     "info_nce": lambda **t: info_nce(A, B, **t),
     "nt_xent": lambda **t: nt_xent(A, B, **t),
+    "dcl_loss": lambda **t: dcl_loss(A, B, **t),
     "sup_con": lambda **t: sup_con(VIEWS, IDS, **t),
     "moco_loss": lambda **t: moco_loss(A, B, QUEUE, **t),
     "info_nce: module": lambda **t: fastnce.InfoNCE(**t)(A, B),
     "nt_xent: module": lambda **t: fastnce.NTXentLoss(**t)(A, B),
+    "dcl_loss: module": lambda **t: fastnce.DCLLoss(**t)(A, B),
     "sup_con: module": lambda **t: fastnce.SupConLoss(**t)(VIEWS, IDS),
     "moco_loss: module": lambda **t: fastnce.MoCoLoss(7, 5, **t)(A, B),
 }

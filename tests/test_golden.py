@@ -16,7 +16,7 @@ import torch
 from named import ON_CPU
 
 import fastnce
-from train_ref.golden import make
+from train_ref.truth.golden import make
 
 GOLDEN = json.loads(make.FILE.read_text())
 CASES: list[dict[str, Any]] = GOLDEN["cases"]

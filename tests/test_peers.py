@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fastnce
 from bench import dense
-from train_ref.golden import make, packages
+from train_ref.truth.golden import make, packages
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
 fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which

@@ -25,7 +25,7 @@ from train_ref.augment import HUE, JITTER, LOG_RATIO, VIEWS, photo_views, random
 from train_ref.data import ImageData, load_digits
 from train_ref.datasets import PUBLISHED
 from train_ref.evaluate import CHUNK, evaluate_encoder, evaluate_features, linear_probe, nearest_neighbours
-from train_ref.implementations import DenseQueue, dense_losses
+from train_ref.implementations import DenseQueue, LossFunctions, dense_losses
 from train_ref.loop import build_optimizer, train_network
 from train_ref.methods import TITLES, MoCo, build_method
 from train_ref.model import SIZES, build_network
@@ -432,7 +432,7 @@ def test_a_training_follows_its_preset() -> None:
     preset = replace(PRESETS["digits"], network="small", optimizer="sgd", learning_rate=0.1, warm_up=0.5, queue_size=1300)
     network, history = train_network(
         "moco",
-        replace(dense_losses(), queue=queue),
+        LossFunctions("reference", dense_losses().losses, queue),
         load_digits(),
         seed=0,
         temperature=0.5,

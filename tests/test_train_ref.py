@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from train_ref import losses
 from train_ref.augment import two_views
 from train_ref.data import DIGITS, N_CLASSES, N_TRAIN, load_digits
 from train_ref.evaluate import evaluate_encoder, evaluate_features
@@ -25,6 +21,7 @@ from train_ref.loop import LEARNING_RATE, History, learning_rate, train_network
 from train_ref.methods import MOMENTUM, QUEUE_SIZE, MoCo
 from train_ref.model import EMBEDDING, FEATURES, Network, build_network
 from train_ref.train import main
+from train_ref.truth import losses
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_ref" / "train.py"
@@ -37,157 +34,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# The losses, pair by pair in Python floats ---------------------------------------------------------------------------
-
-
-def rows(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
-
-
-def cosine(a: Sequence[float], b: Sequence[float]) -> float:
-    inner = math.fsum(x * y for x, y in zip(a, b, strict=True))
-    return inner / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
-
-
-def log_sum(values: Sequence[float]) -> float:
-    return math.log(math.fsum(math.exp(value) for value in values))
-
-
-def mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def hand_info_nce(query: Tensor, positive: Tensor, negatives: Callable[[int], Sequence[Tensor]], temperature: float) -> float:
-    """negatives(i) are the negative keys of query i."""
-    values = []
-    for i, q in enumerate(query):
-        pos = cosine(q.tolist(), positive[i].tolist()) / temperature
-        negative = [cosine(q.tolist(), key.tolist()) / temperature for key in negatives(i)]
-        values.append(log_sum([pos, *negative]) - pos)
-    return mean(values)
-
-
-def hand_sup_con(z: Tensor, labels: Sequence[int], temperature: float, variant: str) -> list[float | None]:
-    """The loss of every anchor, None for those without positives."""
-    values: list[float | None] = []
-    for i, anchor in enumerate(z):
-        s = {j: cosine(anchor.tolist(), z[j].tolist()) / temperature for j in range(len(z)) if j != i}
-        pos = [s[j] for j in s if labels[j] == labels[i] and labels[i] >= 0]
-        if not pos:
-            values.append(None)
-        elif variant == "out":
-            values.append(log_sum(list(s.values())) - mean(pos))
-        else:
-            values.append(log_sum(list(s.values())) - log_sum(pos) + math.log(len(pos)))
-    return values
-
-
-def agrees(loss: Tensor, expected: float) -> None:
-    assert loss.dtype == torch.float64
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(expected, rel=1e-13)
-
-
-def test_info_nce_in_batch() -> None:
-    query, key = rows(0, 5, 3), rows(1, 5, 3)
-    expected = hand_info_nce(query, key, lambda i: [key[j] for j in range(5) if j != i], 0.3)
-    agrees(losses.info_nce(query, key, temperature=0.3), expected)
-
-
-def test_info_nce_shared_and_own_negatives() -> None:
-    query, key, shared, own = rows(0, 5, 3), rows(1, 5, 3), rows(2, 7, 3), rows(3, 5, 4, 3)
-    agrees(losses.info_nce(query, key, shared, 0.3), hand_info_nce(query, key, lambda i: list(shared), 0.3))
-    agrees(losses.moco_loss(query, key, shared, 0.2), hand_info_nce(query, key, lambda i: list(shared), 0.2))
-    agrees(losses.info_nce(query, key, own, 0.3), hand_info_nce(query, key, lambda i: list(own[i]), 0.3))
-
-
-def test_nt_xent() -> None:
-    first, second = rows(0, 4, 3), rows(1, 4, 3)
-    z = torch.cat([first, second])
-    partner = [4, 5, 6, 7, 0, 1, 2, 3]
-    expected = hand_info_nce(z, z[partner], lambda i: [z[j] for j in range(8) if j not in (i, partner[i])], 0.4)
-    agrees(losses.nt_xent(first, second, 0.4), expected)
-    agrees(losses.nt_xent(z, temperature=0.4), expected)
-    with pytest.raises(ValueError, match="z0 has 7 rows"):
-        losses.nt_xent(z[:7])
-
-
-def test_nt_xent_of_equal_rows_is_the_log_of_the_other_rows() -> None:
-    z = torch.ones(6, 4, dtype=torch.float64)
-    agrees(losses.nt_xent(z, z, 0.1), math.log(11))
-
-
-@pytest.mark.parametrize("variant", ["out", "in"])
-def test_sup_con_of_views(variant: Literal["out", "in"]) -> None:
-    features, labels = rows(0, 4, 2, 3), torch.tensor([1, 0, 1, 2])
-    values = hand_sup_con(features.flatten(0, 1), [1, 1, 0, 0, 1, 1, 2, 2], 0.3, variant)
-    assert None not in values
-    agrees(losses.sup_con(features, labels, 0.3, variant), mean([v for v in values if v is not None]))
-
-
-@pytest.mark.parametrize("variant", ["out", "in"])
-def test_sup_con_anchors_without_positives(variant: Literal["out", "in"]) -> None:
-    # Label 2 is alone, and the two -1 match nothing, not even each other.
-    z, labels = rows(0, 7, 3), [0, 0, 1, 1, 2, -1, -1]
-    values = hand_sup_con(z, labels, 0.3, variant)
-    paired = [value for value in values if value is not None]
-    assert len(paired) == 4
-    z.requires_grad_()
-    counted = losses.sup_con(z, torch.tensor(labels), 0.3, variant)
-    agrees(counted, math.fsum(paired) / 7)
-    agrees(losses.sup_con(z, torch.tensor(labels), 0.3, variant, "skip"), math.fsum(paired) / 4)
-    assert torch.autograd.grad(counted, z)[0].isfinite().all()
-    with pytest.raises(ValueError, match="3 of 7 anchors have no positive"):
-        losses.sup_con(z, torch.tensor(labels), 0.3, variant, "error")
-
-
-@pytest.mark.parametrize("how", ["zero", "skip"])
-def test_sup_con_without_any_positive_is_zero(how: Literal["zero", "skip"]) -> None:
-    z = rows(0, 3, 2).requires_grad_()
-    loss = losses.sup_con(z, torch.arange(3), no_positive=how)
-    agrees(loss, 0.0)
-    assert torch.equal(torch.autograd.grad(loss, z)[0], torch.zeros(3, 2))
-
-
-def test_sup_con_refuses_what_it_does_not_know() -> None:
-    z, labels = rows(0, 4, 2), torch.tensor([0, 0, 1, 1])
-    with pytest.raises(ValueError, match="variant is 'both'"):
-        losses.sup_con(z, labels, variant="both")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no_positive is 'drop'"):
-        losses.sup_con(z, labels, no_positive="drop")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="labels has 3 entries, features 4"):
-        losses.sup_con(z, labels[:3])
-
-
-def test_clip_loss_and_the_gradient_of_its_scale() -> None:
-    image, text = rows(0, 5, 3), rows(1, 5, 3)
-
-    def expected(scale: float) -> float:
-        there = hand_info_nce(image, text, lambda i: [text[j] for j in range(5) if j != i], 1 / scale)
-        back = hand_info_nce(text, image, lambda i: [image[j] for j in range(5) if j != i], 1 / scale)
-        return (there + back) / 2
-
-    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
-    loss = losses.clip_loss(image, text, scale)
-    agrees(loss, expected(4.0))
-    slope = (expected(4.0 + 1e-4) - expected(4.0 - 1e-4)) / 2e-4
-    assert torch.autograd.grad(loss, scale)[0].item() == pytest.approx(slope, rel=1e-6)
-
-
-def test_half_precision_is_computed_in_float32() -> None:
-    z = rows(0, 8, 3).to(torch.bfloat16)
-    loss = losses.nt_xent(z)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(losses.nt_xent(z.double()).item(), rel=1e-6)
-
-
-def test_the_dense_losses_import_nothing_of_what_is_compared_with_them() -> None:
-    tree = ast.parse(Path(losses.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} == {"__future__", "math", "torch", "typing"}
 
 
 # Data, views, methods ------------------------------------------------------------------------------------------------
@@ -247,7 +93,7 @@ def test_moco_follows_slowly_and_queues_its_keys() -> None:
     loss = moco.loss(views, torch.zeros(4))
     with torch.no_grad():
         (q0, q1), (k0, k1) = network(views).chunk(2), moco.key_network(views).chunk(2)
-        expected = (losses.moco_loss(q0, k1, start, 0.5) + losses.moco_loss(q1, k0, start, 0.5)) / 2
+        expected = (losses.moco_loss(q0, k1, start, 0.5).mean() + losses.moco_loss(q1, k0, start, 0.5).mean()) / 2
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()
     assert all(weight.grad is None for weight in moco.key_network.parameters())

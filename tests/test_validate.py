@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,10 +17,10 @@ from mutants import MUTANTS, Mutant, cosine_of_dz, subject, tiled
 from named import ON_CPU
 from torch import Tensor
 
-from train_ref import losses, validate
+from train_ref import validate
 from train_ref.data import N_TRAIN, load_digits
 from train_ref.evaluate import Accuracies
-from train_ref.gates import cases, dense_rows
+from train_ref.gates import cases, limits
 from train_ref.gates.figure import save_figure
 from train_ref.gates.formula import formula
 from train_ref.gates.free_run import free_run, same_order
@@ -30,10 +30,11 @@ from train_ref.gates.replay import Recording, record, replay
 from train_ref.gates.report import GATES, Report, markdown
 from train_ref.gates.scenes import SCENES
 from train_ref.gates.student import t_quantile
-from train_ref.gates.subject import LOSSES, Subject, dtype_name, noise_control
+from train_ref.gates.subject import Subject, dtype_name, noise_control
 from train_ref.gates.trainings import Run, Trainings
 from train_ref.gates.verdict import Check, Verdict, worst
 from train_ref.implementations import LossFunctions, dense_losses, fused_losses
+from train_ref.truth import LOSSES, losses
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -127,7 +128,7 @@ def test_free_run_passes_what_is_sound_and_fails_a_first_step_that_differs() -> 
 
 
 def test_a_training_that_ends_in_nan_fails() -> None:
-    nan = replace(dense_losses(), nt_xent=lambda z0, z1, temperature: losses.nt_xent(z0, z1, temperature) * math.nan)
+    nan = dense_losses().but(nt_xent=lambda z0, z1, temperature: losses.nt_xent(z0, z1, temperature).mean() * math.nan)
     who = Subject("nan", nan)
     assert all(not check.passed for check in free_run(who, trainings(), 1).checks)
     assert replay(who, recordings()[:1]).status == operator(who, problems()[:1]).status == "fail"
@@ -145,15 +146,18 @@ def test_cosine_does_not_see_what_replay_sees() -> None:
 # The parts of the gates -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_values_of_single_rows_have_the_reference_as_their_mean(loss: str) -> None:
-    case = cases.Case(loss, pairs=13, d=5, temperature=0.2)
-    sides, labels = case.sides(torch.float64), case.labels()
-    given = [] if labels is None else [labels]
-    parameter = {"logit_scale": 5.0} if loss == "clip_loss" else {"temperature": 0.2}
-    ids = None if labels is None else (labels, labels)
-    rows = dense_rows.row_losses(loss, sides, torch.tensor(5.0, dtype=torch.float64), ids)
-    assert rows.mean().item() == pytest.approx(getattr(losses, loss)(*sides, *given, **parameter).item(), rel=1e-13)
+@pytest.mark.parametrize(
+    ("loss", "option"), [(loss, option) for option in ("", "ids", "exclude ids", "weight") for loss in cases.OPTIONS.get(option, LOSSES)]
+)
+def test_rows_in_another_order_come_back_to_their_places(loss: str, option: str) -> None:
+    """float64, so that the order is all that differs."""
+    case = cases.Case(loss, pairs=13, d=5, temperature=0.2, option=option)
+    sides, scale = case.sides(torch.float64), torch.tensor(5.0, dtype=torch.float64)
+    (rows, mean), *others = (limits.of_rows(case, order)(sides, scale) for order in range(limits.ORDERS))
+    assert len(rows.unique()) > 1
+    for other, its_mean in others:
+        torch.testing.assert_close(other, rows, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(its_mean, mean, rtol=1e-13, atol=0)
 
 
 def test_cases_are_what_their_names_say() -> None:
@@ -166,22 +170,22 @@ def test_cases_are_what_their_names_say() -> None:
         rows = torch.cat(cases.Case(loss, "identical").sides(BFLOAT16)).double()
         assert torch.nn.functional.cosine_similarity(rows, rows[:1]).min() > 1 - 1e-12
     solved = cases.Case("nt_xent", "solved", temperature=0.05)
-    assert 1e-7 < losses.nt_xent(*solved.sides(torch.float64), temperature=0.05).item() < 1e-3
+    assert 1e-7 < losses.nt_xent(*solved.sides(torch.float64), temperature=0.05).mean().item() < 1e-3
     identical = cases.Case("nt_xent", "identical")
-    assert losses.nt_xent(*identical.sides(torch.float64)).item() == pytest.approx(math.log(2 * identical.pairs - 1))
+    assert losses.nt_xent(*identical.sides(torch.float64)).mean().item() == pytest.approx(math.log(2 * identical.pairs - 1))
     labels = cases.Case("sup_con").labels()
     assert labels is not None and (labels < 0).any() and (labels.unique(return_counts=True)[1] == 1).any()
 
 
-def refusing(**where: object) -> LossFunctions:
+def refusing(**where: Callable[..., Tensor]) -> LossFunctions:
     """The dense losses, which refuse info_nce on more than one dimension, or whatever else is asked."""
 
     def info_nce(query: Tensor, positive_key: Tensor, temperature: float = 0.1) -> Tensor:
         if query.shape[1] > 1:
             raise NotImplementedError("one dimension only")
-        return losses.info_nce(query, positive_key, temperature=temperature)
+        return losses.info_nce(query, positive_key, temperature=temperature).mean()
 
-    return replace(dense_losses(), info_nce=info_nce, **where)  # type: ignore[arg-type]
+    return dense_losses().but(info_nce=info_nce, **where)
 
 
 def test_refusing_nearly_everything_is_no_pass() -> None:
@@ -331,11 +335,11 @@ def test_a_loss_that_raises_fails_and_is_reported(
         calls.extend([0] if len(z0) > 2 else [])
         if len(calls) == 2:
             raise RuntimeError("out of paper")
-        return losses.nt_xent(z0, z1, temperature)
+        return losses.nt_xent(z0, z1, temperature).mean()
 
     small = replace(validate.QUICK, pairs=9, large=20, wide=9, scenes=("simclr",), steps=3, checkpoints=3, stop_after=1, seeds=1)
     monkeypatch.setattr(validate, "QUICK", small)
-    monkeypatch.setattr(validate, "fused_losses", lambda name: replace(dense_losses(), nt_xent=raising))
+    monkeypatch.setattr(validate, "fused_losses", lambda name: dense_losses().but(nt_xent=raising))
     monkeypatch.setattr(validate, "set_numerics", lambda options: None)
     assert validate.main(["--quick", "--backend", "torch", "--gate", gate, "--dtype", "float32", "--out", str(tmp_path)]) == 1
     found = json.loads((tmp_path / "report.json").read_text())

@@ -11,7 +11,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss, clip_loss, info_nce, moco_loss, nt_xent, sup_con
+from fastnce import (
+    ClipLoss,
+    DCLLoss,
+    InfoNCE,
+    LogitScale,
+    MoCoLoss,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    dcl_loss,
+    info_nce,
+    moco_loss,
+    nt_xent,
+    sup_con,
+)
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,6 +84,7 @@ TWINS = {
     "InfoNCE": Twin(InfoNCE, info_nce, PAIR, COMMON | {"temperature": 0.3, "symmetric": True}),
     "InfoNCE unpaired": Twin(InfoNCE, info_nce, (*PAIR, (7, 5)), COMMON | {"temperature": 0.3, "in_batch": True}),
     "NTXentLoss": Twin(NTXentLoss, nt_xent, PAIR, COMMON | {"temperature": 0.3}),
+    "DCLLoss": Twin(DCLLoss, dcl_loss, PAIR, COMMON | {"temperature": 0.3}),
     "SupConLoss": Twin(
         SupConLoss, sup_con, ((6, 3, 5),), COMMON | {"temperature": 0.3, "variant": "in", "views": "one", "no_positive": "skip"}
     ),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from train_ref import losses as dense
+from train_ref.truth import LOSSES
+
+Loss = Callable[..., Tensor]
 
 
 class Queue(Protocol):
@@ -35,22 +36,46 @@ class DenseQueue:
         self.oldest = (self.oldest + len(keys)) % len(self.keys)
 
 
-@dataclass(frozen=True)
 class LossFunctions:
-    """One implementation of every loss: the fused ones, their dense twins, or one that is put to the test."""
+    """One implementation of the losses by name: the fused ones, their dense twins, or one that is put to the test.
 
-    name: str
-    info_nce: Callable[..., Tensor]
-    nt_xent: Callable[..., Tensor]
-    sup_con: Callable[..., Tensor]
-    clip_loss: Callable[..., Tensor]
-    moco_loss: Callable[..., Tensor]
-    queue: Callable[[int, int, torch.device], Queue]
+    Each is an attribute too, functions.nt_xent; what the implementation lacks raises AttributeError.
+    """
+
+    def __init__(self, name: str, losses: Mapping[str, Loss], queue: Callable[[int, int, torch.device], Queue] = DenseQueue) -> None:
+        self.name, self.losses, self.queue = name, dict(losses), queue
+
+    def __getattr__(self, name: str) -> Loss:
+        losses: dict[str, Loss] = vars(self).get("losses", {})
+        if name not in losses:
+            raise AttributeError(f"{vars(self).get('name')} has no {name}")
+        return losses[name]
+
+    def but(self, name: str = "", **losses: Loss) -> LossFunctions:
+        """The same with other losses, under the same name or a new one."""
+        return LossFunctions(name or self.name, self.losses | losses, self.queue)
+
+    def mapped(self, change: Callable[[Loss], Loss], name: str = "") -> LossFunctions:
+        """The same with every loss changed."""
+        return self.but(name, **{of: change(loss) for of, loss in self.losses.items()})
 
 
 def dense_losses() -> LossFunctions:
-    """The reference losses. Nothing here imports fastnce."""
-    return LossFunctions("reference", dense.info_nce, dense.nt_xent, dense.sup_con, dense.clip_loss, dense.moco_loss, DenseQueue)
+    """The means of the dense losses of truth/, in float32 of half-precision features. Nothing here imports fastnce."""
+
+    def mean_of(loss: Loss) -> Loss:
+        @wraps(loss)
+        def mean(*arguments: Any, **options: Any) -> Tensor:
+            return loss(*map(widened, arguments), **{name: widened(value) for name, value in options.items()}).mean()
+
+        return mean
+
+    return LossFunctions("reference", {name: mean_of(loss.function) for name, loss in LOSSES.items()})
+
+
+def widened(value: Any) -> Any:
+    """Half precision in float32, everything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def fused_losses(backend: str) -> LossFunctions:
@@ -61,15 +86,4 @@ def fused_losses(backend: str) -> LossFunctions:
         ring: Queue = fastnce.NegativeQueue(size, dim).to(device)
         return ring
 
-    def on_backend(loss: Callable[..., Any]) -> Callable[..., Tensor]:
-        return partial(loss, backend=backend)
-
-    return LossFunctions(
-        "fused",
-        on_backend(fastnce.info_nce),
-        on_backend(fastnce.nt_xent),
-        on_backend(fastnce.sup_con),
-        on_backend(fastnce.clip_loss),
-        on_backend(fastnce.moco_loss),
-        queue,
-    )
+    return LossFunctions("fused", {name: partial(getattr(fastnce, name), backend=backend) for name in LOSSES}, queue)

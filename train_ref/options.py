@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "--loss",
         choices=["fused", "reference", "both"],
         default="fused",
-        help="fastnce, the dense losses of train_ref/losses.py, or both side by side (default: fused)",
+        help="fastnce, the dense losses of train_ref/truth/losses.py, or both side by side (default: fused)",
     )
     p.add_argument("--seeds", type=count, metavar="N", help="use the seeds 0 to N-1 (default: 3, with --quick 1)")
     p.add_argument("--epochs", type=count, metavar="N", help="default: the preset's, with --quick 2")

@@ -9,14 +9,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from train_ref.gates.subject import LOSSES
+from train_ref.truth import LOSSES, Rows
 
 # 0.005 is below the published recipes: exponentials of its logits leave float32 unless a maximum is subtracted.
 TEMPERATURES = (0.005, 0.02, 0.05, 0.1, 0.5)
 NOISE = {"aligned": 0.5, "solved": 0.1}  # between the two views, in standard deviations of a coordinate
 QUEUE = 1.6  # keys in the queue, per pair
 # What implementations may offer beside features and temperature, and where. The bias cancels in CLIP's loss: it must not show.
-OPTIONS = {"ids": ("info_nce", "clip_loss"), "exclude ids": ("info_nce",), "weight": LOSSES, "bias": ("clip_loss",), "sum": LOSSES}
+OPTIONS = {
+    "ids": ("info_nce", "clip_loss"),
+    "exclude ids": ("info_nce",),
+    "weight": tuple(LOSSES),
+    "bias": ("clip_loss",),
+    "sum": tuple(LOSSES),
+}
 BIAS = -10.0  # where SigLIP starts
 # Around tiles of 128; and dimensions around paddings and where kernels change from rows held whole to rows read in steps.
 ROWS = (127, 128, 129, 257)
@@ -51,7 +57,7 @@ class Case:
         """How many the loss has a value of."""
         if self.loss == "sup_con":
             return 2 * self.pairs - (self.pairs % 2 if self.pairs > 1 else 0)
-        return (2 if self.loss == "nt_xent" else 1) * self.pairs
+        return (2 if LOSSES[self.loss].symmetric else 1) * self.pairs
 
     def labels(self) -> Tensor | None:
         """Of sup_con: its two views with some classes of one view, some rows alone and some negative labels."""
@@ -73,6 +79,12 @@ class Case:
         of_queries[:none] = -1  # belongs to nothing
         of_keys[self.pairs - none :] = -1
         return of_queries, of_keys
+
+    def named_ids(self) -> dict[str, Tensor]:
+        """Those ids as arguments of the loss."""
+        sides = ("image", "text") if self.loss == "clip_loss" else ("query", "key")
+        start = "exclude_" if self.option == "exclude ids" else ""
+        return {f"{start}{side}_ids": one for side, one in zip(sides, self.ids() or (), strict=False)}
 
     def weights(self) -> Tensor | None:
         """One per value, float64: 0, 1/2, 1, 3/2, 2 by turns."""
@@ -97,7 +109,10 @@ class Case:
         # 1/2, 1 and 2 by turns: a forgotten norm shows, parallel rows stay parallel, and float16 keeps its range.
         lengths = [2.0 ** (torch.arange(len(rows)) % 3 - 1) * self.length for rows in (first, second, queue)]
         one, two, ring = ((rows * length.double()[:, None]).to(dtype) for rows, length in zip((first, second, queue), lengths, strict=True))
-        return {"sup_con": [torch.cat([one, two])[: self.rows]], "moco_loss": [one, two, ring]}.get(self.loss, [one, two])
+        labels = self.labels()
+        example = Rows(one, two, ring, torch.empty(0)) if labels is None else Rows(torch.cat([one, two])[: self.rows], two, ring, labels)
+        arguments = LOSSES[self.loss].example(example)
+        return [arguments[leaf] for leaf in LOSSES[self.loss].leaves]
 
 
 def cases(pairs: int = 67, large: int = 530, wide: int = 140, thin: int = 1, seed: int = 0) -> Iterator[Case]:
@@ -111,7 +126,7 @@ def cases(pairs: int = 67, large: int = 530, wide: int = 140, thin: int = 1, see
     """
     for number, loss in enumerate(LOSSES):
         base = Case(loss, pairs=pairs, seed=seed)
-        views = 2 if loss in ("nt_xent", "sup_con") else 1
+        views = 2 if LOSSES[loss].symmetric else 1
         # Orthogonal rows need as many dimensions as rows.
         upright = replace(base, kind="orthogonal", pairs=9, d=18 + (int(QUEUE * 9) if loss == "moco_loss" else 0))
         kinds = [*(replace(base, kind=kind) for kind in ("random", "aligned", "solved", "identical")), upright]

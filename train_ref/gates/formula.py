@@ -16,7 +16,7 @@ import torch
 
 from train_ref.gates.subject import Subject, offers
 from train_ref.gates.verdict import Check, Verdict, failure, worst_by_name
-from train_ref.golden import make
+from train_ref.truth.golden import make
 
 LOSS_LIMIT = 1e-12  # relative
 GRADIENT_LIMIT = 1e-11

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from train_ref.gates.call import Answer, Both, Drive, call, lengths, upstream
 from train_ref.gates.cases import Case
-from train_ref.gates.dense_rows import row_losses
+from train_ref.truth import LOSSES
 
 U = 2.0**-24
 STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -73,18 +73,18 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     scale, given = 1 / case.temperature, effective(case, drive, len(exact.rows))
     low = max(1.0, 0.02 / case.temperature)
 
-    mean = max(5e-6 * exact.mean, 1e-6) * low
+    mean = max(5e-6 * abs(exact.mean), 1e-6) * low
     # Of identical rows dense torch's logits have equal bits, and m is 0 by luck: an lse next to logits of size scale
     # rounds by u scale, in any order but that one.
     if case.kind != "identical":
         # The mean of a few rows is as uncertain as a row.
-        few = max(4 * max(1.0, exact.mean), 32 * max(1.0, scale) / len(exact.rows))
+        few = max(4 * max(1.0, abs(exact.mean)), 32 * max(1.0, scale) / len(exact.rows))
         mean = min(mean, 2 * max(abs(single.mean - exact.mean) for single in singles) + U * few)
     rows = 2 * max(largest(single.rows - exact.rows) for single in singles) + 32 * U * max(1.0, scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
-    mass = given if case.option == "weight" else given * -torch.expm1(-exact.rows)
-    rated = (4 if case.loss in ("nt_xent", "sup_con") else 2) * scale
+    mass = given if case.option == "weight" else given * LOSSES[case.loss].share(exact.rows)
+    rated = (4 if LOSSES[case.loss].symmetric else 2) * scale
     terms = rated * mass.norm().item()
     # float64 takes differences too: of solved rows at low temperatures 1e-13 of all terms is all that it knows.
     unknown = 1e-13 * rated * given.norm().item()
@@ -124,14 +124,11 @@ def of_rows(case: Case, order: int = 0) -> Both:
     def both(sides: list[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
         places = {n: shuffled(n) for n in sorted({len(side) for side in sides})}  # of sides that belong together the same
         own, coordinates = places[len(sides[0])], shuffled(case.d)
-        labels, ids = case.labels(), case.ids()
-        if labels is not None:
-            ids = (labels, labels)
-        if ids is not None:
-            ids = ids[0][own], ids[1][own]
+        labels, loss = case.labels(), LOSSES[case.loss]
+        given = case.named_ids() | ({} if labels is None else {"labels": labels})
         moved = [side[places[len(side)]][:, coordinates] for side in sides]
-        given = {"exclude" if case.option == "exclude ids" else "ids": ids}
-        rows = row_losses(case.loss, moved, scale, **given).view(-1, len(own))[:, own.argsort()].flatten()
+        rows = loss.function(*moved, **{name: of_rows[own] for name, of_rows in given.items()}, **{loss.number: scale})
+        rows = rows.view(-1, len(own))[:, own.argsort()].flatten()
         weights = case.weights()
         if weights is None:
             return rows, rows.mean()

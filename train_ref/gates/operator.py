@@ -84,12 +84,9 @@ def judge(subject: Subject, case: Case, drive: Drive) -> list[Check]:
 
 def options(case: Case, device: torch.device) -> dict[str, Any]:
     """The arguments that the case's option stands for, by name."""
-    ids, weights = case.ids(), case.weights()
-    if ids is not None:
-        sides = ("image", "text") if case.loss == "clip_loss" else ("query", "key")
-        start = "exclude_" if case.option == "exclude ids" else ""
-        return {f"{start}{side}_ids": one.to(device) for side, one in zip(sides, ids, strict=True)}
-    if weights is not None:
+    if ids := case.named_ids():
+        return {name: one.to(device) for name, one in ids.items()}
+    if (weights := case.weights()) is not None:
         return {"weight": weights.float().to(device)}
     others: dict[str, dict[str, Any]] = {"bias": {"logit_bias": BIAS}, "sum": {"reduction": "sum"}}
     return others.get(case.option, {})

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from train_ref.implementations import LossFunctions, dense_losses
-
-LOSSES = ("nt_xent", "info_nce", "clip_loss", "sup_con", "moco_loss")
-Loss = Callable[..., Tensor]
+from train_ref.implementations import Loss, LossFunctions, dense_losses
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -45,11 +42,11 @@ class Subject:
             features = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
             return value.to(self.dtype) if features else value
 
-        return self.functions if self.dtype == torch.float32 else mapped(self.functions, cast)
+        return self.functions if self.dtype == torch.float32 else self.functions.mapped(of_changed(cast))
 
 
-def mapped(functions: LossFunctions, change: Callable[[Any], Any]) -> LossFunctions:
-    """The same losses, with every argument passed through `change` before."""
+def of_changed(change: Callable[[Any], Any]) -> Callable[[Loss], Loss]:
+    """From a loss to the same loss with every argument passed through `change` before."""
 
     def of(loss: Loss) -> Loss:
         @wraps(loss)
@@ -58,14 +55,7 @@ def mapped(functions: LossFunctions, change: Callable[[Any], Any]) -> LossFuncti
 
         return changed
 
-    return replace(
-        functions,
-        nt_xent=of(functions.nt_xent),
-        info_nce=of(functions.info_nce),
-        clip_loss=of(functions.clip_loss),
-        sup_con=of(functions.sup_con),
-        moco_loss=of(functions.moco_loss),
-    )
+    return of
 
 
 def noise_control(order: str = "reversed") -> Subject:
@@ -80,7 +70,7 @@ def noise_control(order: str = "reversed") -> Subject:
         return value.flip(0) if order == "reversed" else value.roll(len(value) // 3, 0)
 
     name = "noise control" if order == "reversed" else f"noise control, {order}"
-    return Subject(name, replace(mapped(dense_losses(), reorder), name=name))
+    return Subject(name, dense_losses().mapped(of_changed(reorder), name))
 
 
 def offers(loss: Loss, option: str) -> bool:

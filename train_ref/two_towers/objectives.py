@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Protocol
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from train_ref.implementations import LossFunctions
-from train_ref.losses import unit_rows
 
 # plain: a copy is a negative like any other. exclude: it is none. multi-positive: it is a positive.
 VARIANTS = ("plain", "exclude", "multi-positive")
@@ -35,32 +33,12 @@ def objective(variant: str, functions: LossFunctions) -> Objective:
     """The loss of that variant, by fastnce or in its dense form."""
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(VARIANTS)}")
-    return partial(dense_pair_loss, variant) if functions.name == "reference" else partial(fused_pair_loss, variant, functions)
+    return partial(pair_loss, variant, functions)
 
 
-def fused_pair_loss(
+def pair_loss(
     variant: str,
     functions: LossFunctions,
-    left: Tensor,
-    right: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor,
-    mined: Tensor | None = None,
-    mined_ids: Tensor | None = None,
-) -> Tensor:
-    """dense_pair_loss by fastnce: one call for both directions, and one for each where only one of them meets mined halves."""
-    if mined is not None and mined_ids is not None:
-        met = dict(zip(IDS[variant], (ids, torch.cat([ids, mined_ids])), strict=False))
-        there = functions.info_nce(left, right, mined, scale=logit_scale, in_batch=True, **met)
-        back = functions.info_nce(right, left, scale=logit_scale, **dict.fromkeys(IDS[variant], ids))
-        return (there + back) / 2
-    if variant == "exclude":
-        return functions.info_nce(left, right, scale=logit_scale, exclude_query_ids=ids, symmetric=True)
-    return functions.clip_loss(left, right, logit_scale, image_ids=ids if variant == "multi-positive" else None)
-
-
-def dense_pair_loss(
-    variant: str,
     left: Tensor,
     right: Tensor,
     logit_scale: Tensor,
@@ -74,7 +52,8 @@ def dense_pair_loss(
         exclude         log sum_{j = i or j not in C_i} exp s_ij - s_ii
         multi-positive  log sum_j exp s_ij - mean_{j in C_i} s_ij
 
-    left, right (B, D), logit_scale 0-dim, ids (B,) integers. Returns a 0-dim tensor in nats; memory O(B (B + M)).
+    left, right (B, D), logit_scale 0-dim, ids (B,) integers. Returns a 0-dim tensor in nats: one call for both directions, and one for
+    each where only one of them meets mined halves.
     mined (M, D) and mined_ids (M,) are further right halves j, after the batch's own: every left half meets all of them, and no
     mean over i or direction from right to left contains them.
     Radford et al. 2021 (arXiv:2103.00020), figure 3; Khosla et al. 2020 (arXiv:2004.11362), eq. 2, for several positives.
@@ -84,21 +63,14 @@ def dense_pair_loss(
     embedding of row i's own right half, the derivative of its value by that common logit is (1 + c) p - 1 <= 0, p the softmax of each:
     they weaken the pull and never become a push. Only copies with other embeddings (other translations) are pushed away.
     """
-    keys, key_ids = (right, ids) if mined is None or mined_ids is None else (torch.cat([right, mined]), torch.cat([ids, mined_ids]))
-    there = dense_one_way(variant, left, keys, logit_scale, ids, key_ids)
-    return (there + dense_one_way(variant, right, left, logit_scale, ids, ids)) / 2
-
-
-def dense_one_way(variant: str, query: Tensor, keys: Tensor, logit_scale: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
-    """One direction of dense_pair_loss: row i of keys belongs to query i, and further rows to none."""
-    logits = logit_scale * (unit_rows(query) @ unit_rows(keys).T)
-    copies = ids[:, None] == key_ids[None, :]
-    itself = torch.eye(*logits.shape, dtype=torch.bool, device=ids.device)
-    positives = copies if variant == "multi-positive" else itself
+    if mined is not None and mined_ids is not None:
+        met = dict(zip(IDS[variant], (ids, torch.cat([ids, mined_ids])), strict=False))
+        there = functions.info_nce(left, right, mined, scale=logit_scale, in_batch=True, **met)
+        back = functions.info_nce(right, left, scale=logit_scale, **dict.fromkeys(IDS[variant], ids))
+        return (there + back) / 2
     if variant == "exclude":
-        logits = logits.masked_fill(copies & ~itself, -math.inf)
-    pos = logits.masked_fill(~positives, 0.0).sum(1) / positives.sum(1)
-    return (logits.logsumexp(1) - pos).mean()
+        return functions.info_nce(left, right, scale=logit_scale, exclude_query_ids=ids, symmetric=True)
+    return functions.clip_loss(left, right, logit_scale, image_ids=ids if variant == "multi-positive" else None)
 
 
 def false_negatives(ids: Tensor) -> float:

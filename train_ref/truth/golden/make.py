@@ -1,6 +1,6 @@
 """Golden vectors: losses and gradients in float64, of four other projects' own code and of the formulas of three restated.
 
-    python train_ref/golden/make.py            # writes peers.json beside this file; needs the peers, see PEERS
+    python train_ref/truth/golden/make.py      # writes peers.json beside this file; needs the peers, see PEERS
 
 peers.json lets a machine without the peers hold fastnce to them. Each case names who computed it, the fastnce call that
 must agree, and the conversion between the two: peer = times * fastnce + plus. Inputs are not stored but described:
@@ -166,7 +166,7 @@ def _restated(what: str) -> str:
 
 
 def info_nce_cases(t: float) -> list[Case]:
-    from train_ref.golden.packages import info_nce_pytorch
+    from train_ref.truth.golden.packages import info_nce_pytorch
 
     peer, loss = _release("info-nce-pytorch", "info_nce"), info_nce_pytorch()
     shared = _pair("query", "positive_key", 4) | {"negative_keys": {"random": [41, 19], "seed": 6}}
@@ -184,7 +184,7 @@ def info_nce_cases(t: float) -> list[Case]:
 def nt_xent_cases(t: float) -> list[Case]:
     from pytorch_metric_learning import losses
 
-    from train_ref.golden.packages import lightly_nt_xent
+    from train_ref.truth.golden.packages import lightly_nt_xent
 
     pml, lightly = losses.SelfSupervisedLoss(losses.NTXentLoss(t)), lightly_nt_xent()(temperature=t)
     options, pair = {"temperature": t}, _pair("z0", "z1", 21)
@@ -228,7 +228,7 @@ def sup_con_cases(t: float) -> list[Case]:
 
 
 def clip_cases(t: float) -> list[Case]:
-    from train_ref.golden.packages import open_clip_loss
+    from train_ref.truth.golden.packages import open_clip_loss
 
     loss = open_clip_loss()()
 
@@ -281,7 +281,7 @@ def evaluate(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ and train_ref/ are folders of the checkout, never installed
+    sys.path.append(str(Path(__file__).resolve().parents[3]))  # bench/ and train_ref/ are folders of the checkout, never installed
     from train_ref import files
 
     return files.command("make.py")(make)(files.write)
