@@ -24,6 +24,8 @@ CHOICES = {
     "no_positive": ("zero", "skip", "error"),
     "unlabelled": ("alone", "own_views"),
 }
+# Options that are True, False, or None: then what else is given decides.
+OPEN = ("in_batch", "exclude_self")
 # Of the loss of that name, where neither temperature nor scale is given.
 TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -136,7 +138,7 @@ def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) ->
 
 
 def options(where: str, **given: object) -> None:
-    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (in_batch: or None)."""
+    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (those in OPEN: or None)."""
     for name, value in given.items():
         if (name, value) == ("negative_mode", "ragged"):
             raise ValueError(
@@ -145,7 +147,7 @@ def options(where: str, **given: object) -> None:
             )
         if name in CHOICES:
             choice(where, name, value, CHOICES[name])
-        elif not isinstance(value, bool) and (name, value) != ("in_batch", None):
+        elif not isinstance(value, bool) and not (value is None and name in OPEN):
             raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__} {value!r}")
 
 

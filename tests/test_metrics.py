@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rank_promises import PROMISES, U, similarities
 
 import fastnce
-from fastnce import checks, contrastive_stats, info_nce, merge, tiles
+from fastnce import checks, contrastive_stats, info_nce, merge, retrieval, tiles
 from fastnce.backends import cpu
 
 PLACES = ("reference", "torch", "compiled")
@@ -37,14 +37,14 @@ def test_equal_rows_tie_in_every_tile(n: int, backend: str, monkeypatch: pytest.
     monkeypatch.setattr(cpu, "CPU_TILE", tiles.CPU_TILE)
     for columns in (128, 512):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(n)).expand(n, columns)
-        calls = {
-            n - 1: lambda z=z: info_nce(z, z, return_stats=True, backend=backend),
-            n: lambda z=z: fastnce.moco_loss(z, z, z, return_stats=True, backend=backend),
-            2 * n - 1: lambda z=z: info_nce(z, z, z, in_batch=True, return_stats=True, backend=backend),
+        queue = {"exclude_query_ids": torch.zeros(n, dtype=torch.int64), "exclude_key_ids": -(torch.arange(2 * n) // n)}
+        found = {
+            n - 1: retrieval(z, z, backend=backend),
+            n: retrieval(z, torch.cat([z, z]), **queue, backend=backend),
+            2 * n - 1: retrieval(z, torch.cat([z, z]), backend=backend),
         }
-        for ties, call in calls.items():
-            found = call()[1]
-            assert found.rank.eq(0).all() and found.ties.eq(ties).all() and not found.top1.any()
+        for ties, side in found.items():
+            assert side.rank.eq(0).all() and side.ties.eq(ties).all() and not side.hits[1].any()
 
 
 def test_top1_of_nearly_equal_rows(backend: str) -> None:
@@ -58,19 +58,19 @@ def test_top1_of_nearly_equal_rows(backend: str) -> None:
     top1, mrr = gap.amax(1) < 0, (1 / (1 + (gap > 0).sum(1))).mean()
     undecided = (gap.amax(1).abs() <= 6 * U).double().mean()
     assert 0.6 < top1.double().mean() < 0.95 and undecided < 0.1
-    _, found = info_nce(q, k, return_stats=True, backend=backend)
-    assert -undecided <= found.top1.double().mean() - top1.double().mean() <= 0.005
-    assert ((1 / (1 + found.rank + found.ties / 2)).mean() - mrr).abs() <= 0.02
-    _, found = info_nce(q.double(), k.double(), return_stats=True, backend=backend)
-    assert torch.equal(found.top1, top1) and not found.ties.any()
+    found = retrieval(q, k, backend=backend)
+    assert -undecided <= found.hits[1].double().mean() - top1.double().mean() <= 0.005
+    assert (found.mrr - mrr).abs() <= 0.02
+    found = retrieval(q.double(), k.double(), backend=backend)
+    assert torch.equal(found.hits[1], top1) and not found.ties.any()
 
 
 def test_float64_tells_1e_12_apart(backend: str) -> None:
     """At 45 degrees, where a small angle moves the cosine by as much."""
     angles = torch.pi / 4 + torch.tensor([0.0, 1e-12, -1e-12, 1e-9, -1e-9, 0.0], dtype=torch.float64)
     q, k = torch.eye(1, 2, dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
-    _, found = info_nce(q, k, return_stats=True, backend=backend)
-    assert (found.rank.item(), found.ties.item(), found.top1.item()) == (2, 1, False)
+    found = retrieval(q, k, backend=backend)
+    assert (found.rank.item(), found.ties.item(), found.hits[1].item()) == (2, 1, False)
 
 
 def test_merged_metrics(backend: str) -> None:
@@ -134,16 +134,15 @@ def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend
 
 
 @pytest.mark.parametrize("columns", [8, 768])
-@pytest.mark.parametrize("listed", ["paired", "ragged"])
-def test_a_collapsed_model_has_no_hit_by_ids_and_listed_negatives(listed: str, columns: int, backend: str) -> None:
-    """Ids make every key of the batch a positive: the best is found in the tiles, and is compared with logits of another routine."""
+def test_a_collapsed_model_has_no_hit_by_ids(columns: int, backend: str) -> None:
+    """Ids make every key of the batch a positive, and two more keys tie with them."""
     for seed in range(5):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(seed)).expand(16, columns)
-        ids = torch.zeros(16, dtype=torch.int64)
-        given = (z[:1].expand(32, -1), torch.arange(17) * 2) if listed == "ragged" else z[:, None].expand(-1, 2, -1)
-        mode = {} if listed == "ragged" else {"negative_mode": "paired"}
-        _, found = info_nce(z, z, given, query_ids=ids, key_ids=ids, in_batch=True, return_stats=True, backend=backend, **mode)
-        assert not found.rank.any() and (found.ties == 2).all() and not found.top1.any()
+        ids = torch.zeros(18, dtype=torch.int64)
+        found = retrieval(
+            z, z[:1].expand(18, -1), query_ids=ids[:16], key_ids=ids.index_fill(0, torch.tensor([16, 17]), -1), backend=backend
+        )
+        assert not found.rank.any() and (found.ties == 2).all() and not found.hits[1].any() and found.hits[5].all()
 
 
 def test_the_promises_are_all_run() -> None:
