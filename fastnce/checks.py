@@ -7,7 +7,9 @@ import contextlib
 import math
 import numbers
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,9 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Not uint64: int64, as which ids are compared, does not hold all of its numbers.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)
 _LARGEST_COUNT = 2**31 - 1
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
 
@@ -129,6 +134,21 @@ def one_dtype(where: str, **named: Tensor) -> list[Tensor]:
     cast = ", ".join(f"{name}.float()" for name in doubles)
     remedy = f"cast them to one, with {cast} for example: autocast leaves float64 as it is" if doubles else "cast one, or use autocast"
     raise RuntimeError(f"{where}: Expected all features to have the same dtype, but got {listed}; {remedy}")
+
+
+def without_return_stats(function: Callable[P, R]) -> Callable[P, R]:
+    """A loss function, or the __init__ of its module: given return_stats, it raises and names the calls that have the metrics."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "return_stats" in kwargs:
+            raise TypeError(
+                f"{function.__qualname__.split('.')[0]}: return_stats is no option, a loss returns its Tensor alone; ranks, top-k hits and "
+                "hardest negatives come from fastnce.retrieval(query, key), or from contrastive_stats(metrics=True)"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -169,8 +169,8 @@ class _Listed(_Derivative):
     @staticmethod
     def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, Tensor]:
         s, r = below(*flat)
-        ctx.flags = flat[-2:]
-        _Derivative.keep(ctx, s, r, *flat[:-2])
+        ctx.flags = flat[-1:]
+        _Derivative.keep(ctx, s, r, *flat[:-1])
         ctx.mark_non_differentiable(r)
         return s, r
 
@@ -183,7 +183,7 @@ class _Listed(_Derivative):
         dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=True))
         dq, dq_wide = (dq, None) if arguments.q_wide is None else (None, dq)
         dkeys, dkeys_wide = (dkeys, None) if arguments.keys_wide is None else (None, dkeys)
-        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None, None
+        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
 class _Log1pLoss(_Derivative):

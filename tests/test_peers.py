@@ -32,7 +32,7 @@ from fastnce.bench import forms, packages
 from train_ref.golden import make
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
-fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which
+fused: Any = fastnce  # options come as dictionaries: a type checker cannot tell which
 BACKENDS = ("reference", "cpu")
 LOSS, GRADIENT = 1e-12, 1e-11  # float64, relative
 

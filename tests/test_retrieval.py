@@ -144,6 +144,17 @@ def test_a_queue_is_more_keys() -> None:
     assert torch.equal(found.hardest, 16 + s.topk(2).indices)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("batch", [(5, 9), (-1, -1)])
+def test_rank_from_the_best_positive_of_all_keys(batch: tuple[int, int], backend: str) -> None:
+    """A further key may be a positive by its id, and a better one than the query's own."""
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    k = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [0.7, 0.7]])
+    found = retrieval(q, k, query_ids=torch.tensor([5, 9]), key_ids=torch.tensor([*batch, 5, 6]), offset=0, backend=backend)
+    assert found.rank[0] == 0
+    assert found.hits[1][0]
+
+
 def test_no_queries() -> None:
     for count in (1, 3):
         found = retrieval(A[:0], B, hardest=count, two_sided=True)
