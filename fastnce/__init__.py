@@ -2,11 +2,11 @@
 
 from fastnce._version import __version__
 from fastnce.checks import debug
-from fastnce.formulas import RetrievalStats
 from fastnce.logit_scale import LogitScale
 from fastnce.losses import clip_loss, dcl_loss, info_nce, moco_loss, nt_xent, sup_con
 from fastnce.modules import ClipLoss, DCLLoss, InfoNCE, MoCoLoss, NTXentLoss, SupConLoss
 from fastnce.queue import NegativeQueue
+from fastnce.retrieval import RetrievalStats, retrieval
 from fastnce.stats import ContrastiveStats, contrastive_stats, merge
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "merge",
     "moco_loss",
     "nt_xent",
+    "retrieval",
     "sup_con",
 ]

@@ -7,7 +7,9 @@ import contextlib
 import math
 import numbers
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +26,17 @@ CHOICES = {
     "no_positive": ("zero", "skip", "error"),
     "unlabelled": ("alone", "own_views"),
 }
+# Options that are True, False, or None: then what else is given decides.
+OPEN = ("in_batch", "exclude_self")
 # Of the loss of that name, where neither temperature nor scale is given.
 TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "dcl_loss": 0.1, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Not uint64: int64, as which ids are compared, does not hold all of its numbers.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)
 _LARGEST_COUNT = 2**31 - 1
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
 
@@ -129,6 +136,21 @@ def one_dtype(where: str, **named: Tensor) -> list[Tensor]:
     raise RuntimeError(f"{where}: Expected all features to have the same dtype, but got {listed}; {remedy}")
 
 
+def without_return_stats(function: Callable[P, R]) -> Callable[P, R]:
+    """A loss function, or the __init__ of its module: given return_stats, it raises and names the calls that have the metrics."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "return_stats" in kwargs:
+            raise TypeError(
+                f"{function.__qualname__.split('.')[0]}: return_stats is no option, a loss returns its Tensor alone; ranks, top-k hits and "
+                "hardest negatives come from fastnce.retrieval(query, key), or from contrastive_stats(metrics=True)"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
 def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise unless value is one of the allowed ones."""
     if value not in allowed:
@@ -136,7 +158,7 @@ def choice(where: str, name: str, value: object, allowed: tuple[object, ...]) ->
 
 
 def options(where: str, **given: object) -> None:
-    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (in_batch: or None)."""
+    """Options that stay the same from batch to batch: one of the words in CHOICES, or true or false (those in OPEN: or None)."""
     for name, value in given.items():
         if (name, value) == ("negative_mode", "ragged"):
             raise ValueError(
@@ -145,7 +167,7 @@ def options(where: str, **given: object) -> None:
             )
         if name in CHOICES:
             choice(where, name, value, CHOICES[name])
-        elif not isinstance(value, bool) and (name, value) != ("in_batch", None):
+        elif not isinstance(value, bool) and not (value is None and name in OPEN):
             raise TypeError(f"{where}: {name} must be True or False, got {type(value).__name__} {value!r}")
 
 

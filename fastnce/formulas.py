@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastnce import hints
 from fastnce.norms import compute_dtype
 from fastnce.stats import ContrastiveStats, log1p_loss, softplus
 
 Reduction = Literal["none", "mean", "sum"]
-
-
-class RetrievalStats(NamedTuple):
-    """How well every anchor finds its positive, from the logits of the loss; no gradient.
-
-    rank         negatives above the best positive, int64. All of them where the anchor is nan or has no positive
-    ties         negatives that cannot be told from it in this precision, int64: cosines within 3 * 2^-24 (float64 features:
-                 2^-49). Where all embeddings are equal, every rank is 0 and every negative a tie. The in-batch MRR is
-                 mean(1 / (1 + rank + ties / 2)): the place in the middle of those that the rounding allows, 1 + rank to 1 + rank + ties
-    top1         nothing is above and nothing ties, bool; False where the anchor has no positive or is nan
-    hardest      index of the hardest negative among the row's keys, in the order in-batch keys, then negative_keys; -1 without any.
-                 A paired negative counts from its own row, a ragged one by its position in `values`. One that is nan is never it
-    hardest_similarity   its similarity (cosine where normalize), -inf without any
-    columns      the same for the other direction of a symmetric loss
-    """
-
-    rank: Tensor
-    ties: Tensor
-    top1: Tensor
-    hardest: Tensor
-    hardest_similarity: Tensor
-    columns: RetrievalStats | None = None
-
-
-Loss: TypeAlias = Tensor | tuple[Tensor, RetrievalStats]
 
 
 def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
@@ -81,18 +55,3 @@ def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction, like: T
         total = weight.sum()
         values = values.sum() / total.masked_fill(total == 0, 1.0)
     return values.to(compute_dtype(like.dtype))
-
-
-def answer(where: str, loss: Tensor, found: ContrastiveStats, scale: Tensor, bias: Tensor | None, return_stats: bool) -> Loss:
-    """The loss, or the pair of loss and RetrievalStats."""
-    hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return (loss, _retrieval(found, scale, bias)) if return_stats else loss
-
-
-def _retrieval(found: ContrastiveStats, scale: Tensor, bias: Tensor | None) -> RetrievalStats:
-    assert found.rank is not None and found.ties is not None and found.hardest is not None
-    assert found.hardest_logit is not None and found.pos_max is not None
-    logit = found.hardest_logit.detach() if bias is None else found.hardest_logit.detach() - bias.detach()
-    columns = None if found.columns is None else _retrieval(found.columns, scale, bias)
-    top1 = (found.rank + found.ties == 0) & (found.pos_max > -torch.inf)
-    return RetrievalStats(found.rank, found.ties, top1, found.hardest, (logit / scale.detach()).to(scale.dtype), columns)

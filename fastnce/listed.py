@@ -25,7 +25,7 @@ from torch import Tensor
 from fastnce import tiles
 from fastnce.norms import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
 
-SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize, bool by_row"
+SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 
 # 1 / |k| squared may leave float32, with its derivative inside: a factor on the way.
 LIFT = 2.0**30
@@ -35,7 +35,7 @@ class Listed(NamedTuple):
     """The arguments of the operator fastnce::listed, and the last ones of its backward.
 
     q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
-    a key of row M is nobody's: its logit is 0.  by_row: every logit is summed in one way, so that equal rows have equal bits (ranks)
+    a key of row M is nobody's: its logit is 0
     """
 
     q: Tensor
@@ -45,7 +45,6 @@ class Listed(NamedTuple):
     q_wide: Tensor | None
     keys_wide: Tensor | None
     normalize: bool
-    by_row: bool = False
 
     @property
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,16 +81,16 @@ def fake_backward(g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], *flat
 
 
 def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
-    q, keys, rows, scale, _, _, normalize, by_row = problem
+    q, keys, rows, scale, _, _, normalize = problem
     q_hat, _ = _unit(q, normalize)
     scale = valid_scale(scale)
-    if _shared(keys) and not by_row:
+    if _shared(keys):
         k_hat, r = _unit(keys[0], normalize)
         s = (q_hat @ k_hat.T) * scale
         return s, s.new_empty(0) if r is None else r.expand(s.shape).contiguous()
     s = q_hat.new_empty(keys.shape[:-1])
     norms = torch.empty_like(s) if normalize else s.new_empty(0)
-    for piece in _pieces(q_hat, keys, rows, False, by_row):
+    for piece in _pieces(q_hat, keys, rows, False):
         s[piece.at] = piece.dots()
         if normalize:
             norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
@@ -104,7 +103,7 @@ def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
 def _backward(
     g: Tensor, s: Tensor, r: Tensor, wanted: Sequence[bool], problem: Listed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    q, keys, rows, scale, _, _, normalize, _ = problem
+    q, keys, rows, scale, _, _, normalize = problem
     dtypes = [t.dtype for t in problem.differentiable]
     q_hat, r_q = _unit(q, normalize)
     due, moment = g * valid_scale(scale), g * s
@@ -229,10 +228,10 @@ def _accept_sparse() -> None:
         torch.sparse_csr_tensor(none, none[:0], none[:0].float(), (0, 0), check_invariants=False)
 
 
-def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool, by_row: bool = False) -> Iterator[_Piece]:
+def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> Iterator[_Piece]:
     """place: place() will be called also where other products serve. Where no memory is needed all keys are one piece."""
     sparse = _sparse(keys)
-    batched = keys.dim() == 3 and keys.shape[1] > 1 and not by_row and not _rounds(keys)
+    batched = keys.dim() == 3 and keys.shape[1] > 1 and not _rounds(keys)
     copies, place = keys.dtype != q_hat.dtype or (sparse and not keys.is_contiguous()), place or not (sparse or batched)
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
     most = min(max(1, most), keys.shape[:-1].numel()) if copies or place else keys.shape[:-1].numel()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnce import checks, hints, relations, small, stats
-from fastnce.formulas import Loss, Reduction, answer, decoupled, l_in, l_out, reduced
+from fastnce.formulas import Reduction, decoupled, l_in, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -17,6 +17,7 @@ from fastnce.views import two_views
 from fastnce.wide import shared as shared_uses
 
 
+@checks.without_return_stats
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -34,9 +35,8 @@ def info_nce(
     exclude_key_ids: Tensor | None = None,
     in_batch: bool | None = None,
     symmetric: bool = False,
-    return_stats: bool = False,
     backend: str = "auto",
-) -> Loss:
+) -> Tensor:
     """InfoNCE: mean over i of -log(exp(s_ii) / sum_j exp(s_ij)),  s_ij = cos(query_i, key_j) / temperature.
 
     query          (M, D) anchors, any scale: rows are normalised here unless normalize=False
@@ -55,7 +55,6 @@ def info_nce(
     in_batch       None: only without negative_keys; True: in-batch negatives and negative_keys, of which there may be none (keys[:0],
                    values (0, D)); False: negative_keys only
     symmetric      mean of query -> key and key -> query (M = N, no negative_keys), as CLIP
-    return_stats   also RetrievalStats
     backend        "auto"; or by name "torch" (any device), "cpu" (the C++ library), "triton", "cuda" (NVIDIA GPUs), "reference" (dense)
 
     Returns a 0-dim float32 tensor (float64 for float64 input) in nats: log(M) when all embeddings are equal, 0 for a batch of one.
@@ -70,8 +69,7 @@ def info_nce(
     checks.features(where, query=query, positive_key=positive_key)
     rows, in_batch_keys = query.shape[0], positive_key.shape[0]
     checks.reduction(where, reduction, rows)
-    flags = {"normalize": normalize, "in_batch": in_batch, "symmetric": symmetric, "return_stats": return_stats}
-    checks.options(where, negative_mode=negative_mode, **flags)
+    checks.options(where, negative_mode=negative_mode, normalize=normalize, in_batch=in_batch, symmetric=symmetric)
     stats.check_backend(where, backend)
     negatives = Negatives.of(where, negative_keys, negative_mode, query, may_be_none=in_batch is True)
     if negatives is None:
@@ -123,51 +121,36 @@ def info_nce(
     def part(ids: Tensor | None, keys: slice) -> Tensor | None:
         return None if ids is None else ids[keys]
 
-    def problem(k: Tensor, keys: slice, offset: int | None, two_sided: bool, threshold: Tensor | None) -> Problem:
-        ids = (label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
-        own = first if offset == 0 else second
-        return Problem(query, k, scale, None, Pairs(False, offset, *ids), two_sided, normalize, return_stats, threshold, False, *own)
+    def problem(k: Tensor, keys: slice, offset: int | None) -> Problem:
+        pairs = Pairs(False, offset, label[0], part(label[1], keys), exclude[0], part(exclude[1], keys))
+        q_wide, k_wide = first if offset == 0 else second
+        return Problem(query, k, scale, None, pairs, symmetric, normalize, q_wide=q_wide, k_wide=k_wide)
 
     def with_none(loss: Tensor) -> Tensor:
         """The loss; it depends on negatives that are none with a gradient of their shape."""
         return loss if none is None else loss + none.sum(dtype=loss.dtype)
 
+    before = in_batch_keys if use_batch else 0
     if use_batch:
-        in_batch_problem = problem(positive_key, slice(0, in_batch_keys), 0, symmetric, None)
+        in_batch_problem = problem(positive_key, slice(0, before), 0)
         if negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend, reduction, weight)) is not None:
             return with_none(loss)
         found = stats.compute(where, in_batch_problem, backend)
     else:
-        found = one_positive(query, positive_key, first, scale, normalize, return_stats)
-        if shared is not None and return_stats:
-            found = found._replace(pos_max=stats.best_of_pairs(where, query, positive_key, scale, normalize, backend))
-    before = in_batch_keys if use_batch else 0
+        found = one_positive(query, positive_key, first, scale, normalize)
     if shared is not None:
-        also = stats.compute(where, problem(shared, slice(before, met), None, False, found.pos_max), backend)
-        if label[0] is not None and found.pos_max is not None and also.pos_max is not None:
-            # Ids may make a shared key the best positive: both parts then count their ranks from that.
-            best = torch.maximum(found.pos_max, also.pos_max)
-            if use_batch:
-                found = stats.compute(where, problem(positive_key, slice(0, before), 0, False, best), backend)
-            also = stats.compute(where, problem(shared, slice(before, met), None, False, best), backend)
-        found = stats.merge(found, also, before)
+        found = stats.merge(found, stats.compute(where, problem(shared, slice(before, met), None), backend))
     elif negatives is not None:
-        threshold = found.pos_max
-        if use_batch and threshold is not None:
-            # As the listed logits come out. With ids another key may be a better positive: by as much as in the tiles.
-            own = one_positive(query.detach(), positive_key[:rows].detach(), (None, None), scale.detach(), normalize, return_stats).pos
-            if label[0] is not None:
-                in_tile = stats.best_of_pairs(where, query, positive_key[:rows], scale, normalize, backend)
-                own = own + (threshold - in_tile).clamp(min=0.0)
-            threshold = own
-        found = stats.merge(found, negatives.statistics(query, second, scale, normalize, threshold), before)
+        found = stats.merge(found, negatives.statistics(query, second, scale, normalize))
     values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
         values = (values + l_out(found.columns, label[0] is None)) / 2
-    return answer(where, with_none(reduced(values, weight, reduction, query)), found, scale, None, return_stats)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
+    return with_none(reduced(values, weight, reduction, query))
 
 
+@checks.without_return_stats
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -177,9 +160,8 @@ def nt_xent(
     scale: float | Tensor | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
-    return_stats: bool = False,
     backend: str = "auto",
-) -> Loss:
+) -> Tensor:
     """NT-Xent of SimCLR: with z = [z0; z1], mean over the 2B rows i of log(sum_{j != i} exp(s_ij)) - s_ip,  s = cos / temperature.
 
     z0, z1        (B, D) two views; row i of one is the positive of row i of the other. Or z0 (2B, D) = [view 0; view 1] alone
@@ -193,15 +175,15 @@ def nt_xent(
     tensor(1.0986)
     """
     where = "nt_xent"
-    checks.options(where, return_stats=return_stats)
-    problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight, return_stats)
+    problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
-    loss = reduced(l_out(found, one_positive=True), weight, reduction, problem.q)
-    return answer(where, loss, found, problem.scale, None, return_stats)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
+    return reduced(l_out(found, one_positive=True), weight, reduction, problem.q)
 
 
+@checks.without_return_stats
 def dcl_loss(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -231,6 +213,7 @@ def dcl_loss(
     return reduced(decoupled(found), weight, reduction, problem.q)
 
 
+@checks.without_return_stats
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -245,9 +228,8 @@ def sup_con(
     scale: float | Tensor | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
-    return_stats: bool = False,
     backend: str = "auto",
-) -> Loss:
+) -> Tensor:
     """Supervised contrastive loss. Per anchor i, over the candidates C_i (all rows but i) and its positives P_i (same label):
 
         variant="out": log sum_{C_i} exp s - mean_{P_i} s        "in": log sum_{C_i} exp s - log sum_{P_i} exp s + log |P_i|
@@ -276,7 +258,7 @@ def sup_con(
     if n_views == 0:
         raise ValueError(f"{where}: features is {tuple(features.shape)}; it needs at least one view")
     words = {"variant": variant, "views": views, "no_positive": no_positive, "unlabelled": unlabelled}
-    checks.options(where, **words, normalize=normalize, return_stats=return_stats)
+    checks.options(where, **words, normalize=normalize)
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
     if mask is not None and unlabelled == "own_views":
@@ -305,10 +287,10 @@ def sup_con(
         label = pairs.q_label
         pairs = pairs._replace(q_label=None if label is None else label[:examples], k_label=label)
         q_wide, k_wide = shared_uses(z, z)
-        wide = (None if q_wide is None else q_wide[:examples], k_wide)
-        problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, return_stats, None, False, *wide)
+        q_wide = None if q_wide is None else q_wide[:examples]
+        problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, q_wide=q_wide, k_wide=k_wide)
     else:
-        problem = Problem(z, None, scale, None, pairs, False, normalize, return_stats)
+        problem = Problem(z, None, scale, None, pairs, False, normalize)
     found = stats.compute(where, problem, backend)
     some = found.n_pos > 0
     if no_positive == "error" and not bool(some.all()):
@@ -318,11 +300,12 @@ def sup_con(
     if no_positive == "skip":
         counted = some.to(values.dtype)
         weight = counted if weight is None else weight * counted
-    result = answer(where, reduced(values, weight, reduction, z), found, scale, None, return_stats)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
     hints.anchors(where, found.n_pos, n_views, mask is not None, no_positive == "skip")
-    return result
+    return reduced(values, weight, reduction, z)
 
 
+@checks.without_return_stats
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -337,9 +320,8 @@ def clip_loss(
     aligned: bool | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
-    return_stats: bool = False,
     backend: str = "auto",
-) -> Loss:
+) -> Tensor:
     """CLIP's symmetric loss: mean over i of (log sum_j exp s_ij + log sum_j exp s_ji) / 2 - s_ii,  s = logit_scale * cos + logit_bias.
 
     image, text            (N, D) each: row i of one belongs to row i of the other. With image_ids and text_ids the numbers of rows may
@@ -373,7 +355,7 @@ def clip_loss(
     checks.some_keys(where, "text", text, rows)
     checks.some_keys(where, "image", image, columns)
     checks.reduction(where, reduction, min(rows, columns))
-    checks.options(where, normalize=normalize, return_stats=return_stats)
+    checks.options(where, normalize=normalize)
     checks.choice(where, "aligned", aligned, (None, True, False))
     paired = rows == columns if aligned is None else aligned
     names, excluding, of = ("image_ids", "text_ids"), ("exclude_image_ids", "exclude_text_ids"), ("image", "text")
@@ -386,22 +368,22 @@ def clip_loss(
     bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
     hints.logit_scale(where, logit_scale, normalize)
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
-    problem = Problem(image, text, scale, bias, pairs, True, normalize, return_stats, None, False, *shared_uses(image, text))
+    q_wide, k_wide = shared_uses(image, text)
+    problem = Problem(image, text, scale, bias, pairs, True, normalize, q_wide=q_wide, k_wide=k_wide)
     if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = stats.compute(where, problem, backend)
     assert found.columns is not None
-    by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
-    if paired:
-        loss = reduced((by_row + by_column) / 2, weight, reduction, image)
-    else:
-        loss = (reduced(by_row, None, reduction, image) + reduced(by_column, None, reduction, image)) / 2
-    result = answer(where, loss, found, scale, bias, return_stats)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
     for kind, side, other in (("images", found, "text"), ("texts", found.columns, "image")):
         hints.without_positive(where, side.n_pos, kind, f" and count 0: no {other} has their id")
-    return result
+    by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
+    if paired:
+        return reduced((by_row + by_column) / 2, weight, reduction, image)
+    return (reduced(by_row, None, reduction, image) + reduced(by_column, None, reduction, image)) / 2
 
 
+@checks.without_return_stats
 def moco_loss(
     q: Tensor,
     k: Tensor,
@@ -412,9 +394,8 @@ def moco_loss(
     scale: float | Tensor | None = None,
     normalize: bool = True,
     weight: Tensor | None = None,
-    return_stats: bool = False,
     backend: str = "auto",
-) -> Loss:
+) -> Tensor:
     """MoCo: mean over i of -log(exp(s_ii) / (exp(s_ii) + sum_j exp(q_i . queue_j / temperature))),  s_ii = cos(q_i, k_i) / temperature.
 
     q        (N, D) queries
@@ -435,14 +416,12 @@ def moco_loss(
         raise ValueError(f"{where}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; row i of k is the positive of row i of q")
     checks.some_keys(where, "queue", negatives, q.shape[0])
     checks.reduction(where, reduction, q.shape[0])
-    checks.options(where, normalize=normalize, return_stats=return_stats)
+    checks.options(where, normalize=normalize)
     weight = checks.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, q)
-    wide = shared_uses(q, k, q, negatives)
-    found = one_positive(q, k, wide[:2], scale, normalize, return_stats)
-    if return_stats:
-        found = found._replace(pos_max=stats.best_of_pairs(where, q, k, scale, normalize, backend))
-    problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, return_stats, found.pos_max, False, *wide[2:])
-    found = stats.merge(found, stats.compute(where, problem, backend))
-    return answer(where, reduced(l_out(found, one_positive=True), weight, reduction, q), found, scale, None, return_stats)
+    *own, q_wide, k_wide = shared_uses(q, k, q, negatives)
+    problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, q_wide=q_wide, k_wide=k_wide)
+    found = stats.merge(one_positive(q, k, own, scale, normalize), stats.compute(where, problem, backend))
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
+    return reduced(l_out(found, one_positive=True), weight, reduction, q)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnce import checks, losses, ops, stats
-from fastnce.formulas import Loss, Reduction
+from fastnce.formulas import Reduction
 from fastnce.logit_scale import LogitScale, StaysPrecise
 from fastnce.negatives import Ragged
 from fastnce.queue import NegativeQueue
@@ -22,7 +22,7 @@ class _Loss(StaysPrecise):
                          submodule `logit_scale`. Both can be read, each as 1 over the other. Setting one drops what was held before
     """
 
-    _function: ClassVar[Callable[..., Loss]]
+    _function: ClassVar[Callable[..., Tensor]]
     options: dict[str, Any]
     logit_scale: LogitScale  # where one is held
 
@@ -116,7 +116,8 @@ class _Loss(StaysPrecise):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A pickle from when a default temperature and no scale were options too.
+        # A pickle from when a loss also returned its metrics, and from when a default temperature and no scale were options too.
+        self.options.pop("return_stats", None)
         if self.options.get("scale", 0) is None:
             del self.options["scale"]
         if any("scale" in store for store in (self.options, self._parameters, self._buffers)):
@@ -128,6 +129,7 @@ class InfoNCE(_Loss):
 
     _function = staticmethod(losses.info_nce)
 
+    @checks.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -138,7 +140,6 @@ class InfoNCE(_Loss):
         normalize: bool = True,
         in_batch: bool | None = None,
         symmetric: bool = False,
-        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -149,7 +150,6 @@ class InfoNCE(_Loss):
             normalize=normalize,
             in_batch=in_batch,
             symmetric=symmetric,
-            return_stats=return_stats,
             backend=backend,
         )
 
@@ -164,7 +164,7 @@ class InfoNCE(_Loss):
         key_ids: Tensor | None = None,
         exclude_query_ids: Tensor | None = None,
         exclude_key_ids: Tensor | None = None,
-    ) -> Loss:
+    ) -> Tensor:
         return losses.info_nce(
             query,
             positive_key,
@@ -183,6 +183,7 @@ class NTXentLoss(_Loss):
 
     _function = staticmethod(losses.nt_xent)
 
+    @checks.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -190,7 +191,6 @@ class NTXentLoss(_Loss):
         *,
         scale: float | Tensor | LogitScale | None = None,
         normalize: bool = True,
-        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -198,11 +198,10 @@ class NTXentLoss(_Loss):
             reduction=reduction,
             scale=scale,
             normalize=normalize,
-            return_stats=return_stats,
             backend=backend,
         )
 
-    def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Loss:
+    def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         return losses.nt_xent(z0, z1, weight=weight, **self._given())
 
 
@@ -211,6 +210,7 @@ class DCLLoss(_Loss):
 
     _function = staticmethod(losses.dcl_loss)
 
+    @checks.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -231,6 +231,7 @@ class SupConLoss(_Loss):
 
     _function = staticmethod(losses.sup_con)
 
+    @checks.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -242,7 +243,6 @@ class SupConLoss(_Loss):
         unlabelled: Literal["alone", "own_views"] = "alone",
         scale: float | Tensor | LogitScale | None = None,
         normalize: bool = True,
-        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -254,11 +254,10 @@ class SupConLoss(_Loss):
             unlabelled=unlabelled,
             scale=scale,
             normalize=normalize,
-            return_stats=return_stats,
             backend=backend,
         )
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, weight: Tensor | None = None) -> Loss:
+    def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         return losses.sup_con(features, labels, mask, weight=weight, **self._given())
 
 
@@ -275,6 +274,7 @@ class ClipLoss(_Loss):
 
     _function = staticmethod(losses.clip_loss)
 
+    @checks.without_return_stats
     def __init__(
         self,
         init_scale: float | None = None,
@@ -283,14 +283,13 @@ class ClipLoss(_Loss):
         *,
         scale: float | Tensor | LogitScale | None = None,
         normalize: bool = True,
-        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         if scale is None:
             scale = LogitScale(1 / 0.07 if init_scale is None else init_scale, max_scale)
         elif init_scale is not None or max_scale != 100.0:
             raise ValueError("ClipLoss: give scale, or init_scale and max_scale, not both (scale=LogitScale(init, max))")
-        super().__init__(scale=scale, reduction=reduction, normalize=normalize, return_stats=return_stats, backend=backend)
+        super().__init__(scale=scale, reduction=reduction, normalize=normalize, backend=backend)
 
     def forward(
         self,
@@ -305,9 +304,9 @@ class ClipLoss(_Loss):
         exclude_text_ids: Tensor | None = None,
         aligned: bool | None = None,
         weight: Tensor | None = None,
-    ) -> Loss:
+    ) -> Tensor:
         own = self.scale
-        found = losses.clip_loss(
+        loss = losses.clip_loss(
             image,
             text,
             own if logit_scale is None else logit_scale,
@@ -321,12 +320,9 @@ class ClipLoss(_Loss):
             **{name: value for name, value in self.options.items() if name not in ("temperature", "scale")},
         )
         if logit_scale is None or not isinstance(own, Tensor):
-            return found
+            return loss
         # The sum of no element: 0 whatever it holds, and its gradient too.
-        unused = own.reshape(1)[:0].sum()
-        if isinstance(found, Tensor):
-            return found + unused.to(found.dtype)
-        return found[0] + unused.to(found[0].dtype), found[1]
+        return loss + own.reshape(1)[:0].sum().to(loss.dtype)
 
 
 class MoCoLoss(_Loss):
@@ -348,6 +344,7 @@ class MoCoLoss(_Loss):
     _function = staticmethod(losses.moco_loss)
     _replaced: tuple[Tensor, Tensor, Tensor, int] | None = None
 
+    @checks.without_return_stats
     def __init__(
         self,
         queue_size: int,
@@ -357,7 +354,6 @@ class MoCoLoss(_Loss):
         *,
         scale: float | Tensor | LogitScale | None = None,
         normalize: bool = True,
-        return_stats: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -365,14 +361,13 @@ class MoCoLoss(_Loss):
             reduction=reduction,
             scale=scale,
             normalize=normalize,
-            return_stats=return_stats,
             backend=backend,
         )
         checks.count("MoCoLoss", "queue_size", queue_size)
         checks.count("MoCoLoss", "dim", dim)
         self.queue = NegativeQueue(queue_size, dim)
 
-    def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Loss:
+    def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
         if isinstance(k, Tensor):
             k = k.detach()
         # Inside backward this is the second run of a checkpointed call.

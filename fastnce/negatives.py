@@ -11,13 +11,10 @@ from torch import Tensor
 
 from fastnce import checks
 from fastnce.listed import Listed
-from fastnce.norms import compute_dtype
 from fastnce.ops import listed_logits
-from fastnce.problem import tied
 from fastnce.stats import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
-Bounds: TypeAlias = tuple[Tensor, Tensor]  # see problem.tied
 
 # The two of a ragged tuple as the caller writes them.
 VALUES, OFFSETS = "negative_keys[0]", "negative_keys[1]"
@@ -54,53 +51,31 @@ class Negatives(NamedTuple):
             raise ValueError(f"{where}: negative_keys is {tuple(given.shape)}; at least one key is needed{NONE_OF_THEM}")
         return Negatives(mode, given)
 
-    def statistics(
-        self, query: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool, threshold: Tensor | None
-    ) -> ContrastiveStats:
-        """Row statistics of listed negatives. wide: stand-ins for query and keys. threshold (M,): metrics too, rank and ties counted from
-        there."""
-        bounds = None if threshold is None else tied(threshold, scale, normalize, compute_dtype(query.dtype))
-        s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize, bounds is not None))
-        return _by_row(s, bounds) if self.rows is None else self._by_segment(s, query.shape[0], bounds)
+    def statistics(self, query: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool) -> ContrastiveStats:
+        """Row statistics of listed negatives. wide: stand-ins for query and keys."""
+        s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize))
+        lse = self._by_segment(s, query.shape[0]) if self.rows is not None else s.logsumexp(1) if s.shape[1] else s.sum(1)
+        none = torch.full_like(lse, -torch.inf)
+        return ContrastiveStats(lse, none, torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64))
 
-    def _by_segment(self, s: Tensor, n: int, bounds: Bounds | None) -> ContrastiveStats:
-        """As _by_row, over the values of each of n queries; a query without any has lse -inf and hardest -1."""
+    def _by_segment(self, s: Tensor, n: int) -> Tensor:
+        """Log-sum-exp over the values of each of n queries; -inf for a query without any."""
         assert self.rows is not None
-        count = len(self.rows)
         nobody, rows = self.rows >= n, self.rows.clamp(max=n - 1)
         s = s.masked_fill(nobody, -torch.inf)
         most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
         base = most.masked_fill(most == -torch.inf, 0.0)
         total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
         # log(0) has an infinite gradient; a query without values takes none.
-        lse = torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
-        if bounds is None:
-            return _of_negatives(lse)
-        s, (low, high) = s.detach(), (bound[rows] for bound in bounds)
-        above = rows.new_zeros(n).index_add(0, rows, (~(s <= high)).to(rows.dtype))
-        ties = rows.new_zeros(n).index_add(0, rows, ((low <= s) & (s <= high)).to(rows.dtype))
-        s = s.masked_fill(s.isnan(), -torch.inf)
-        most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s, "amax")
-        position = torch.arange(count, device=rows.device)
-        candidate = torch.where((s == most[rows]) & (s > -torch.inf), position, count)
-        hardest = rows.new_full((n,), count).scatter_reduce(0, rows, candidate, "amin")
-        return _of_negatives(lse, above, ties, hardest.masked_fill(hardest == count, -1), most)
+        return torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
 
 
-def one_positive(
-    query: Tensor, key: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool, metrics: bool
-) -> ContrastiveStats:
+def one_positive(query: Tensor, key: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool) -> ContrastiveStats:
     """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo. wide: their stand-ins."""
     query_wide, key_wide = wide
     listed = Listed(query, key[:, None], None, scale, query_wide, None if key_wide is None else key_wide[:, None], normalize)
     pos = listed_logits(listed).squeeze(1)
-    none = torch.full_like(pos, -torch.inf)
-    one = torch.ones_like(pos, dtype=torch.int64)
-    found = ContrastiveStats(none, pos, pos, one)
-    if not metrics:
-        return found
-    zero = torch.zeros_like(one)
-    return found._replace(rank=zero, ties=zero, hardest=torch.full_like(one, -1), hardest_logit=none, pos_max=pos.detach())
+    return ContrastiveStats(torch.full_like(pos, -torch.inf), pos, pos, torch.ones_like(pos, dtype=torch.int64))
 
 
 def _no_temperature(where: str, given: object) -> None:
@@ -136,26 +111,3 @@ def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Nega
     # Positions below the first or above the last offset belong to nobody.
     rows = torch.searchsorted(ends, positions, right=True) - 1
     return Negatives("ragged", values, rows.where(rows >= 0, query.shape[0]))
-
-
-def _of_negatives(lse: Tensor, *metrics: Tensor) -> ContrastiveStats:
-    """Of rows without a positive. metrics: rank, ties, hardest, hardest_logit, or none of them."""
-    none = torch.full_like(lse, -torch.inf)
-    found = ContrastiveStats(lse, none, torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.int64))
-    if not metrics:
-        return found
-    rank, ties, hardest, hardest_logit = metrics
-    return found._replace(rank=rank, ties=ties, hardest=hardest, hardest_logit=hardest_logit, pos_max=none)
-
-
-def _by_row(s: Tensor, bounds: Bounds | None) -> ContrastiveStats:
-    if s.shape[1] == 0:  # only where there is no query either
-        none = s.new_empty(0)
-        return _of_negatives(s.sum(1), *() if bounds is None else (none.long(), none.long(), none.long(), none))
-    lse = s.logsumexp(1)
-    if bounds is None:
-        return _of_negatives(lse)
-    s, (low, high) = s.detach(), (bound[:, None] for bound in bounds)
-    most, hardest = s.masked_fill(s.isnan(), -torch.inf).max(1)
-    ties = ((low <= s) & (s <= high)).sum(1)
-    return _of_negatives(lse, (~(s <= high)).sum(1), ties, hardest.masked_fill(most == -torch.inf, -1), most)

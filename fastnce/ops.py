@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
+from fastnce import hardest as hardest_negatives
 from fastnce.backends._gpu import rows
 from fastnce.listed import Listed
 from fastnce.norms import compute_dtype, no_autocast, vector_dtype
@@ -36,6 +37,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(f"hardest(int count, {PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -46,6 +48,12 @@ def statistics(problem: Problem, backend: str) -> list[Side]:
     arguments = Arguments.of(problem._replace(frozen=torch.is_grad_enabled()), backend)
     flat = torch.ops.fastnce.forward(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
+
+
+def hardest(problem: Problem, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Indices and similarities of the hardest negatives, see hardest.py: rows, then columns where two_sided. No gradient."""
+    flat = torch.ops.fastnce.hardest(count, *Arguments.of(problem, "torch"))
+    return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -161,8 +169,8 @@ class _Listed(_Derivative):
     @staticmethod
     def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, Tensor]:
         s, r = below(*flat)
-        ctx.flags = flat[-2:]
-        _Derivative.keep(ctx, s, r, *flat[:-2])
+        ctx.flags = flat[-1:]
+        _Derivative.keep(ctx, s, r, *flat[:-1])
         ctx.mark_non_differentiable(r)
         return s, r
 
@@ -175,7 +183,7 @@ class _Listed(_Derivative):
         dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=True))
         dq, dq_wide = (dq, None) if arguments.q_wide is None else (None, dq)
         dkeys, dkeys_wide = (dkeys, None) if arguments.keys_wide is None else (None, dkeys)
-        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None, None
+        return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
 class _Log1pLoss(_Derivative):
@@ -190,6 +198,20 @@ class _Log1pLoss(_Derivative):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
         found = torch.ops.fastnce.log1p_loss_backward(*_Derivative.kept(ctx), grad)
         return None, found, -found
+
+
+class _Undifferentiated(_Derivative):
+    """Of indices and of what is looked up by them: nothing has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, below: _Below, *args: Any) -> tuple[Tensor, ...]:
+        found = tuple(below(*args))
+        ctx.mark_non_differentiable(*found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class _Gradients(_Derivative):
@@ -279,6 +301,14 @@ def _backward(*given: Any) -> tuple[Tensor, ...]:
     return tuple(args.q.new_empty(0) if g is None else g for g in found)
 
 
+def _hardest(count: int, *flat: Any) -> list[Tensor]:
+    return hardest_negatives.forward(Arguments(*flat).problem(), count)
+
+
+def _fake_hardest(count: int, *flat: Any) -> list[Tensor]:
+    return hardest_negatives.fake(Arguments(*flat).problem(), count)
+
+
 def _copy_of_queue(keys: Tensor) -> Tensor:
     # An operator, because a compiler may move a clone into the backward, where it would copy what has been written since.
     if torch._C._current_graph_task_id() != -1:
@@ -353,6 +383,7 @@ for _name, _run, _fake, _derivative in (
     ("copy_of_queue", _copy_of_queue, torch.empty_like, _Wide),
     ("listed", listed.forward, listed.fake, _Listed),
     ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
+    ("hardest", _hardest, _fake_hardest, _Undifferentiated),
     ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
     ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):

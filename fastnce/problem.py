@@ -18,19 +18,6 @@ from fastnce.pairs import Pairs
 TIE = {torch.float32: 3 * 2.0**-24, torch.float64: 2.0**-49}
 
 
-def tied(threshold: Tensor, scale: Tensor, normalize: bool, dtype: torch.dtype, unit: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(low, high), as threshold: where low <= logit <= high, a negative ties with the threshold; unless logit <= high, it is above.
-
-    threshold   logits without the bias, in a unit of which a nat has `unit`
-    normalize   otherwise logits have any size, and the band is the same fraction of the threshold itself
-    A threshold that is nan has every negative above it, and so has -inf, a row without a positive, with which nothing ties. A negative
-    that is nan is above any threshold: it is not <= high.
-    """
-    band = TIE[dtype] * (unit * scale.detach() if normalize else threshold.abs())
-    low, high = threshold - band, threshold + band
-    return low.where(low > -torch.inf, torch.inf), high.masked_fill(high.isnan(), -torch.inf)
-
-
 class Problem(NamedTuple):
     """s_ij = scale * r_q[i] * r_k[j] * <q_i, k_j> + bias and the rules of its pairs.
 
@@ -72,13 +59,21 @@ class Problem(NamedTuple):
         return q.dtype, k.dtype
 
     def tied(self, best: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-        """(low, high) of the rows, see tied(). best: the largest positive logits without the bias, in a unit of which a nat has `unit`."""
+        """(low, high) of the rows: where low <= logit <= high, a negative ties with the threshold; unless logit <= high, it is above.
+
+        best: the largest positive logits without the bias, in a unit of which a nat has `unit`; the logits and bounds are in it, too.
+        Where rows are not normalised logits have any size, and the band is the same fraction of the threshold itself. A threshold that is
+        nan has every negative above it, and so has -inf, a row without a positive, with which nothing ties. A negative that is nan is above
+        any threshold: it is not <= high.
+        """
         given, bias, threshold = self.threshold, self.bias, best
         if given is not None:
             threshold = (given if bias is None else given - bias) * unit
         elif bias is not None:
             threshold = best + 0.0 * bias  # a bias that is no number makes every logit nan
-        return tied(threshold, self.scale, self.normalize, compute_dtype(self.q.dtype), unit)
+        band = TIE[compute_dtype(self.q.dtype)] * (unit * self.scale.detach() if self.normalize else threshold.abs())
+        low, high = threshold - band, threshold + band
+        return low.where(low > -torch.inf, torch.inf), high.masked_fill(high.isnan(), -torch.inf)
 
 
 class Side(NamedTuple):

@@ -63,15 +63,23 @@ def labels(where: str, value: object, features: Tensor) -> Tensor | None:
     return checks.ids(where, "labels", value, examples, features, "features", "one label per example")
 
 
-def mask(where: str, name: str, value: object, like: Tensor, shape: tuple[int, int] | None = None) -> Tensor | None:
-    """A boolean matrix of positives, of this shape or, repeated, of any that has a place for every pair; None stays None."""
+def mask(
+    where: str,
+    name: str,
+    value: object,
+    like: Tensor,
+    shape: tuple[int, int] | None = None,
+    each: str = "one row and column per example",
+) -> Tensor | None:
+    """A boolean matrix of positives, of this shape or, repeated, of any that has a place for every pair; None stays None. `each` says what
+    its rows and columns are."""
     if value is None:
         return None
     x = checks.a_tensor(where, name, value)
     if x.dtype != torch.bool:
         raise TypeError(f"{where}: {name} must have dtype torch.bool, got {x.dtype} ({name}.bool())")
     if x.dim() != 2 or (0 in x.shape and like.shape[0] > 0 if shape is None else x.shape != shape):
-        wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, one row and column per example"
+        wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, {each}"
         remedy = f"; {_VIEWS_SECOND}" if shape is not None and like.dim() == 3 and x.shape == 2 * like.shape[1:2] else ""
         raise ValueError(f"{where}: {name} must be {wanted}, got shape {tuple(x.shape)}{remedy}")
     checks.same_device(where, features=like, **{name: x})

@@ -86,7 +86,6 @@ def _serves(problem: Problem, backend: str) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and q.dtype in (torch.float32, torch.float64)
         and problem.normalize
-        and not problem.metrics
         and pairs.offset is not None
         and pairs.q_label is pairs.q_exclude is pairs.mask is problem.bias is None
         and columns > (2 if problem.symmetric else 1)  # every row has a negative

@@ -152,15 +152,6 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
 
-def best_of_pairs(where: str, q: Tensor, k: Tensor, scale: Tensor, normalize: bool, backend: str) -> Tensor:
-    """(M,) logits of the pairs (q_i, k_i) as the tiles of a backend give them, without a gradient: where ranks among other keys count
-    from. From another routine they could be off by more than the band of ties, and equal rows would be above or below by chance."""
-    q, k, scale = q.detach(), k.detach(), scale.detach()
-    found = compute(where, Problem(q, k, scale, None, Pairs(False, 0), False, normalize, metrics=True), backend).pos_max
-    assert found is not None
-    return found
-
-
 def _public(side: Side) -> ContrastiveStats:
     metrics = (side.rank, side.ties, side.hardest, side.hardest_logit, side.pos_max)
     return ContrastiveStats(side.lse_neg, side.lse_pos, side.pos, side.n_pos, *metrics)

@@ -20,7 +20,6 @@ def two_views(
     normalize: bool,
     reduction: str,
     weight: Tensor | None,
-    metrics: bool = False,
 ) -> tuple[Problem, Tensor | None]:
     """Every row of z = [z0; z1] against all others, the other view of its example being its positive; and the weights of the rows."""
     if z1 is None:
@@ -45,4 +44,4 @@ def two_views(
     weight = checks.weights(where, weight, rows, z, rows // 2)
     hints.temperature(where, temperature, scale, normalize)
     scale = checks.scale_of(where, temperature, scale, z)
-    return Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, metrics, q_wide=wide), weight
+    return Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, q_wide=wide), weight

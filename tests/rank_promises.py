@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastnce
-from fastnce import contrastive_stats, info_nce
-from fastnce.formulas import RetrievalStats
+from fastnce import RetrievalStats, contrastive_stats, hardest, retrieval
 
 U = 2.0**-24
 # Random similarities are further apart, equal ones nearer together.
@@ -25,13 +24,12 @@ DECIDED = 8 * U
 
 
 class Asked(NamedTuple):
-    """One loss, and the float64 similarities that its metrics are of; -inf where there is no such pair."""
+    """One call, and the float64 similarities that its metrics are of; -inf where there is no such pair."""
 
     name: str
-    run: Callable[[str], RetrievalStats]
+    run: Callable[..., RetrievalStats]  # of a backend, and how many of the hardest negatives
     negatives: Tensor
     positives: Tensor
-    first: Tensor | int = 0  # index of the negatives' first column, per row
 
 
 def similarities(q: Tensor, k: Tensor) -> Tensor:
@@ -43,60 +41,70 @@ def without(s: Tensor, mask: Tensor) -> Tensor:
 
 
 SLOW = ("triton", "cuda")  # interpreted, or emulated: a hundred times as long
-# Of all losses those whose tiles differ: both sides, several sets of keys, keys that are the queries, positives by content, a queue.
-ON_KERNELS = ("clip_loss columns", "shared too", "nt_xent", "ids", "moco_loss")
+# Of all calls those whose tiles differ: both sides, more keys than queries, keys that are the queries, positives by content, a queue.
+ON_KERNELS = ("columns", "more keys", "views", "ids", "queue")
 
 
 def asked_of(backend: str, q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
-    """Every loss; where kernels are slow, those that differ in the tiles."""
-    return [asked for asked in all_losses(q, k, more) if backend not in SLOW or asked.name in ON_KERNELS]
+    """Every call; where kernels are slow, those that differ in the tiles."""
+    return [asked for asked in all_calls(q, k, more) if backend not in SLOW or asked.name in ON_KERNELS]
 
 
-def all_losses(q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
-    """Every loss and every kind of negatives over q, k (M, D) and negatives of one's own, more (M, D)."""
-    m, scale = len(q), 10.0
+def all_calls(q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
+    """Every way to say which pairs are positive, over q, k (M, D) and negatives of one's own, more (M, D)."""
+    m = len(q)
     eye, s, own = torch.eye(m, dtype=torch.bool), similarities(q, k), similarities(q, more)
     batch, pos = without(s, eye), s.diagonal()[:, None]
-    paired = torch.stack([more, more.roll(1, 0), more.roll(2, 0)], 1)
-    of_pairs = similarities(q[:, None], paired)[:, 0]
-    values, counts = paired.flatten(0, 1), torch.arange(m) % 3 + 1
-    # Query i has 1, 2 or 3 of its values; the others belong to queries behind it.
-    ends = F.pad(counts.cumsum(0), (1, 0))
-    everyone = similarities(q, values)
-    position = torch.arange(len(values))
-    ragged = without(everyone, (position < ends[:-1, None]) | (position >= ends[1:, None]))
     z, labels = torch.cat([q, k]), torch.arange(m) // 3
-    zz, views, same = similarities(z, z), torch.eye(2 * m, dtype=torch.bool), (labels[:, None] == labels).repeat(2, 2)
-    partner = torch.eye(m, dtype=torch.bool).repeat(2, 2) & ~views
+    zz, itself = similarities(z, z), torch.eye(2 * m, dtype=torch.bool)
+    partner, same = eye.repeat(2, 2) & ~itself, (labels[:, None] == labels).repeat(2, 2)
     chosen = labels[:, None] == labels
+    both, last = torch.cat([k, more]), torch.arange(m) + m
+    # Every query and every key of the batch has one id, so that a query meets its own key and the queue.
+    queue = {
+        "exclude_query_ids": torch.zeros_like(labels),
+        "exclude_key_ids": torch.zeros(2 * m, dtype=torch.int64).index_fill(0, last, -1),
+    }
+    none = torch.full_like(s, -torch.inf)
 
-    def by(call: Callable[..., object], *args: object, columns: bool = False, **kwargs: object) -> Callable[[str], RetrievalStats]:
-        def run(backend: str) -> RetrievalStats:
-            found = call(*args, return_stats=True, backend=backend, **kwargs)[1]  # type: ignore[index]
-            return found.columns if columns else found
+    def by(*args: Tensor, columns: bool = False, **options: Any) -> Callable[..., RetrievalStats]:
+        def run(backend: str, count: int = 1) -> RetrievalStats:
+            found = retrieval(*args, backend=backend, hardest=count, **options)
+            return found.columns if columns and found.columns is not None else found
 
         return run
 
-    part = {"negative_keys": values[: int(ends[-1])], "scale": scale} | {"negative_keys": (values[: int(ends[-1])], ends)}
-    ragged = ragged[:, : int(ends[-1])]
-    pairs = {"negative_keys": paired, "negative_mode": "paired", "scale": scale}
+    def statistics(columns: bool) -> Callable[..., RetrievalStats]:
+        """The metrics of contrastive_stats, at a scale and with a bias of its own."""
+
+        def run(backend: str, count: int = 1) -> RetrievalStats:
+            found = contrastive_stats(q, k, scale=10.0, bias=-3.0, offset=0, two_sided=True, metrics=True, backend=backend)
+            side: Any = found.columns if columns else found
+            hits = {n: (side.rank + side.ties < n) & (side.pos_max > -torch.inf) for n in (1, 5)}
+            mrr = (1 / (1 + side.rank + side.ties / 2)).masked_fill(~(side.pos_max > -torch.inf), 0.0).mean()
+            return RetrievalStats(side.rank, side.ties, hits, mrr, side.hardest[:, None], (side.hardest_logit[:, None] + 3.0) / 10.0)
+
+        return run
+
     return [
-        Asked("info_nce", by(info_nce, q, k, scale=scale), batch, pos),
-        Asked("symmetric", by(info_nce, q, k, scale=scale, symmetric=True), batch, pos),
-        Asked("columns", by(info_nce, q, k, scale=scale, symmetric=True, columns=True), batch.T, pos),
-        Asked("ids", by(info_nce, q, k, scale=scale, query_ids=labels), without(s, chosen), without(s, ~chosen)),
-        Asked("shared", by(info_nce, q, k, more, scale=scale), own, pos),
-        Asked("shared too", by(info_nce, q, k, more, scale=scale, in_batch=True), torch.cat([batch, own], 1), pos),
-        Asked("paired", by(info_nce, q, k, **pairs), of_pairs, pos),
-        Asked("paired too", by(info_nce, q, k, **pairs, in_batch=True), torch.cat([batch, of_pairs], 1), pos),
-        Asked("ragged", by(info_nce, q, k, **part), ragged, pos),
-        Asked("ragged too", by(info_nce, q, k, **part, in_batch=True), torch.cat([batch, ragged], 1), pos),
-        Asked("nt_xent", by(fastnce.nt_xent, q, k, scale=scale), without(zz, views | partner), without(zz, ~partner)),
-        Asked("sup_con", by(fastnce.sup_con, z, torch.cat([labels] * 2), scale=scale), without(zz, same), without(zz, ~same | views)),
-        Asked("clip_loss", by(fastnce.clip_loss, q, k, scale, -3.0), batch, pos),
-        Asked("clip_loss columns", by(fastnce.clip_loss, q, k, scale, -3.0, columns=True), batch.T, pos),
-        Asked("moco_loss", by(fastnce.moco_loss, q, k, more, scale=scale), own, pos),
+        Asked("rows", by(q, k), batch, pos),
+        Asked("both sides", by(q, k, two_sided=True), batch, pos),
+        Asked("columns", by(q, k, two_sided=True, columns=True), batch.T, pos),
+        Asked("ids", by(q, k, query_ids=labels), without(s, chosen), without(s, ~chosen)),
+        Asked("ids of columns", by(q, k, key_ids=labels, two_sided=True, columns=True), without(s, chosen).T, without(s, ~chosen).T),
+        Asked("ids and place", by(q, k, query_ids=labels, key_ids=labels.flip(0), offset=0), *split(s, (chosen.flip(1)) | eye)),
+        Asked("mask", by(q, k, positive_mask=chosen.roll(1, 0)), *split(s, chosen.roll(1, 0))),
+        Asked("queue", by(q, both, **queue), torch.cat([none, own], 1), pos),
+        Asked("more keys", by(q, both), torch.cat([batch, own], 1), pos),
+        Asked("views", by(z, offset=m), without(zz, itself | partner), without(zz, ~partner)),
+        Asked("labels", by(z, query_ids=torch.cat([labels] * 2)), without(zz, same), without(zz, ~same | itself)),
+        Asked("statistics", statistics(False), batch, pos),
+        Asked("statistics of columns", statistics(True), batch.T, pos),
     ]
+
+
+def split(s: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    return without(s, positive), without(s, ~positive)
 
 
 def check(found: RetrievalStats, negatives: Tensor, positives: Tensor, name: str) -> None:
@@ -105,22 +113,34 @@ def check(found: RetrievalStats, negatives: Tensor, positives: Tensor, name: str
     counted = negatives != -torch.inf
     rank = (counted & ~(negatives <= best + NEAR)).sum(1)
     ties = (counted & ((negatives - best).abs() <= NEAR)).sum(1)
+    there = (best > -torch.inf)[:, 0]
     assert torch.equal(found.rank, rank), name
     assert torch.equal(found.ties, ties), name
-    assert torch.equal(found.top1, (rank + ties == 0) & (best > -torch.inf)[:, 0]), name
+    for k, hits in found.hits.items():
+        assert torch.equal(hits, (rank + ties < k) & there), name
+    mrr = (1 / (1 + rank + ties.double() / 2)).masked_fill(~there, 0.0).mean()
+    torch.testing.assert_close(found.mrr.double(), mrr, rtol=1e-6, atol=0, msg=name)
+    wanted = sorted_negatives(negatives)[:, : found.hardest.shape[1]]
+    similarity, hardest = found.hardest_similarity.double(), found.hardest
+    assert torch.equal(hardest == -1, wanted == -torch.inf), name
+    torch.testing.assert_close(similarity, wanted, rtol=0, atol=NEAR, msg=name)
+    there_is = negatives.gather(1, hardest.clamp(min=0)).masked_fill(hardest == -1, -torch.inf)
+    torch.testing.assert_close(there_is, similarity, rtol=0, atol=NEAR, msg=name)
+    distinct = hardest.sort(1).values.diff(dim=1)
+    assert ((distinct > 0) | (hardest.sort(1).values[:, 1:] == -1)).all(), name
+
+
+def sorted_negatives(negatives: Tensor) -> Tensor:
+    """From the hardest on, without those that are nan; -inf behind the last."""
     real = negatives.masked_fill(negatives.isnan(), -torch.inf)
-    most = real.amax(1)
-    assert torch.equal(found.hardest == -1, most == -torch.inf), name
-    torch.testing.assert_close(found.hardest_similarity.double(), most, rtol=0, atol=NEAR, msg=name)
-    there = real.gather(1, found.hardest.clamp(min=0)[:, None])[:, 0]
-    assert ((there >= most - NEAR) | (most == -torch.inf)).all(), name
+    return F.pad(real.sort(1, descending=True).values, (0, 50), value=-torch.inf)
 
 
 def features(rows: int, columns: int, seed: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def every_loss_counts_as_a_sort_does(backend: str) -> None:
+def every_call_counts_as_a_sort_does(backend: str) -> None:
     q, k, more = (features(22, 24, seed) for seed in range(3))
     for asked in asked_of(backend, q, q + k, more + q.roll(1, 0)):
         check(asked.run(backend), asked.negatives, asked.positives, asked.name)
@@ -139,7 +159,7 @@ def nan_ranks_last(backend: str) -> None:
             found = asked.run(backend)
             check(found, asked.negatives, asked.positives, f"{asked.name}: {where}")
             if where == "everywhere":
-                assert torch.equal(found.rank, (asked.negatives != -torch.inf).sum(1)) and not found.top1.any()
+                assert torch.equal(found.rank, (asked.negatives != -torch.inf).sum(1)) and not any(h.any() for h in found.hits.values())
 
 
 def equal_rows_tie(backend: str) -> None:
@@ -151,9 +171,10 @@ def equal_rows_tie(backend: str) -> None:
         for asked in asked_of(backend, rows, rows, rows):
             found = asked.run(backend)
             check(found, asked.negatives, asked.positives, asked.name)
-            assert rows is not collapsed or not (found.rank.any() or found.top1.any()), asked.name
-    _, found = info_nce(collapsed, collapsed, return_stats=True, backend=backend)
-    assert (1 + found.rank + found.ties / 2).tolist() == [11.5] * 22
+            assert rows is not collapsed or not (found.rank.any() or found.hits[1].any()), asked.name
+    found = retrieval(collapsed, collapsed, ks=(21, 22), backend=backend)
+    assert not found.hits[21].any() and found.hits[22].all()
+    torch.testing.assert_close(found.mrr, torch.tensor(1 / 11.5))
 
 
 def rows_of_any_length_tie(backend: str) -> None:
@@ -161,8 +182,8 @@ def rows_of_any_length_tie(backend: str) -> None:
     rows = features(1, 24, 5) * (torch.rand(22, 1, generator=torch.Generator().manual_seed(0)) * 3 + 0.2)
     for asked in asked_of(backend, rows, rows, rows):
         counted = (asked.negatives != -torch.inf).sum()
-        # Of listed negatives and in kernels norms are rounded more often.
-        share = 0.9 if backend in SLOW or asked.name.startswith(("paired", "ragged")) else 0.99
+        # In kernels norms are rounded more often.
+        share = 0.9 if backend in SLOW else 0.99
         assert asked.run(backend).ties.sum() >= share * counted, asked.name
 
 
@@ -181,7 +202,7 @@ def lengths_do_not_widen_the_band(backend: str) -> None:
     """normalize=False: equal rows tie, at any size of the logits, and one long key makes no ties of others."""
     q = F.normalize(features(22, 24, 6), dim=1)
     for size in (1e-3, 1.0, 30.0):
-        _, found = info_nce(q * size, (q * size)[:1].expand(22, 24), return_stats=True, normalize=False, backend=backend)
+        found = retrieval(q * size, (q * size)[:1].expand(22, 24), normalize=False, backend=backend)
         assert found.rank.eq(0).all() and found.ties.eq(21).all()
     k = q + 0.3 * features(22, 24, 7)
     near = k[:1] * (1 + torch.tensor([1e-4, -1e-4]))[:, None]
@@ -196,12 +217,14 @@ def lengths_do_not_widen_the_band(backend: str) -> None:
 def rows_without_a_positive_rank_last(backend: str) -> None:
     z = features(9, 24, 8)
     labels = torch.tensor([0, 0, 1, 1, 2, -1, 3, 3, 4])
-    _, found = fastnce.sup_con(z, labels, return_stats=True, backend=backend)
+    found = retrieval(z, query_ids=labels, ks=(1, 9), backend=backend)
     alone = torch.tensor([4, 5, 8])
-    assert found.rank[alone].tolist() == [8] * 3 and not found.ties[alone].any() and not found.top1[alone].any()
+    assert found.rank[alone].tolist() == [8] * 3 and not found.ties[alone].any() and not found.hits[9][alone].any()
+    others = 1 / (1 + found.rank + found.ties / 2).masked_fill(labels[:, None].eq(labels).sum(1) == 1, torch.inf)
+    torch.testing.assert_close(found.mrr, others.mean())
     # Nothing is above, nothing ties, and still there was nothing to find.
-    _, found = fastnce.sup_con(z[:1], labels[:1], return_stats=True, backend=backend)
-    assert found.rank.tolist() == found.ties.tolist() == [0] and found.top1.tolist() == [False]
+    found = retrieval(z[:1], query_ids=labels[:1], backend=backend)
+    assert found.rank.tolist() == found.ties.tolist() == [0] and found.hits[1].tolist() == [False] and found.mrr == 0
 
 
 def a_threshold_counts_with_the_bias(backend: str) -> None:
@@ -228,12 +251,27 @@ def the_first_of_equals_is_the_hardest(backend: str) -> None:
     assert found.columns is not None and torch.equal(found.columns.hardest, own)
     alone = contrastive_stats(keys, scale=4.0, offset=50, metrics=True, backend=backend)
     assert torch.equal(alone.hardest, own + 7 * (torch.arange(98) < 7))
-    q, more = torch.eye(7)[:5], torch.eye(7).repeat(2, 1)
-    for given, mode in ((more, "unpaired"), (more.expand(5, 14, 7), "paired"), ((more.repeat(5, 1), torch.arange(0, 71, 14)), "unpaired")):
-        _, found = info_nce(q, torch.eye(7).roll(1, 0), given, negative_mode=mode, in_batch=True, return_stats=True, backend=backend)  # type: ignore
-        assert found.hardest.tolist() == [1, 2, 3, 4, 5]
-        _, found = info_nce(q, torch.eye(7).roll(1, 0)[:5], given, negative_mode=mode, return_stats=True, backend=backend)  # type: ignore
-        assert (found.hardest % 14).tolist() == [0, 1, 2, 3, 4]
+    found = retrieval(torch.eye(7)[:5], torch.cat([torch.eye(7).roll(1, 0), *[torch.eye(7)] * 2]), hardest=4, backend=backend)
+    assert found.hardest.tolist() == [[i + 1, i + 7, i + 14, 2 * (i == 0)] for i in range(5)]
+
+
+def the_hardest_are_the_first_of_a_sort(backend: str) -> None:
+    """Any number of them, from the hardest on, more than there are too; the same ones by every backend, bit by bit."""
+    with pytest.MonkeyPatch.context() as patch:  # several tiles a side
+        patch.setattr(hardest, "CPU_TILE", 16)
+        q, k, more = (features(22, 24, seed) for seed in range(3))
+        k[4, 2] = torch.nan
+        for asked in asked_of(backend, q, q + k, more + q.roll(1, 0)):
+            for count in () if asked.name.startswith("statistics") else (2, 7) if backend in SLOW else (2, 7, 22, 60):
+                found, defined = asked.run(backend, count), asked.run("reference", count)
+                assert found.hardest.shape == (len(asked.negatives), count)
+                check(found, asked.negatives, asked.positives, f"{asked.name}: {count}")
+                assert torch.equal(found.hardest, defined.hardest) and torch.equal(found.hardest_similarity, defined.hardest_similarity)
+        # Columns of equal keys, in every tile: of equals the first.
+        keys = torch.eye(7).repeat(14, 1)
+        found = retrieval(keys, keys, offset=1, two_sided=True, hardest=14, backend=backend)
+        assert torch.equal(found.hardest, torch.arange(98)[:, None] % 7 + 7 * torch.arange(14))
+        assert found.columns is not None and torch.equal(found.columns.hardest, found.hardest)
 
 
 def sums_are_right_at_every_temperature(backend: str) -> None:
@@ -260,7 +298,7 @@ def sums_are_right_at_every_temperature(backend: str) -> None:
 
 
 PROMISES = (
-    every_loss_counts_as_a_sort_does,
+    every_call_counts_as_a_sort_does,
     nan_ranks_last,
     equal_rows_tie,
     rows_of_any_length_tie,
@@ -269,5 +307,6 @@ PROMISES = (
     rows_without_a_positive_rank_last,
     a_threshold_counts_with_the_bias,
     the_first_of_equals_is_the_hardest,
+    the_hardest_are_the_first_of_a_sort,
     sums_are_right_at_every_temperature,
 )

@@ -114,7 +114,7 @@ def test_opcheck(kind: str) -> None:
     """Schema, fakes, autograd registration and AOT dispatch of both operators."""
     (keys, rows), q = keys_of(kind, torch.float32), random(M, D).float()
     for normalize in (True, False):
-        flat = (q, keys, rows, torch.tensor(3.0), None, None, normalize, False)
+        flat = (q, keys, rows, torch.tensor(3.0), None, None, normalize)
         learned = tuple(x.detach().requires_grad_() if n in (0, 1, 3) else x for n, x in enumerate(flat))
         torch.library.opcheck(torch.ops.fastnce.listed.default, learned)
         s, r = torch.ops.fastnce.listed(*flat)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from named import IN_FLOAT64, ON_CPU
+from named import IN_FLOAT64
 from torch import Tensor
 
 import fastnce
@@ -94,27 +94,23 @@ EMPTY: dict[str, tuple[tuple[int, ...], str]] = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", EMPTY)
 def test_no_negatives_beside_the_batch(kind: str, backend: str) -> None:
-    """A batch that happens to have none of its own is the in-batch loss, bit for bit, with its statistics and ids; the empty tensor gets
+    """A batch that happens to have none of its own is the in-batch loss, bit for bit, with its ids; the empty tensor gets
     a gradient of its shape. Without in-batch keys there is nothing to compare with: ValueError."""
     q, k, (shape, mode) = features(6, 5), features(6, 5, seed=1), EMPTY[kind]
     ids = torch.tensor([0, 1, 2, 0, 4, 4])
     for options in ({}, {"reduction": "none"}, {"exclude_query_ids": ids, "exclude_key_ids": ids}, {"symmetric": True}):
-        for stats in (False, True):
-            none = torch.empty(shape, dtype=torch.float64, requires_grad=True)
-            given = (none, torch.zeros(7, dtype=torch.int64)) if kind == "ragged" else none
-            call = {"temperature": 0.2, "backend": backend, "return_stats": stats, **options}
-            leaf = q.detach().requires_grad_()
-            found = fastnce.info_nce(leaf, k, given, negative_mode=mode, in_batch=True, **call)
-            expected = fastnce.info_nce(q.detach(), k, **call)
-            if stats:
-                assert torch.equal(found[1].rank, expected[1].rank) and torch.equal(found[1].hardest, expected[1].hardest)
-                found, expected = found[0], expected[0]
-            assert torch.equal(found.detach(), expected.detach())
-            dq, dnone = torch.autograd.grad(found.sum(), (leaf, none))
-            assert dq.any() and dnone.shape == shape
-            for in_batch in (None, False):
-                with pytest.raises(ValueError, match="at least one key is needed; with in_batch=True there may be none"):
-                    fastnce.info_nce(q, k, given, negative_mode=mode, in_batch=in_batch)
+        none = torch.empty(shape, dtype=torch.float64, requires_grad=True)
+        given = (none, torch.zeros(7, dtype=torch.int64)) if kind == "ragged" else none
+        call = {"temperature": 0.2, "backend": backend, **options}
+        leaf = q.detach().requires_grad_()
+        found = fastnce.info_nce(leaf, k, given, negative_mode=mode, in_batch=True, **call)
+        expected = fastnce.info_nce(q.detach(), k, **call)
+        assert torch.equal(found.detach(), expected.detach())
+        dq, dnone = torch.autograd.grad(found.sum(), (leaf, none))
+        assert dq.any() and dnone.shape == shape
+        for in_batch in (None, False):
+            with pytest.raises(ValueError, match="at least one key is needed; with in_batch=True there may be none"):
+                fastnce.info_nce(q, k, given, negative_mode=mode, in_batch=in_batch)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -379,36 +375,6 @@ def test_weights_are_a_weighted_mean() -> None:
     assert fastnce.info_nce(q, k, weight=torch.zeros(9, dtype=torch.float64)) == 0
 
 
-@pytest.mark.parametrize("backend", IN_FLOAT64)
-def test_return_stats(backend: str) -> None:
-    """Rank, top-1 and hardest negative over in-batch, shared, paired and ragged keys, against a sort of the dense similarities."""
-    q, k, shared, paired = features(6, 5), features(6, 5, seed=1), features(8, 5, seed=2), features(6, 3, 5, seed=3)
-    unit = lambda x: F.normalize(x, dim=-1)  # noqa: E731
-    own = torch.eye(6, dtype=torch.bool)
-    in_batch = (unit(q) @ unit(k).T).masked_fill(own, -torch.inf)
-    cases = {
-        "in-batch": ({}, in_batch),
-        "shared": ({"negative_keys": shared}, unit(q) @ unit(shared).T),
-        "both": ({"negative_keys": shared, "in_batch": True}, torch.cat([in_batch, unit(q) @ unit(shared).T], 1)),
-        "paired": ({"negative_keys": paired, "negative_mode": "paired"}, torch.einsum("nd,nkd->nk", unit(q), unit(paired))),
-        "ragged": ({"negative_keys": (paired.flatten(0, 1), torch.arange(0, 19, 3))}, None),
-    }
-    pos = (unit(q) * unit(k)).sum(1)
-    for name, (given, negatives) in cases.items():
-        shift = torch.arange(6) * 3 if name == "ragged" else 0
-        negatives = torch.einsum("nd,nkd->nk", unit(q), unit(paired)) if negatives is None else negatives
-        loss, found = fastnce.info_nce(q, k, temperature=0.2, return_stats=True, backend=backend, **given)
-        assert loss.dim() == 0
-        assert torch.equal(found.rank, (negatives > pos[:, None]).sum(1)), name
-        assert torch.equal(found.top1, found.rank == 0), name
-        assert torch.equal(found.hardest, negatives.argmax(1) + shift), name
-        torch.testing.assert_close(found.hardest_similarity, negatives.amax(1))
-    _, both = fastnce.clip_loss(q, k, 5.0, 1.0, return_stats=True, backend=backend)
-    assert both.columns is not None
-    assert torch.equal(both.columns.rank, (pos[:, None] < in_batch.T).sum(1))
-    torch.testing.assert_close(both.columns.hardest_similarity, in_batch.amax(0))
-
-
 @pytest.mark.parametrize("n", [4, 130, 700])
 def test_landmarks(n: int) -> None:
     """Values that need no second implementation: equal embeddings give log of the number of candidates, one pair alone gives 0."""
@@ -451,16 +417,3 @@ def test_small_problems_agree_with_the_tiles(n: int) -> None:
     (grad,) = torch.autograd.grad(fastnce.nt_xent(z), z)
     assert torch.equal(grad[3], torch.zeros(32))
     assert torch.isfinite(grad).all()
-
-
-@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_rank_from_the_best_positive_of_all_keys(in_batch: bool, backend: str) -> None:
-    """A shared key may be a positive by its id, and a better one than the query's own."""
-    q, k = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.1, 1.0]])
-    shared = torch.tensor([[1.0, 0.0], [0.7, 0.7]])
-    key_ids = torch.tensor([5, 9, 5, 6] if in_batch else [5, 6])
-    ids = {"query_ids": torch.tensor([5, 9]), "key_ids": key_ids}
-    _, found = fastnce.info_nce(q, k, shared, return_stats=True, in_batch=in_batch, backend=backend, **ids)
-    assert found.rank[0] == 0
-    assert found.top1[0]

@@ -88,7 +88,7 @@ LOSSES = {
     "ragged": lambda q, k: fastnce.info_nce(q, k, (k, torch.arange(601, device=q.device))),
     "nt_xent": lambda q, k: fastnce.nt_xent(q, k),
     "sup_con": lambda q, k: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(600, device=q.device) // 3, no_positive="skip"),
-    "clip": lambda q, k: fastnce.clip_loss(q, k, torch.ones((), device=q.device), return_stats=True)[0],
+    "clip": lambda q, k: fastnce.clip_loss(q, k, torch.ones((), device=q.device)),
     "moco": lambda q, k: fastnce.moco_loss(q, k, k),
 }
 

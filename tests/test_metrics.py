@@ -12,7 +12,7 @@ from named import IN_FLOAT64, ON_CPU, widest
 from rank_promises import PROMISES, U, similarities
 
 import fastnce
-from fastnce import checks, contrastive_stats, info_nce, merge, tiles
+from fastnce import checks, contrastive_stats, info_nce, merge, retrieval, tiles
 from fastnce.backends import torch_tiles
 
 each_backend = pytest.mark.parametrize("backend", ON_CPU)
@@ -36,14 +36,14 @@ def test_equal_rows_tie_in_every_tile(n: int, backend: str, monkeypatch: pytest.
     monkeypatch.setattr(torch_tiles, "CPU_TILE", tiles.CPU_TILE)
     for columns in (128, 512):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(n)).expand(n, columns)
-        calls = {
-            n - 1: lambda z=z: info_nce(z, z, return_stats=True, backend=backend),
-            n: lambda z=z: fastnce.moco_loss(z, z, z, return_stats=True, backend=backend),
-            2 * n - 1: lambda z=z: info_nce(z, z, z, in_batch=True, return_stats=True, backend=backend),
+        queue = {"exclude_query_ids": torch.zeros(n, dtype=torch.int64), "exclude_key_ids": -(torch.arange(2 * n) // n)}
+        found = {
+            n - 1: retrieval(z, z, backend=backend),
+            n: retrieval(z, torch.cat([z, z]), **queue, backend=backend),
+            2 * n - 1: retrieval(z, torch.cat([z, z]), backend=backend),
         }
-        for ties, call in calls.items():
-            found = call()[1]
-            assert found.rank.eq(0).all() and found.ties.eq(ties).all() and not found.top1.any()
+        for ties, side in found.items():
+            assert side.rank.eq(0).all() and side.ties.eq(ties).all() and not side.hits[1].any()
 
 
 @each_backend
@@ -58,12 +58,12 @@ def test_top1_of_nearly_equal_rows(backend: str) -> None:
     top1, mrr = gap.amax(1) < 0, (1 / (1 + (gap > 0).sum(1))).mean()
     undecided = (gap.amax(1).abs() <= 6 * U).double().mean()
     assert 0.6 < top1.double().mean() < 0.95 and undecided < 0.1
-    _, found = info_nce(q, k, return_stats=True, backend=backend)
-    assert -undecided <= found.top1.double().mean() - top1.double().mean() <= 0.005
-    assert ((1 / (1 + found.rank + found.ties / 2)).mean() - mrr).abs() <= 0.02
+    found = retrieval(q, k, backend=backend)
+    assert -undecided <= found.hits[1].double().mean() - top1.double().mean() <= 0.005
+    assert (found.mrr - mrr).abs() <= 0.02
     if widest(backend) == torch.float64:
-        _, found = info_nce(q.double(), k.double(), return_stats=True, backend=backend)
-        assert torch.equal(found.top1, top1) and not found.ties.any()
+        found = retrieval(q.double(), k.double(), backend=backend)
+        assert torch.equal(found.hits[1], top1) and not found.ties.any()
 
 
 @pytest.mark.parametrize("backend", IN_FLOAT64)
@@ -71,8 +71,8 @@ def test_float64_tells_1e_12_apart(backend: str) -> None:
     """At 45 degrees, where a small angle moves the cosine by as much."""
     angles = torch.pi / 4 + torch.tensor([0.0, 1e-12, -1e-12, 1e-9, -1e-9, 0.0], dtype=torch.float64)
     q, k = torch.eye(1, 2, dtype=torch.float64), torch.stack([angles.cos(), angles.sin()], 1)
-    _, found = info_nce(q, k, return_stats=True, backend=backend)
-    assert (found.rank.item(), found.ties.item(), found.top1.item()) == (2, 1, False)
+    found = retrieval(q, k, backend=backend)
+    assert (found.rank.item(), found.ties.item(), found.hits[1].item()) == (2, 1, False)
 
 
 @each_backend
@@ -111,7 +111,7 @@ def test_anchors_without_a_positive_are_skipped_in_a_weighted_mean(variant: str,
 @pytest.mark.parametrize("bad", [1.0, torch.nan])
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first offset and after the last: no part in the loss, in a gradient or in the metrics, nan or not. Where reading offsets
+    """Before the first offset and after the last: no part in the loss or in a gradient, nan or not. Where reading offsets
     is free they are refused; on a GPU nobody looks."""
     monkeypatch.setattr(checks, "free_to_read", lambda x: False)
     g = torch.Generator().manual_seed(0)
@@ -120,36 +120,30 @@ def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend
     values[:3], values[9:] = bad * q[0], bad * q[3]
     offsets = torch.tensor([3, 5, 5, 8, 9])
 
-    def solve(values: torch.Tensor, offsets: torch.Tensor) -> tuple[fastnce.RetrievalStats, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def solve(values: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         leaves = [t.clone().requires_grad_() for t in (q, k, values, torch.tensor(0.2))]
-        call = {"temperature": leaves[3], "in_batch": in_batch, "return_stats": True, "reduction": "none", "backend": backend}
-        loss, stats = info_nce(*leaves[:2], (leaves[2], offsets), **call)
-        return stats, loss.detach(), torch.autograd.grad(loss.sum(), leaves)
+        call = {"temperature": leaves[3], "in_batch": in_batch, "reduction": "none", "backend": backend}
+        loss = info_nce(*leaves[:2], (leaves[2], offsets), **call)
+        return loss.detach(), torch.autograd.grad(loss.sum(), leaves)
 
-    with_others, loss, gradients = solve(values, offsets)
-    alone, wanted, exact = solve(values[3:9], offsets - 3)
+    loss, gradients = solve(values, offsets)
+    wanted, exact = solve(values[3:9], offsets - 3)
     torch.testing.assert_close(loss, wanted)
     for found, right in zip(gradients, (*exact[:2], F.pad(exact[2], (0, 0, 3, 3)), exact[3]), strict=True):
         torch.testing.assert_close(found, right)
-    for name in ("rank", "ties", "top1"):
-        assert torch.equal(getattr(with_others, name), getattr(alone, name)), name
-    first = 4 if in_batch else 0
-    assert torch.equal(with_others.hardest, alone.hardest + 3 * (alone.hardest >= first))
-    torch.testing.assert_close(with_others.hardest_similarity, alone.hardest_similarity)
 
 
 @each_backend
 @pytest.mark.parametrize("columns", [8, 768])
-@pytest.mark.parametrize("listed", ["paired", "ragged"])
-def test_a_collapsed_model_has_no_hit_by_ids_and_listed_negatives(listed: str, columns: int, backend: str) -> None:
-    """Ids make every key of the batch a positive: the best is found in the tiles, and is compared with logits of another routine."""
+def test_a_collapsed_model_has_no_hit_by_ids(columns: int, backend: str) -> None:
+    """Ids make every key of the batch a positive, and two more keys tie with them."""
     for seed in range(5):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(seed)).expand(16, columns)
-        ids = torch.zeros(16, dtype=torch.int64)
-        given = (z[:1].expand(32, -1), torch.arange(17) * 2) if listed == "ragged" else z[:, None].expand(-1, 2, -1)
-        mode = {} if listed == "ragged" else {"negative_mode": "paired"}
-        _, found = info_nce(z, z, given, query_ids=ids, key_ids=ids, in_batch=True, return_stats=True, backend=backend, **mode)
-        assert not found.rank.any() and (found.ties == 2).all() and not found.top1.any()
+        ids = torch.zeros(18, dtype=torch.int64)
+        found = retrieval(
+            z, z[:1].expand(18, -1), query_ids=ids[:16], key_ids=ids.index_fill(0, torch.tensor([16, 17]), -1), backend=backend
+        )
+        assert not found.rank.any() and (found.ties == 2).all() and not found.hits[1].any() and found.hits[5].all()
 
 
 def test_the_promises_are_all_run() -> None:

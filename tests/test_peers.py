@@ -33,7 +33,7 @@ from bench import dense
 from train_ref.truth.golden import make, packages
 
 pytestmark = [pytest.mark.peers, pytest.mark.float64]
-fused: Any = fastnce  # a loss is a Tensor, or with return_stats a pair: a type checker cannot tell which
+fused: Any = fastnce  # options come as dictionaries: a type checker cannot tell which
 LOSS, GRADIENT = 1e-12, 1e-11  # float64, relative
 
 

@@ -43,8 +43,8 @@ TWICE: dict[str, Loss] = {
     "ragged": lambda q, k, n, **o: fastnce.info_nce(q, k, (n, OFFSETS), 0.5, **o),
     "ragged too": lambda q, k, n, **o: fastnce.info_nce(q, k, (n, OFFSETS), 0.5, in_batch=True, **o),
     "ids": lambda q, k, n, **o: fastnce.info_nce(
-        q, k, n, 0.5, in_batch=True, query_ids=LABELS, key_ids=torch.cat([LABELS, LABELS, LABELS]), return_stats=True, **o
-    )[0],
+        q, k, n, 0.5, in_batch=True, query_ids=LABELS, key_ids=torch.cat([LABELS, LABELS, LABELS]), **o
+    ),
     "query is key": lambda q, k, n, **o: fastnce.info_nce(q, q, temperature=0.5, **o),
     "symmetric": lambda q, k, n, **o: fastnce.info_nce(q, q, temperature=0.5, symmetric=True, **o),
     "image is text": lambda q, k, n, **o: fastnce.clip_loss(q, q, 2.0, **o),

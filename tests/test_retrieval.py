@@ -1,0 +1,404 @@
+"""fastnce.retrieval: its arguments, what it returns, and what it raises. Its counts are rank_promises.py's, on every backend."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_bad_input as bad
+import torch
+import torch.nn.functional as F
+from test_memory import Largest
+from torch import Tensor
+
+import fastnce
+from fastnce import RetrievalStats, hardest, ops, retrieval
+from fastnce.backends import cpu
+
+A, B = bad.x(16, 5).double(), bad.x(16, 5, seed=3).double()
+LABELS = torch.arange(16) % 5
+IDS = ("query_ids", "key_ids", "exclude_query_ids", "exclude_key_ids")
+SEARCHES: dict[str, Callable[..., RetrievalStats]] = {
+    "two sets": lambda **o: retrieval(**{"query": bad.x(6, 5), "key": bad.x(6, 5, seed=1)} | rules(IDS) | o),
+    "one set": lambda **o: retrieval(**{"query": bad.x(6, 5)} | rules(IDS[::2]) | o),
+}
+
+
+def rules(names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Two queries are about one thing, and of every third row there is a copy that does not count."""
+    return {name: bad.ids(6) if name in IDS[:2] else torch.arange(6) % 3 for name in names}
+
+
+FEATURES = [("two sets", "query"), ("two sets", "key"), ("one set", "query")]
+VECTORS = [("two sets", name) for name in IDS] + [("one set", name) for name in IDS[::2]]
+
+
+def vectors(found: RetrievalStats) -> list[Tensor]:
+    """Everything that was found, of both directions."""
+    own = [found.rank, found.ties, *found.hits.values(), found.mrr, found.hardest, found.hardest_similarity]
+    return own + ([] if found.columns is None else vectors(found.columns))
+
+
+def same(found: RetrievalStats, expected: RetrievalStats) -> None:
+    for one, other in zip(vectors(found), vectors(expected), strict=True):
+        assert torch.equal(one, other)
+
+
+# What it finds --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_by_loops() -> None:
+    """Ranks, hits, reciprocal ranks and hardest negatives of one query after the other."""
+    found = retrieval(A, B, ks=(1, 3, 20), hardest=3, query_ids=LABELS, key_ids=LABELS.roll(1), two_sided=True)
+    s = F.normalize(A, dim=1) @ F.normalize(B, dim=1).T
+    positive = LABELS[:, None] == LABELS.roll(1)
+    assert found.columns is not None
+    for side, similarity, own in ((found, s, positive), (found.columns, s.T, positive.T)):
+        places = []
+        for i in range(16):
+            best = max(similarity[i, j].item() for j in range(16) if own[i, j])
+            negatives = sorted(((similarity[i, j].item(), j) for j in range(16) if not own[i, j]), reverse=True)
+            places.append(1 + sum(value > best for value, _ in negatives))
+            assert side.hardest[i].tolist() == [j for _, j in negatives[:3]]
+            assert side.hardest_similarity[i].tolist() == pytest.approx([value for value, _ in negatives[:3]], rel=1e-12)
+        assert (side.rank + 1).tolist() == places and not side.ties.any()
+        assert {k: hits.tolist() for k, hits in side.hits.items()} == {k: [place <= k for place in places] for k in (1, 3, 20)}
+        assert side.mrr.item() == pytest.approx(sum(1 / place for place in places) / 16, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_shapes_and_dtypes(dtype: torch.dtype) -> None:
+    """The same without values; nothing asks for a gradient."""
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    for mode in bad.MODES:
+        with bad.kind(mode):
+            q, k = bad.x(6, 5).to(dtype).requires_grad_(), bad.x(9, 5, seed=1).to(dtype)
+            for count in (1, 4):
+                found = retrieval(q, k, ks=[2], hardest=count, two_sided=True)
+                assert found.columns is not None and found.columns.columns is None
+                for side, rows in ((found, 6), (found.columns, 9)):
+                    integers = (side.rank, side.ties, side.hardest)
+                    assert [v.shape for v in integers] == [(rows,), (rows,), (rows, count)] and {v.dtype for v in integers} == {torch.int64}
+                    assert side.hits.keys() == {2} and side.hits[2].shape == (rows,) and side.hits[2].dtype == torch.bool
+                    assert side.hardest_similarity.shape == (rows, count) and side.mrr.shape == ()
+                    assert side.hardest_similarity.dtype == side.mrr.dtype == precise
+                    assert not any(v.requires_grad or v.is_meta != (mode == "meta") for v in vectors(side))
+
+
+def test_what_is_positive_without_a_word() -> None:
+    """Row i of key for query i; beside ids or a mask no place, unless an offset says so."""
+    same(retrieval(A, B), retrieval(A, B, offset=0))
+    more = torch.cat([B, A.roll(1, 0)])
+    same(retrieval(A, more), retrieval(A, more, offset=0))
+    alone, fives = torch.arange(16), torch.full((16,), -1)
+    same(retrieval(A, B), retrieval(A, B, query_ids=alone, key_ids=alone))
+    same(retrieval(A, B), retrieval(A, B, positive_mask=torch.eye(16, dtype=torch.bool)))
+    assert not any(hits.any() for hits in retrieval(A, B, query_ids=fives, key_ids=fives).hits.values())
+    same(retrieval(A, B), retrieval(A, B, query_ids=fives, key_ids=fives, offset=0))
+    same(retrieval(torch.cat([A, B]), offset=16), retrieval(torch.cat([A, B]), query_ids=alone.repeat(2)))
+
+
+def test_ids_of_one_side_serve_both() -> None:
+    for names in (IDS[:2], IDS[2:]):
+        expected = retrieval(A, B, **dict.fromkeys(names, LABELS))
+        for name in names:
+            same(retrieval(A, B, **{name: LABELS}), expected)
+
+
+def test_one_set_against_itself() -> None:
+    """Each query leaves out itself, unless it is told not to."""
+    same(retrieval(A, query_ids=LABELS), retrieval(A, A, query_ids=LABELS, exclude_self=True))
+    same(retrieval(A, query_ids=LABELS, exclude_self=False), retrieval(A, A, query_ids=LABELS))
+    mask = LABELS[:, None] == LABELS
+    same(retrieval(A, positive_mask=mask), retrieval(A, query_ids=LABELS))
+    documents = torch.arange(16) // 4
+    call = {"query_ids": LABELS, "exclude_query_ids": documents}
+    same(retrieval(A, **call, hardest=3), retrieval(A, A, **call, exclude_self=True, hardest=3))
+
+
+def test_dot_products() -> None:
+    """normalize=False ranks by length too."""
+    lengths = torch.linspace(0.1, 3.0, 16)[:, None].double()
+    found = retrieval(A, lengths * B, normalize=False, hardest=2)
+    s = (A @ (lengths * B).T).fill_diagonal_(-torch.inf)
+    torch.testing.assert_close(found.hardest_similarity, s.topk(2).values, rtol=1e-12, atol=0)
+    assert torch.equal(found.hardest, s.topk(2).indices)
+    assert not torch.equal(found.hardest, retrieval(A, lengths * B, hardest=2).hardest)
+
+
+def test_a_queue_is_more_keys() -> None:
+    """As moco_loss counts: the query's own key and the queue, not the other keys of the batch."""
+    queue = bad.x(7, 5, seed=9).double()
+    found = retrieval(
+        A,
+        torch.cat([B, queue]),
+        exclude_query_ids=torch.zeros(16, dtype=torch.int64),
+        exclude_key_ids=torch.tensor([0] * 16 + [-1] * 7),
+        hardest=2,
+    )
+    s, pos = F.normalize(A, dim=1) @ F.normalize(queue, dim=1).T, (F.normalize(A, dim=1) * F.normalize(B, dim=1)).sum(1)
+    assert torch.equal(found.rank, (s > pos[:, None]).sum(1))
+    assert torch.equal(found.hardest, 16 + s.topk(2).indices)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("batch", [(5, 9), (-1, -1)])
+def test_rank_from_the_best_positive_of_all_keys(batch: tuple[int, int], backend: str) -> None:
+    """A further key may be a positive by its id, and a better one than the query's own."""
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    k = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [0.7, 0.7]])
+    found = retrieval(q, k, query_ids=torch.tensor([5, 9]), key_ids=torch.tensor([*batch, 5, 6]), offset=0, backend=backend)
+    assert found.rank[0] == 0
+    assert found.hits[1][0]
+
+
+def test_no_queries() -> None:
+    for count in (1, 3):
+        found = retrieval(A[:0], B, hardest=count, two_sided=True)
+        assert found.rank.shape == found.hits[1].shape == (0,) and found.hardest.shape == (0, count) and found.mrr.isnan()
+        assert found.columns is not None and found.columns.hardest.tolist() == [[-1] * count] * 16 and found.columns.mrr == 0
+        assert retrieval(A[:0], query_ids=LABELS[:0], hardest=count).hardest.shape == (0, count)
+
+
+def test_autocast_lowers_nothing() -> None:
+    for count in (1, 3):
+        expected = retrieval(A.float(), B.float(), hardest=count)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            same(retrieval(A.float(), B.float(), hardest=count), expected)
+            mixed = retrieval(A.float(), B.bfloat16(), hardest=count)
+        same(mixed, retrieval(A.bfloat16(), B.bfloat16(), hardest=count))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_compiled_and_batched(count: int) -> None:
+    """torch.compile in one graph, func.vmap, and the modes without gradients."""
+    call: dict[str, Any] = {"hardest": count, "two_sided": True, "query_ids": LABELS}
+    expected = retrieval(A, B, **call)
+    torch._dynamo.reset()
+    same(torch.compile(lambda q, k: retrieval(q, k, **call), fullgraph=True, backend="aot_eager")(A, B), expected)
+    batched = torch.func.vmap(lambda q: vectors(retrieval(q, B, **call)))(torch.stack([A, B]))
+    for one, other in zip(batched, vectors(expected), strict=True):
+        assert torch.equal(one[0], other)
+    with torch.inference_mode():
+        same(retrieval(A.clone(), B.clone(), **call), expected)
+
+
+def test_the_operator_has_no_gradient() -> None:
+    """Called by hand: what it returns asks for none."""
+    problem = hardest.Problem(
+        A.clone().requires_grad_(), B, torch.ones((), dtype=torch.float64), None, cpu.Pairs(False, 0), True, True, metrics=True
+    )
+    flat = (3, *ops.Arguments.of(problem, "cpu"))
+    torch.library.opcheck(torch.ops.fastnce.hardest.default, flat)
+    assert not any(v.requires_grad for v in torch.ops.fastnce.hardest(*flat))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("options", [{}, {"two_sided": True}, {"query_ids": torch.arange(150) // 2}], ids=["rows", "both sides", "ids"])
+def test_nothing_is_as_large_as_the_matrix(options: dict[str, Any], count: int, small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardest, "CPU_TILE", small_tiles)
+    q, k = bad.x(150, 8), bad.x(150, 8, seed=1)
+    problem_of = lambda: retrieval(q, k, hardest=count, backend="cpu", **options)  # noqa: E731
+    expected = problem_of()
+    with Largest() as seen:
+        same(problem_of(), expected)
+    assert seen.elements < 150 * 150 / 4
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_no_value_is_read_back(count: int) -> None:
+    """Meta tensors have no values: whatever reads one back raises. Inside the operators, too."""
+    q, k = torch.empty(2, 600, 8, device="meta")
+    ids = torch.empty(600, dtype=torch.int64, device="meta")
+    found = retrieval(q, k, hardest=count, query_ids=ids, two_sided=True)
+    assert found.hardest.shape == (600, count)
+    problem = hardest.Problem(q, k, q.new_empty(()), None, cpu.Pairs(False, 0, ids, ids), True, True, metrics=True)
+    assert [v.shape for v in hardest.forward(problem, count)] == [v.shape for v in hardest.fake(problem, count)]
+
+
+# What raises ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistake", bad.FEATURE_MISTAKES)
+@pytest.mark.parametrize(("name", "feature"), FEATURES)
+def test_features(name: str, feature: str, mistake: str) -> None:
+    spoil, error, words = bad.FEATURE_MISTAKES[mistake]
+    for mode in bad.MODES:
+        with bad.kind(mode), bad.raises(error, f"retrieval: {words.format(feature)}"):
+            SEARCHES[name](**{feature: spoil(bad.x(6, 5))})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mistake", bad.LAYOUT_MISTAKES)
+@pytest.mark.parametrize(("name", "feature"), FEATURES)
+def test_layouts_that_are_not_dense(name: str, feature: str, mistake: str) -> None:
+    spoil, layout = bad.LAYOUT_MISTAKES[mistake]
+    with bad.raises(NotImplementedError, f"retrieval: {feature} is a ...{layout} tensor...pass a dense"):
+        SEARCHES[name](**{feature: spoil(bad.x(6, 5))})
+
+
+@pytest.mark.parametrize("mode", bad.MODES)
+@pytest.mark.parametrize("feature", ["query", "key"])
+def test_features_that_do_not_fit(feature: str, mode: str) -> None:
+    with bad.kind(mode):
+        with bad.raises(ValueError, "retrieval: query is (6, ...) and key is (6, ...); expected the same feature size, got "):
+            SEARCHES["two sets"](**{feature: bad.x(6, 4)})
+        with bad.raises(RuntimeError, f"retrieval: Expected all features to have the same dtype, but got ...{feature}.dtype: float64"):
+            SEARCHES["two sets"](**{feature: bad.x(6, 5).double()})
+
+
+@pytest.mark.parametrize(("name", "argument"), [*FEATURES[:2], *VECTORS, ("two sets", "positive_mask"), ("one set", "positive_mask")])
+def test_another_device(name: str, argument: str) -> None:
+    given = {"query": bad.x(6, 5), "key": bad.x(6, 5), "positive_mask": torch.ones(6, 6, dtype=torch.bool)}.get(argument, bad.ids(6))
+    with bad.raises(RuntimeError, "retrieval: Expected all tensors to be on the same device, but found at least two devices, ") as caught:
+        SEARCHES[name](**{argument: given.to("meta")})
+    assert re.search(rf"[ (]{argument} on (meta|cpu)", str(caught.value))
+
+
+@pytest.mark.parametrize("mode", bad.MODES)
+@pytest.mark.parametrize(("name", "vector"), VECTORS)
+def test_ids(name: str, vector: str, mode: str) -> None:
+    with bad.kind(mode):
+        for wrong in (torch.float32, torch.complex64):
+            with bad.raises(TypeError, f"retrieval: {vector} must have an integer dtype, got {wrong} ({vector}.long())"):
+                SEARCHES[name](**{vector: bad.ids(6).to(wrong)})
+        with bad.raises(TypeError, f"retrieval: argument '{vector}' must be Tensor, not list"):
+            SEARCHES[name](**{vector: [0] * 6})
+        with bad.raises(ValueError, f"retrieval: Expected {vector} batch_size (4) to match ...batch_size (6); {vector} must have "):
+            SEARCHES[name](**{vector: bad.ids(4)})
+        with bad.raises(ValueError, f"retrieval: ...{vector} must have shape (6,), got (6, 1); use {vector}.reshape(-1)"):
+            SEARCHES[name](**{vector: bad.ids(6)[:, None]})
+
+
+@pytest.mark.parametrize("given", IDS)
+def test_ids_of_one_side_only(given: str) -> None:
+    """They serve both sides where row i of one belongs to row i of the other, and only there."""
+    place = IDS.index(given)
+    rows, partner = (4, 6)[place % 2], IDS[place ^ 1]
+    with bad.raises(ValueError, f"retrieval: {partner} is missing: with 4 queries and 6 keys both ...are needed"):
+        retrieval(bad.x(4, 5), bad.x(6, 5), **{given: bad.ids(rows)})
+    with bad.raises(ValueError, f"retrieval: {partner} is missing"):
+        retrieval(bad.x(6, 5), bad.x(6, 5), offset=1, **{given: bad.ids(6)})
+
+
+@pytest.mark.parametrize("mode", bad.MODES)
+@pytest.mark.parametrize("name", SEARCHES)
+def test_masks(name: str, mode: str) -> None:
+    with bad.kind(mode):
+        with bad.raises(TypeError, "retrieval: argument 'positive_mask' must be Tensor, not list"):
+            SEARCHES[name](positive_mask=[True])
+        with bad.raises(TypeError, "retrieval: positive_mask must have dtype torch.bool, got torch.float32 (positive_mask.bool())"):
+            SEARCHES[name](positive_mask=torch.ones(6, 6))
+        for shape in ((6,), (6, 0), (6, 5), (3, 3)):
+            with bad.raises(ValueError, "retrieval: positive_mask must be of shape (6, 6), one row per query and one column per key, got"):
+                SEARCHES[name](positive_mask=torch.ones(shape, dtype=torch.bool))
+
+
+VALUE_ERRORS: dict[str, Callable[[], object]] = {
+    "retrieval: key is (0, 5); at least one key is needed": lambda: retrieval(bad.x(6, 5), bad.x(0, 5)),
+    "retrieval: query is (6, 5) and key is (4, 5); row i of key is the positive of query i, so each": lambda: retrieval(
+        bad.x(6, 5), bad.x(4, 5)
+    ),
+    "retrieval: query is (6, 5) and key is (6, 5); exclude_self leaves out key i": lambda: retrieval(
+        bad.x(6, 5), bad.x(6, 5), exclude_self=True
+    ),
+    "retrieval: without key, give query_ids, positive_mask or offset: two views ...offset=len(query) // 2": lambda: retrieval(bad.x(6, 5)),
+    "retrieval: two_sided needs key": lambda: SEARCHES["one set"](two_sided=True),
+    "retrieval: key_ids and exclude_key_ids need key": lambda: SEARCHES["one set"](key_ids=bad.ids(6)),
+    "retrieval: key_ids and exclude_key_ids need key; ...": lambda: SEARCHES["one set"](exclude_key_ids=bad.ids(6)),
+    "retrieval: offset is 0; ...must be at least 1": lambda: retrieval(bad.x(6, 5), offset=0),
+    "retrieval: positive_mask and offset together need key": lambda: retrieval(
+        bad.x(6, 5), offset=3, positive_mask=torch.ones(6, 6, dtype=torch.bool)
+    ),
+    "retrieval: offset is 2147483648; ...from -(2^31 - 1) to 2^31 - 1": lambda: SEARCHES["two sets"](offset=2**31),
+    "retrieval: 'tritn' is not a valid value for backend; use 'auto' or one of ": lambda: SEARCHES["two sets"](backend="tritn"),
+    "retrieval: 'tritn' is not a valid value for backend; ...": lambda: SEARCHES["two sets"](backend="tritn", hardest=3),
+    "retrieval: every number in ks must be a positive integer, got 0": lambda: SEARCHES["two sets"](ks=(1, 0)),
+    "retrieval: every number in ks must be a positive integer, got 2.5": lambda: SEARCHES["two sets"](ks=[2.5]),
+    "retrieval: every number in ks must be a positive integer, got True": lambda: SEARCHES["two sets"](ks=[True]),
+    **{
+        f"retrieval: hardest must be a positive integer, got {wrong!r}": lambda wrong=wrong: SEARCHES["two sets"](hardest=wrong)
+        for wrong in (0, -1, 2.0, True, None)
+    },
+}
+TYPE_ERRORS: dict[str, Callable[[], object]] = {
+    "retrieval: ks must be a sequence of positive integers, got 5; ...ks=(5,)": lambda: SEARCHES["two sets"](ks=5),
+    "retrieval: ks must be a sequence of positive integers, got '15'": lambda: SEARCHES["two sets"](ks="15"),
+    "retrieval: offset must be an integer, got float 1.5": lambda: SEARCHES["two sets"](offset=1.5),
+    **{
+        f"retrieval: {option} must be True or False, got {type(wrong).__name__} {wrong!r}": lambda option=option, wrong=wrong: SEARCHES[
+            "two sets"
+        ](**{option: wrong})
+        for option in ("normalize", "two_sided", "exclude_self")
+        for wrong in ("yes", 1)
+    },
+}
+
+
+@pytest.mark.parametrize(("error", "words"), [(ValueError, w) for w in VALUE_ERRORS] + [(TypeError, w) for w in TYPE_ERRORS])
+def test_message(error: type[Exception], words: str) -> None:
+    for mode in bad.MODES:
+        with bad.kind(mode), bad.raises(error, words):
+            (VALUE_ERRORS if error is ValueError else TYPE_ERRORS)[words]()
+
+
+def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unsupported", lambda problem: ["rows too wide"])
+    for count in (1, 3):
+        with bad.raises(NotImplementedError, "retrieval: no backend for ...\n  cpu: rows too wide"):
+            SEARCHES["two sets"](backend="cpu", hardest=count)
+
+
+# Debug mode -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", bad.BAD_ROWS)
+@pytest.mark.parametrize(("name", "feature"), FEATURES)
+def test_debug_mode_names_the_row(name: str, feature: str, wrong: float) -> None:
+    given = bad.x(6, 5)
+    given[3:5] = wrong
+    with fastnce.debug(), bad.raises(ValueError, f"retrieval: {feature} row 3 {bad.BAD_ROWS[wrong]}"):
+        SEARCHES[name](**{feature: given})
+
+
+def test_debug_mode_changes_no_result_and_warns() -> None:
+    expected = SEARCHES["two sets"](hardest=2)
+    with fastnce.debug():
+        same(SEARCHES["two sets"](hardest=2), expected)
+        with bad.raises(ValueError, "retrieval: no row has any candidate: the ids, labels or mask exclude every pair"):
+            retrieval(A, query_ids=LABELS, exclude_query_ids=LABELS * 0)
+        for words, call in {
+            "9 of 16 queries have no positive: they are no hits, and add 0 to mrr": {
+                "query_ids": torch.where(LABELS < 2, LABELS, -1),
+                "key_ids": LABELS,
+            },
+            "2 of 16 key_ids are negative, and a negative id matches nothing": {
+                "query_ids": LABELS,
+                "key_ids": LABELS.index_fill(0, torch.arange(2), -5),
+                "offset": 0,
+            },
+            "query_ids and key_ids differ at row 0, whose query and key are positives": {
+                "query_ids": LABELS,
+                "key_ids": LABELS + 1,
+                "offset": 0,
+            },
+        }.items():
+            with pytest.warns(UserWarning, match=f"^retrieval: {re.escape(words)}") as caught:
+                retrieval(A, B, **call)
+            assert all(warning.filename == __file__ for warning in caught)
+
+
+def test_values_that_make_no_sense_have_a_place() -> None:
+    """Zero rows have similarity 0 with everything; nan rows rank last, and are in no hits."""
+    q, k = A.clone(), B.clone()
+    q[2], q[5], k[7] = 0.0, math.nan, math.nan
+    found = retrieval(q, k, ks=(1, 99), hardest=20)
+    assert found.rank[5] == 15 and found.rank[7] == 15 and found.hits[99].tolist() == [i not in (5, 7) for i in range(16)]
+    assert found.hardest[5].tolist() == [-1] * 20 and found.hardest[2].tolist() == [j for j in range(16) if j not in (2, 7)] + [-1] * 6
+    assert found.ties[2] == 14 and found.rank[2] == 1  # the nan is above
