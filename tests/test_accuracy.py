@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import budget
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ import fastnce
 from bench import accuracy
 from bench.exact import Cosines
 from fastnce.backends import _native
-from train_ref.truth import losses
+from train_ref.truth import contract, losses
 
 CORNERS = [
     *(accuracy.Cell("clip", torch.float32, "cone", d, t) for d in (1, 5, 64) for t in (0.005, 0.05)),
@@ -73,5 +72,5 @@ def test_gradients_keep_the_contract_over_thousands_of_rows(name: str, compiled:
         if form == "tiles":
             monkeypatch.setattr(_native, "serves", lambda *_: False)
         for mine, theirs, e in zip(gradients(fused, name, torch.float32), dense, exact, strict=True):
-            allowed = budget.gradient_budget(torch.float32, budget.relative(theirs, e))
-            assert budget.relative(mine, e) <= allowed, form
+            allowed = contract.gradient(torch.float32, contract.relative(theirs, e))
+            assert contract.relative(mine, e) <= allowed, form
