@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import budget
 import test_statistics
 import torch
 from problems import Problem
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import fastnce
 from fastnce import contrastive_stats
+from train_ref.truth import contract
 
 Guard = Callable[[], AbstractContextManager[Any]]
 
@@ -77,10 +77,10 @@ def rows_may_be_of_any_length(length: float, dtype: torch.dtype, backend: str) -
     z = z.to(dtype).requires_grad_()
     exact = z.detach().double().requires_grad_()
     mine, ref = (fastnce.nt_xent(x, temperature=0.1, reduction="none", backend=b) for x, b in ((z, backend), (exact, "reference")))
-    assert budget.row_error(mine, ref.detach()) <= budget.row_budget(dtype, 0.0, 10.0)
+    assert contract.row_error(mine, ref.detach()) <= contract.row(dtype, 0.0, 10.0)
     others = torch.arange(40) != 7
     (grad,), (expected,) = torch.autograd.grad(mine.sum(), z), torch.autograd.grad(ref.sum(), exact)
-    assert budget.relative(grad[others], expected[others]) <= budget.gradient_budget(dtype, 0.0) * 2
+    assert contract.relative(grad[others], expected[others]) <= contract.gradient(dtype, 0.0) * 2
     if length < 1e-12:
         assert not grad[7].any()
 
@@ -138,4 +138,4 @@ def losses_are_within_the_budget(backend: str) -> None:
     mine, theirs, exact = found
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=3e-6, atol=1e-7)
     for grad, other, e in zip(mine[1:], theirs[1:], exact[1:], strict=True):
-        assert budget.relative(grad, e) <= budget.gradient_budget(torch.float32, budget.relative(other, e))
+        assert contract.relative(grad, e) <= contract.gradient(torch.float32, contract.relative(other, e))

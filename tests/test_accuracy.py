@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import budget
 import pytest
 import torch
 from named import widest
@@ -15,7 +14,7 @@ from torch import Tensor
 import fastnce
 from bench import accuracy
 from bench.exact import Cosines
-from train_ref.truth import losses
+from train_ref.truth import contract, losses
 
 CORNERS = [
     *(accuracy.Cell("clip", torch.float32, "cone", d, t) for d in (1, 5, 64) for t in (0.005, 0.05)),
@@ -78,5 +77,5 @@ def test_gradients_keep_the_contract_over_thousands_of_rows(name: str, compiled:
     for backend in ("cpu", "torch"):
         found = gradients(partial(getattr(fastnce, name), backend=backend), name, torch.float32)
         for mine, theirs, e in zip(found, dense, exact, strict=True):
-            allowed = budget.gradient_budget(torch.float32, budget.relative(theirs, e))
-            assert budget.relative(mine, e) <= allowed, backend
+            allowed = contract.gradient(torch.float32, contract.relative(theirs, e))
+            assert contract.relative(mine, e) <= allowed, backend

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import budget
 import gpu_promises
 import pytest
 import rank_promises
@@ -25,6 +24,7 @@ import fastnce
 from fastnce import contrastive_stats, tiles
 from fastnce.backends._gpu import host
 from fastnce.backends.cuda import launches
+from train_ref.truth import contract
 
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 # mma.sync and wgmma, with whole rows in shared memory, and rows that fit into none: of those there is one family.
@@ -178,9 +178,9 @@ def test_float32_in_one_part_where_tf32_is_allowed(p: Problem, family: str, laun
     finally:
         torch.set_float32_matmul_precision("highest")
     assert {launch.parts for launch in launched} == {1} and {launch.family for launch in launched} == {int(family == "wgmma")}
-    assert 1e-6 * p.scale < budget.row_error(found[0], exact[0]) <= 2.0**-12 * p.scale
+    assert 1e-6 * p.scale < contract.row_error(found[0], exact[0]) <= 2.0**-12 * p.scale
     for grad, e in zip(grads[:2], exact_grads[:2], strict=True):
-        assert e is None or budget.relative(grad, e) <= 2.0**-9 * largest
+        assert e is None or contract.relative(grad, e) <= 2.0**-9 * largest
 
 
 @pytest.mark.parametrize("p", [of("simclr:"), of("clip:"), of("clip captions:"), of("supcon:"), of("low temperature:")], ids=str)
@@ -213,7 +213,7 @@ def test_metrics_are_exact_where_logits_are(p: Problem, dtype: torch.dtype, fami
         for name in ("rank", "ties", "hardest"):
             assert torch.equal(getattr(mine, name), getattr(exact, name)), name
         for name in ("hardest_logit", "pos_max"):
-            torch.testing.assert_close(getattr(mine, name).double(), getattr(exact, name), rtol=4 * budget.U, atol=0, msg=name)
+            torch.testing.assert_close(getattr(mine, name).double(), getattr(exact, name), rtol=4 * contract.U, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("promise", rank_promises.PROMISES, ids=lambda promise: promise.__name__)
@@ -242,7 +242,7 @@ def test_the_first_of_equal_columns_is_the_hardest(multiprocessors: int, family:
 @pytest.mark.parametrize("p", [of("in-batch"), of("simclr:"), of("clip captions:"), of("mask and ids"), of("one column")], ids=str)
 def test_nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, family: str) -> None:
     # Blocks run one after the other here, but in a circle its two kinds of sums meet in any order.
-    gpu_promises.nothing_beside_a_view_is_read(p, dtype, "cuda", rtol=budget.gradient_budget(dtype, 0.0) if p.symmetric else 0.0)
+    gpu_promises.nothing_beside_a_view_is_read(p, dtype, "cuda", rtol=contract.gradient(dtype, 0.0) if p.symmetric else 0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import budget
 import gpu_promises
 import pytest
 import test_statistics as whole_suite
@@ -18,10 +17,11 @@ from fastnce import tiles
 from fastnce.backends._gpu import host, limits, rows
 from fastnce.norms import EPS, LARGEST
 from fastnce.problem import Side, SideGrad
+from train_ref.truth import contract
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda", "poisoned")
 
-U, LOG2E = budget.U, math.log2(math.e)
+U, LOG2E = contract.U, math.log2(math.e)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 # A lane takes four neighbours at once, a warp 128; gradients keep 256 in registers and read the others again.
@@ -125,7 +125,7 @@ def test_finish(how: str, columns: int, dtype: torch.dtype) -> None:
     exact = r_x[:, None] * (g - hat * (hat * g).sum(1, keepdim=True)) if normalize else g
     # What cancels, all of it in one column, is judged by what it is the rest of.
     size = (r_x[:, None] * g).norm() if normalize else g.norm()
-    assert (out.double() - exact).norm() <= budget.gradient_budget(dtype, 0.0) * size
+    assert (out.double() - exact).norm() <= contract.gradient(dtype, 0.0) * size
 
 
 # Vectors --------------------------------------------------------------------------------------------------------------------------------

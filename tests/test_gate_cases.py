@@ -62,3 +62,13 @@ def test_limits_of_nearly_solved_batches_are_no_wider_than_dense_torch_needs() -
         rows = [len(gradient) for gradient in found.exact.gradients]
         for limit, size, n in zip(found.gradients, found.gradient_sizes, rows, strict=True):
             assert limit * size <= 2e-5 * size + 1e-7 * math.sqrt(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_limit_of_a_small_derivative_by_scale_is_the_contracts(dtype: torch.dtype) -> None:
+    """Nothing cancels where positives are aligned: the terms are as small as 1 - p. Where all rows are equal nothing else is left."""
+    found = limits.expected(cases.Case("clip_loss", "aligned", pairs=130, temperature=0.02), "mean", dtype)
+    assert 0 < abs(found.exact.by_scale) == found.by_scale_size
+    assert 1e-3 <= found.by_scale < 2e-3
+    found = limits.expected(cases.Case("clip_loss", "identical", temperature=0.02), "mean", dtype)
+    assert found.by_scale_size == 1.0

@@ -18,7 +18,6 @@ from typing import Any
 # Read when cuBLAS makes its handle: without it torch refuses matrix products in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import budget
 import oracle
 import pytest
 import test_statistics
@@ -31,6 +30,7 @@ from bench.gpu import kernels as gpu_kernels
 from bench.gpu import measure as gpu_measure
 from bench.gpu.kernels import Kernels as Place
 from fastnce import contrastive_stats
+from train_ref.truth import contract
 
 WHERE = gpu_kernels.where()
 DRY = WHERE != "gpu"
@@ -245,7 +245,7 @@ def test_metrics(p: Problem, place: Place) -> None:
     wide_q, wide_k, wide_scale, wide_bias = (None if t is None else t.double() for t in tensors)
     s = oracle.logits(wide_q, wide_q if wide_k is None else wide_k, wide_scale, wide_bias, p.normalize)
     kinds = oracle.classes(p)
-    near = 32 * budget.U * max(1.0, s.abs().max().item())
+    near = 32 * contract.U * max(1.0, s.abs().max().item())
     for side, t, c in [(found, s, kinds), (found.columns, s.T, kinds.T)][: 2 if p.two_sided else 1]:
         rank, ties, hardest, hardest_logit, pos_max = (v.cpu() for v in side[4:9])
         negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
@@ -253,8 +253,8 @@ def test_metrics(p: Problem, place: Place) -> None:
         some = (c == oracle.NEGATIVE).any(1)
         assert (rank >= (negatives > best[:, None] + near).sum(1)).all()
         assert (rank + ties <= (negatives > best[:, None] - near).sum(1)).all()
-        assert budget.row_error(pos_max, best) <= near
-        assert budget.row_error(hardest_logit, negatives.amax(1)) <= near
+        assert contract.row_error(pos_max, best) <= near
+        assert contract.row_error(hardest_logit, negatives.amax(1)) <= near
         assert torch.equal(hardest >= 0, some)
         there = negatives.gather(1, hardest.clamp(min=0)[:, None])[some, 0]
         assert (there >= negatives.amax(1)[some] - near).all()
@@ -305,11 +305,11 @@ def test_losses(name: str, dtype: torch.dtype, d: int, place: Place) -> None:
     )
     errors = [(f.double() - e).norm() / e.norm() for f, e in zip(dense, exact, strict=True)]
     largest = leaves[2].item()
-    assert budget.row_error(found[0], exact[0]) <= budget.row_budget(dtype, budget.row_error(dense[0], exact[0]), largest)
+    assert contract.row_error(found[0], exact[0]) <= contract.row(dtype, contract.row_error(dense[0], exact[0]), largest)
     for f, e, dense_error in zip(found[1:3], exact[1:3], errors[1:3], strict=True):
         assert f.dtype == dtype
-        assert budget.relative(f, e) <= budget.gradient_budget(dtype, dense_error.item())
-    assert budget.relative(found[3], exact[3]) <= budget.scalar_budget(dtype, errors[3].item())
+        assert contract.relative(f, e) <= contract.gradient(dtype, dense_error.item())
+    assert contract.relative(found[3], exact[3]) <= contract.scalar(dtype, errors[3].item())
 
 
 # What only a device has ----------------------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Step:
 def agree(found: list[Tensor], expected: list[Tensor], exactly: bool) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.isfinite(b).all()
-        assert torch.equal(a, b) if exactly else budget.relative(a, b.double()) <= budget.gradient_budget(torch.float32, 0.0)
+        assert torch.equal(a, b) if exactly else contract.relative(a, b.double()) <= contract.gradient(torch.float32, 0.0)
 
 
 class Late:
@@ -585,11 +585,11 @@ def test_more_than_2_to_the_31_elements(many: str, place: Place) -> None:
     if many == "keys":
         lse = torch.stack([negatives(rows).logsumexp(1) for rows in blocks]).logsumexp(0)
         weights = [(negatives(rows) - lse[:, None]).exp() * upstream.double()[:, None] for rows in [*blocks, tail]]
-        assert budget.row_error(found.lse_neg.detach(), lse) <= budget.row_budget(torch.bfloat16, 0.0, 20.0)
+        assert contract.row_error(found.lse_neg.detach(), lse) <= contract.row(torch.bfloat16, 0.0, 20.0)
     else:
         lse = torch.cat([negatives(rows).logsumexp(0) for rows in blocks])
         weights = [(negatives(rows) - lse[rows]).exp() * upstream.double()[rows] for rows in [*blocks, tail]]
-        assert budget.row_error(found.lse_neg.detach(), lse) <= budget.row_budget(torch.bfloat16, 0.0, 20.0)
+        assert contract.row_error(found.lse_neg.detach(), lse) <= contract.row(torch.bfloat16, 0.0, 20.0)
 
     def gradient(unit: Tensor, norm: Tensor, by_unit: Tensor) -> Tensor:
         return 20.0 * (by_unit - (by_unit * unit).sum(1, keepdim=True) * unit) / norm
@@ -601,8 +601,8 @@ def test_more_than_2_to_the_31_elements(many: str, place: Place) -> None:
     norms = [x.detach().double().norm(dim=1, keepdim=True) for x in (short, long[tail])]
     exact_short = gradient(unit_short, norms[0], by_short)
     exact_tail = gradient(torch.nn.functional.normalize(long.detach()[tail].double(), dim=1), norms[1], weights[-1].T @ unit_short)
-    assert budget.relative(of_short, exact_short) <= budget.gradient_budget(torch.bfloat16, 0.0)
-    assert budget.relative(of_long[tail], exact_tail) <= budget.gradient_budget(torch.bfloat16, 0.0)
+    assert contract.relative(of_short, exact_short) <= contract.gradient(torch.bfloat16, 0.0)
+    assert contract.relative(of_long[tail], exact_tail) <= contract.gradient(torch.bfloat16, 0.0)
 
 
 @on_gpu

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import budget
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastnce
 from fastnce import listed, ops, tiles
+from train_ref.truth import contract
 
 M, K, D = 7, 5, 11
 COUNTS = torch.tensor([3, 0, 9, 1, 14, 0, 6])
@@ -80,15 +80,15 @@ def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, wa
         inner = torch.float64 if dtype == torch.float64 else torch.float32
         assert s.dtype == inner
         # One sum of 11 products and a norm: a few roundings of numbers up to the largest logit.
-        assert budget.row_error(s.detach(), exact.detach()) <= budget.row_budget(inner, 0.0, exact.abs().max().item())
+        assert contract.row_error(s.detach(), exact.detach()) <= contract.row(inner, 0.0, exact.abs().max().item())
         asked = [x for x in leaves if x.requires_grad]
         found = iter(torch.autograd.grad(s, asked, g.to(inner)))
         for x, e in zip(leaves, wanted, strict=True):
             if x.requires_grad:
                 d = next(found)
                 assert d.dtype == x.dtype
-                allowed = budget.scalar_budget if x.dim() == 0 else budget.gradient_budget
-                assert budget.relative(d, e) <= allowed(x.dtype, 0.0)
+                allowed = contract.scalar if x.dim() == 0 else contract.gradient
+                assert contract.relative(d, e) <= allowed(x.dtype, 0.0)
 
 
 @pytest.mark.parametrize("length", [1.01e-12, 1e-6, 1e9, 0.99e18])
@@ -106,7 +106,7 @@ def test_keys_of_any_length(length: float, scale: float) -> None:
     for upstream in (1.0, 1e-6):
         found, exact = grad(torch.float32, upstream).double(), grad(torch.float64, upstream)
         error = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
-        assert error.max() <= budget.gradient_budget(torch.float32, 0.0)
+        assert error.max() <= contract.gradient(torch.float32, 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +131,7 @@ def test_a_long_list_keeps_float32(way: None) -> None:
         loss = fastnce.info_nce(x, k.to(dtype), (values.to(dtype), offsets), temperature=1.0)
         return torch.autograd.grad(loss, x)[0]
 
-    assert budget.relative(grad(torch.float32), grad(torch.float64)) <= budget.gradient_budget(torch.float32, 0.0)
+    assert contract.relative(grad(torch.float32), grad(torch.float64)) <= contract.gradient(torch.float32, 0.0)
 
 
 class Allocated(TorchDispatchMode):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import budget
 import oracle
 import pytest
 import torch
@@ -13,6 +12,7 @@ from problems import PROBLEMS, Problem, of
 from torch import Tensor
 
 from fastnce import contrastive_stats, merge
+from train_ref.truth import contract
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,14 +90,14 @@ def check(p: Problem, dtype: torch.dtype, backend: str) -> None:
             continue
         dense_error = (d.double() - e)[torch.isfinite(e)].abs().max().item() if torch.isfinite(e).any() else 0.0
         full = dense_error if dtype == torch.float32 else 0.0
-        assert budget.row_error(f, e) <= budget.row_budget(dtype, full, largest), name
+        assert contract.row_error(f, e) <= contract.row(dtype, full, largest), name
     for name, f, d, e in zip(("dq", "dk", "dscale", "dbias"), grads, dense_grads, exact_grads, strict=True):
         if e is None:
             assert f is None
             continue
         assert f.dtype == (torch.float32 if name in ("dscale", "dbias") and dtype != torch.float64 else dtype)
         assert f.shape == e.shape
-        own = budget.gradient_budget if name in ("dq", "dk") else budget.scalar_budget
+        own = contract.gradient if name in ("dq", "dk") else contract.scalar
         error, dense_error = (f.double() - e).norm().item(), (d.double() - e).norm().item()
         # What is exactly 0 but computed from terms that cancel is judged by the size of those: the radial part of dq, which is all of it
         # where D = 1, and the sums that dscale and dbias are.

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import budget
 import gpu_promises
 import numpy as np
 import oracle
@@ -28,6 +27,7 @@ from fastnce.backends.triton import kernels_rows, launches
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem as Asked
 from fastnce.problem import SideGrad, Wanted
+from train_ref.truth import contract
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,7 +152,7 @@ def test_metrics(p: Problem, family: str) -> None:
     q, k, scale, bias = (None if t is None else t.double() for t in (q, k, scale, bias))
     s = oracle.logits(q, q if k is None else k, scale, bias, p.normalize)
     kinds = oracle.classes(p)
-    tolerance = 32 * budget.U * max(1.0, s.abs().max().item())
+    tolerance = 32 * contract.U * max(1.0, s.abs().max().item())
     for side, t, c in [(found, s, kinds), (found.columns, s.T, kinds.T)][: 2 if p.two_sided else 1]:
         negatives = t.masked_fill(c != oracle.NEGATIVE, -torch.inf)
         best = t.masked_fill(c != oracle.POSITIVE, -torch.inf).amax(1)
@@ -201,8 +201,8 @@ def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: lis
             launched.clear()
             grads = torch.autograd.grad(found.lse_neg, (q, scale), upstream)
         assert not checked.races and launched == ["prepare", "finish"]
-        assert budget.relative(grads[0], dq) <= budget.gradient_budget(dtype, budget.relative(dense_dq, dq))
-        assert budget.relative(grads[1], dscale) <= budget.scalar_budget(dtype, budget.relative(dense_dscale, dscale))
+        assert contract.relative(grads[0], dq) <= contract.gradient(dtype, contract.relative(dense_dq, dq))
+        assert contract.relative(grads[1], dscale) <= contract.scalar(dtype, contract.relative(dense_dscale, dscale))
 
 
 QUEUE = of("queue", scale=20.0)
@@ -264,7 +264,7 @@ def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
             found, grads = whole_suite.run(p, torch.float32, "triton")
         finally:
             torch.set_float32_matmul_precision("highest")
-        errors[precision] = budget.row_error(found[0], exact[0])
+        errors[precision] = contract.row_error(found[0], exact[0])
         assert all(torch.isfinite(g).all() for g in grads if g is not None)
     assert errors["highest"] < 1e-5 < errors["high"] <= 2.0**-12 * p.scale
 
@@ -396,5 +396,5 @@ def test_gradients_of_keys_are_as_exact_as_those_of_queries_at_a_low_temperature
             return torch.autograd.grad(rows, leaves, upstream.to(rows.dtype))
 
         pairs = zip(gradients_in(torch.float32, "triton"), gradients_in(torch.float64, "reference"), strict=True)
-        of_queries, of_keys = (budget.relative(found, exact) for found, exact in pairs)
+        of_queries, of_keys = (contract.relative(found, exact) for found, exact in pairs)
         assert of_keys <= 2 * of_queries

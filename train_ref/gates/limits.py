@@ -8,7 +8,7 @@ terms = 2 scale |g (1 - exp -L_i)|, which bounds what cancels in a gradient (twi
     rows       2 m + 32 u max(1, scale)
     gradient   2 m + 16 u                    and 2e-5 + 1e-7 sqrt(N)               float32
                2^-8, float16 2^-10 + storing and 2 m + 2e-3, at most 3e-2          half precision, + float32's line of the same rows
-    d/dscale   2 m + 1e-5, half 1e-3         + (16 + 2 scale) u sum |g|
+    d/dscale   2 m + 1e-5, half 1e-3         + (16 + 2 scale) u sum |g (1 - exp -L_i)|
 
 loss and rows are absolute, in nats, and ask of half precision what they ask of float32 on the same rounded features;
 gradient and d/dscale are relative to the exact one, 1e-7 sqrt(N) and 16 u terms absolute. The left column is the contract of
@@ -36,10 +36,9 @@ from torch import Tensor
 
 from train_ref.gates.call import Answer, Both, Drive, call, lengths, upstream
 from train_ref.gates.cases import Case
-from train_ref.truth import LOSSES
+from train_ref.truth import LOSSES, contract
+from train_ref.truth.contract import U
 
-U = 2.0**-24
-STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 CPU = torch.device("cpu")
 ORDERS = 4
 
@@ -77,10 +76,9 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     # Of identical rows dense torch's logits have equal bits, and m is 0 by luck: an lse next to logits of size scale
     # rounds by u scale, in any order but that one.
     if case.kind != "identical":
-        # The mean of a few rows is as uncertain as a row.
-        few = max(4 * max(1.0, abs(exact.mean)), 32 * max(1.0, scale) / len(exact.rows))
-        mean = min(mean, 2 * max(abs(single.mean - exact.mean) for single in singles) + U * few)
-    rows = 2 * max(largest(single.rows - exact.rows) for single in singles) + 32 * U * max(1.0, scale)
+        single = max(abs(single.mean - exact.mean) for single in singles)
+        mean = min(mean, contract.mean_loss(single, exact.mean, few_rows=max(1.0, scale) / len(exact.rows)))
+    rows = contract.row(torch.float32, max(largest(single.rows - exact.rows) for single in singles), scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
     mass = given if case.option == "weight" else given * LOSSES[case.loss].share(exact.rows)
@@ -96,13 +94,11 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
         for error, single, true, side, size in zip(errors, singly, exact.gradients, stored, sizes, strict=True)
     ]
 
-    relative = 2 * max(abs(single.by_scale - exact.by_scale) for single in singles) + 1e-5 * abs(exact.by_scale)
-    if dtype != torch.float32:
-        relative = 1e-3 * abs(exact.by_scale)
     # Each weight carries the rounding of an lse of size scale, each cosine a few of its own.
-    rounding = (16 + 2 * scale) * U * given.abs().sum().item()
+    rounding = (16 + 2 * scale) * U * mass.abs().sum().item() + 1e-13 * scale * given.abs().sum().item()
     by_scale_size = abs(exact.by_scale) if abs(exact.by_scale) > rounding else 1.0
-    by_scale = (relative + rounding) / by_scale_size
+    error = max(abs(single.by_scale - exact.by_scale) for single in singles) / by_scale_size
+    by_scale = contract.scalar(dtype, error, cancelling=rounding / by_scale_size, single=error)
     return Expected(exact, loss_scale, mean, rows, gradients, sizes, by_scale, by_scale_size)
 
 
@@ -161,9 +157,9 @@ def gradient_limit(
         fixed = 2e-5 * low * size + max(1e-7 * math.sqrt(len(true)) * low if size > U * terms else rounding, unknown)
         # Where dense torch itself is beyond the fixed line, twice its error remains.
         return min(in_float32, fixed) if single <= fixed else in_float32
-    contract = STORED[side.dtype] * size + in_float32 + stored_error(true, side, loss_scale)
+    stored = contract.STORED[side.dtype] * size + in_float32 + stored_error(true, side, loss_scale)
     # Dense half precision may overflow: then it sets no limit, and the others remain.
-    return min(contract, 2 * error + 2e-3 * size + rounding, 3e-2 * size + in_float32)
+    return min(stored, 2 * error + 2e-3 * size + rounding, 3e-2 * size + in_float32)
 
 
 def largest(values: Tensor) -> float:

@@ -1,7 +1,8 @@
 """What is right: every loss in dense torch, which the tests, gates and benchmarks hold fastnce to.
 
-losses.py defines the losses, LOSSES below lists them, golden/ has other projects' results. Nothing here imports what it judges: torch is
-all it needs. A public loss that is missing in LOSSES fails a test. To add one, write its dense form in losses.py and its entry here.
+losses.py defines the losses, LOSSES below lists them, contract.py says how far from exact is right enough, golden/ has other projects'
+results. Nothing here imports what it judges: torch is all it needs. A public loss that is missing in LOSSES fails a test. To add one,
+write its dense form in losses.py and its entry here.
 """
 
 from __future__ import annotations
