@@ -60,7 +60,7 @@ def retrieval(
 
         s_ij = cos(query_i, key_j)      rank_i = number of negatives j with s_ij > max over the positives p of s_ip
 
-    The similarities are never stored: memory is O((M + N) D + M hardest). Nothing has a gradient.
+    The similarities are never stored: memory is O((M + N) (D + hardest)). Nothing has a gradient.
 
     Args:
         query: (M, D) in any scale: rows are normalised here unless normalize=False.
@@ -123,7 +123,7 @@ def retrieval(
     if key is None:
         label, exclude = (label[0], None), (exclude[0], None)
     elif offset == 0 and label[1] is not None:
-        hints.partners(where, names, label[0], label[1][:rows])
+        hints.partners(where, names, *(ids if ids is None else ids[: min(rows, columns)] for ids in label))
     pairs = Pairs(exclude_self, offset, *label, *exclude, mask)
     query, key = query.detach(), None if key is None else key.detach()
     one = torch.ones((), dtype=compute_dtype(query.dtype), device=query.device)
@@ -131,7 +131,7 @@ def retrieval(
     found = stats.compute(where, problem, backend)
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     hints.without_positive(where, found.n_pos, "queries", ": they are no hits, and add 0 to mrr")
-    more = ops.hardest(problem, hardest) if hardest > 1 else [None, None]
+    more = ops.hardest(problem, int(hardest)) if hardest > 1 else [None, None]
     of_columns = None if found.columns is None else _public(found.columns, ks, more[1], one.dtype)
     return _public(found, ks, more[0], one.dtype)._replace(columns=of_columns)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from test_memory import Largest
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import RetrievalStats, hardest, ops, retrieval
@@ -211,6 +212,14 @@ def test_nothing_is_as_large_as_the_matrix(options: dict[str, Any], count: int, 
     assert seen.elements < 150 * 150 / 4
 
 
+def test_a_million_rows_need_no_matrix() -> None:
+    with FakeTensorMode(), Largest() as seen:
+        q, k = torch.empty(2, 2**20, 128, dtype=torch.bfloat16)
+        found = retrieval(q, k, hardest=9, two_sided=True)
+    assert found.hardest.shape == (2**20, 9)
+    assert seen.elements <= 2 * 2**20 * 128
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_no_value_is_read_back(count: int) -> None:
     """Meta tensors have no values: whatever reads one back raises. Inside the operators, too."""
@@ -392,6 +401,14 @@ def test_debug_mode_changes_no_result_and_warns() -> None:
             with pytest.warns(UserWarning, match=f"^retrieval: {re.escape(words)}") as caught:
                 retrieval(A, B, **call)
             assert all(warning.filename == __file__ for warning in caught)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(16, 9), (9, 16)])
+def test_debug_mode_compares_the_ids_of_partners(queries: int, keys: int) -> None:
+    """Also where one side has more rows."""
+    labels, other = LABELS[:queries], LABELS[:keys].index_fill(0, torch.tensor(3), 77)
+    with fastnce.debug(), pytest.warns(UserWarning, match="retrieval: query_ids and key_ids differ at row 3"):
+        retrieval(A[:queries], B[:keys], offset=0, query_ids=labels, key_ids=other)
 
 
 def test_values_that_make_no_sense_have_a_place() -> None:
