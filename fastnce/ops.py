@@ -51,7 +51,8 @@ def statistics(problem: Problem, backend: str) -> list[Side]:
 
 
 def hardest(problem: Problem, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices and similarities of the hardest negatives, see hardest.py: rows, then columns where two_sided. No gradient."""
+    """Indices and similarities of the hardest negatives, see hardest.py: rows, then columns where two_sided. No gradient, and no backend:
+    its name is an argument of every problem, and is not read."""
     flat = torch.ops.fastnce.hardest(count, *Arguments.of(problem, "torch"))
     return list(zip(flat[::2], flat[1::2], strict=True))
 

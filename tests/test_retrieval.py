@@ -18,9 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastnce
 from fastnce import RetrievalStats, hardest, ops, retrieval
 from fastnce.backends import cpu
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem
 
 A, B = bad.x(16, 5).double(), bad.x(16, 5, seed=3).double()
 LABELS = torch.arange(16) % 5
+BACKENDS = ("reference", cpu.NAME)
 IDS = ("query_ids", "key_ids", "exclude_query_ids", "exclude_key_ids")
 SEARCHES: dict[str, Callable[..., RetrievalStats]] = {
     "two sets": lambda **o: retrieval(**{"query": bad.x(6, 5), "key": bad.x(6, 5, seed=1)} | rules(IDS) | o),
@@ -145,7 +148,7 @@ def test_a_queue_is_more_keys() -> None:
     assert torch.equal(found.hardest, 16 + s.topk(2).indices)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [(5, 9), (-1, -1)])
 def test_rank_from_the_best_positive_of_all_keys(batch: tuple[int, int], backend: str) -> None:
     """A further key may be a positive by its id, and a better one than the query's own."""
@@ -189,10 +192,8 @@ def test_compiled_and_batched(count: int) -> None:
 
 def test_the_operator_has_no_gradient() -> None:
     """Called by hand: what it returns asks for none."""
-    problem = hardest.Problem(
-        A.clone().requires_grad_(), B, torch.ones((), dtype=torch.float64), None, cpu.Pairs(False, 0), True, True, metrics=True
-    )
-    flat = (3, *ops.Arguments.of(problem, "cpu"))
+    problem = Problem(A.clone().requires_grad_(), B, torch.ones((), dtype=torch.float64), None, Pairs(False, 0), True, True, metrics=True)
+    flat = (3, *ops.Arguments.of(problem, cpu.NAME))
     torch.library.opcheck(torch.ops.fastnce.hardest.default, flat)
     assert not any(v.requires_grad for v in torch.ops.fastnce.hardest(*flat))
 
@@ -205,7 +206,7 @@ def test_the_operator_has_no_gradient() -> None:
 def test_nothing_is_as_large_as_the_matrix(options: dict[str, Any], count: int, small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardest, "CPU_TILE", small_tiles)
     q, k = bad.x(150, 8), bad.x(150, 8, seed=1)
-    problem_of = lambda: retrieval(q, k, hardest=count, backend="cpu", **options)  # noqa: E731
+    problem_of = lambda: retrieval(q, k, hardest=count, backend=cpu.NAME, **options)  # noqa: E731
     expected = problem_of()
     with Largest() as seen:
         same(problem_of(), expected)
@@ -227,7 +228,7 @@ def test_no_value_is_read_back(count: int) -> None:
     ids = torch.empty(600, dtype=torch.int64, device="meta")
     found = retrieval(q, k, hardest=count, query_ids=ids, two_sided=True)
     assert found.hardest.shape == (600, count)
-    problem = hardest.Problem(q, k, q.new_empty(()), None, cpu.Pairs(False, 0, ids, ids), True, True, metrics=True)
+    problem = Problem(q, k, q.new_empty(()), None, Pairs(False, 0, ids, ids), True, True, metrics=True)
     assert [v.shape for v in hardest.forward(problem, count)] == [v.shape for v in hardest.fake(problem, count)]
 
 
@@ -360,8 +361,8 @@ def test_message(error: type[Exception], words: str) -> None:
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unsupported", lambda problem: ["rows too wide"])
     for count in (1, 3):
-        with bad.raises(NotImplementedError, "retrieval: no backend for ...\n  cpu: rows too wide"):
-            SEARCHES["two sets"](backend="cpu", hardest=count)
+        with bad.raises(NotImplementedError, f"retrieval: no backend for ...\n  {cpu.NAME}: rows too wide"):
+            SEARCHES["two sets"](backend=cpu.NAME, hardest=count)
 
 
 # Debug mode -----------------------------------------------------------------------------------------------------------------------------
