@@ -132,8 +132,7 @@ def retrieval(
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     hints.without_positive(where, found.n_pos, "queries", ": they are no hits, and add 0 to mrr")
     more = ops.hardest(problem, int(hardest)) if hardest > 1 else [None, None]
-    of_columns = None if found.columns is None else _public(found.columns, ks, more[1], one.dtype)
-    return _public(found, ks, more[0], one.dtype)._replace(columns=of_columns)
+    return _public(found, ks, more, one.dtype)
 
 
 def _ks(where: str, given: object) -> tuple[int, ...]:
@@ -173,11 +172,16 @@ def _in_place(where: str, query: Tensor, key: Tensor, exclude_self: bool) -> Non
         )
 
 
-def _public(found: ContrastiveStats, ks: tuple[int, ...], more: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> RetrievalStats:
-    """more: indices and similarities of more hardest negatives than one."""
+def _public(
+    found: ContrastiveStats, ks: tuple[int, ...], more: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype
+) -> RetrievalStats:
+    """more: of this side and of the columns, indices and similarities of more hardest negatives than one."""
     rank, ties, index, similarity, best = found.rank, found.ties, found.hardest, found.hardest_logit, found.pos_max
     assert rank is not None and ties is not None and index is not None and similarity is not None and best is not None
     there = best > -torch.inf
     reciprocal = (1 + rank.to(dtype) + ties.to(dtype) / 2).reciprocal().masked_fill(~there, 0.0)
-    indices, similarities = (index[:, None], similarity.to(dtype)[:, None]) if more is None else more
-    return RetrievalStats(rank, ties, {k: (rank + ties < k) & there for k in ks}, reciprocal.mean(), indices, similarities)
+    indices, similarities = (index[:, None], similarity.to(dtype)[:, None]) if more[0] is None else more[0]
+    hits = {k: (rank + ties < k) & there for k in ks}
+    # Made in one go: Dynamo of torch 2.11 cannot return a tuple that _replace made of one with a dict.
+    columns = None if found.columns is None else _public(found.columns, ks, more[1:], dtype)
+    return RetrievalStats(rank, ties, hits, reciprocal.mean(), indices, similarities, columns)
