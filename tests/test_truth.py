@@ -12,6 +12,7 @@ from typing import Literal
 
 import pytest
 import torch
+from named import IN_FLOAT64
 from torch import Tensor
 
 import fastnce
@@ -230,7 +231,7 @@ def test_the_entry_describes_the_loss(loss: Loss) -> None:
 
 
 @each_loss
-@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+@pytest.mark.parametrize("backend", [*IN_FLOAT64, "auto"])
 def test_values_and_gradients_are_the_dense_ones(loss: Loss, backend: str) -> None:
     """Row by row, with an upstream gradient of its own for each."""
 
