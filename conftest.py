@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 # Where nothing else is given. What is compiled for tests outlives them: minutes of compilers are in it. A folder of this name that somebody
 # else has made does no harm: nothing is loaded from it, and building there is refused.
@@ -19,7 +19,7 @@ for variable, name in (("FASTNCE_CACHE_DIR", "fastnce"), ("TRITON_CACHE_DIR", "t
     os.environ.setdefault(variable, str(OWN / name))
 
 # No test finds a library of csrc/cpu by itself, whatever lies there: "auto" is "torch" on a CPU, and "cpu" needs the fixture `compiled`.
-as_users_have_it, native.candidates = native.candidates, lambda kind: iter(()) if kind == "cpu" else as_users_have_it(kind)
+as_users_have_it, find.candidates = find.candidates, lambda kind: iter(()) if kind == "cpu" else as_users_have_it(kind)
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +36,14 @@ def compiled_library() -> Path:
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Libraries are looked for, for one test, as users have it."""
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "candidates", as_users_have_it)
-    native.objection.cache_clear()
+    monkeypatch.setattr(find, "candidates", as_users_have_it)
+    find.objection.cache_clear()
     yield
-    native.objection.cache_clear()
+    find.objection.cache_clear()
 
 
 @pytest.fixture
 def compiled(compiled_library: Path, libraries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="cpu" runs, and "auto" takes it, for one test."""
-    monkeypatch.setattr(native, "candidates", lambda kind: iter([(compiled_library, None)]) if kind == "cpu" else as_users_have_it(kind))
-    assert native.objection("cpu") is None
+    monkeypatch.setattr(find, "candidates", lambda kind: iter([(compiled_library, None)]) if kind == "cpu" else as_users_have_it(kind))
+    assert find.objection("cpu") is None

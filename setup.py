@@ -32,7 +32,7 @@ class Build(build_py):
                 f"Run: {asked} pip install --no-build-isolation ."
             )
         sys.path.insert(0, str(root))
-        from fastnce import build
+        from fastnce.compiled import build
 
         for kind in KINDS:
             try:

@@ -34,7 +34,8 @@ import torch
 
 import fastnce
 from bench import peers
-from fastnce import files, native
+from fastnce import files
+from fastnce.compiled import find
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"  # those that the pages show
@@ -168,7 +169,7 @@ def environment(command: list[str], threads: int, device: str = "cpu") -> dict[s
         "peers": peers.versions(),
         "threads": threads,
         # Of an objection what it is about, and not where: a record names no place.
-        "compiled": (native.objection("cpu") or native.level("cpu")).partition(":")[0],
+        "compiled": (find.objection("cpu") or find.level("cpu")).partition(":")[0],
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "load": [round(load, 2) for load in os.getloadavg()],
         "sources": digest(),

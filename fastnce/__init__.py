@@ -1,13 +1,13 @@
 """Fused losses for contrastive learning: exact, without ever storing the matrix of similarities."""
 
 from fastnce._version import __version__
-from fastnce.checks import debug
+from fastnce.arguments import debug
 from fastnce.logit_scale import LogitScale
 from fastnce.losses import clip_loss, dcl_loss, info_nce, moco_loss, nt_xent, sup_con
 from fastnce.modules import ClipLoss, DCLLoss, InfoNCE, MoCoLoss, NTXentLoss, SupConLoss
 from fastnce.queue import NegativeQueue
 from fastnce.retrieval import RetrievalStats, retrieval
-from fastnce.stats import ContrastiveStats, contrastive_stats, merge
+from fastnce.statistics import ContrastiveStats, contrastive_stats, merge
 
 __all__ = [
     "ClipLoss",

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from fastnce import __version__, backends, build, files, native, selftest
+from fastnce import __version__, backends, files, selftest
+from fastnce.compiled import build, find
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
-COMMANDS = {f"build-{kind}": kind for kind in native.KINDS}
+COMMANDS = {f"build-{kind}": kind for kind in find.KINDS}
 
 
 def report() -> dict[str, Any]:
     """Everything this command knows, ready for JSON."""
-    compiled = {kind: _compiled(kind) for kind in native.KINDS}
+    compiled = {kind: _compiled(kind) for kind in find.KINDS}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = [_backend(name, device) for device in devices for name in backends.BACKENDS]
     tests = [_self_test(row["name"], row["device"]) for row in found if row["available"]]
@@ -83,16 +84,16 @@ def _compiled(kind: str) -> str:
     """What runs of a library, or why it does not; of one that is not built what it would bring, and what is here to build it with."""
     reason = _objection(kind)
     if reason is None:
-        aside = native.left_aside(kind)
-        return native.level(kind) + (f" (left aside: {aside})" if aside else "")
-    return f"{reason}: {build.BRINGS[kind]}; {build.tool(kind)}" if reason == native.not_built(kind) else reason
+        aside = find.left_aside(kind)
+        return find.level(kind) + (f" (left aside: {aside})" if aside else "")
+    return f"{reason}: {build.BRINGS[kind]}; {build.tool(kind)}" if reason == find.not_built(kind) else reason
 
 
 def _objection(kind: str) -> str | None:
-    """native.objection, which this command prints and therefore need not say aloud."""
+    """find.objection, which this command prints and therefore need not say aloud."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return native.objection(kind)
+        return find.objection(kind)
 
 
 def _installed(package: str) -> str | None:

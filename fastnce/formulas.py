@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype
-from fastnce.stats import ContrastiveStats, log1p_loss, softplus
+from fastnce.precision import compute_dtype
+from fastnce.statistics import ContrastiveStats, log1p_loss, softplus
 
 Reduction = Literal["none", "mean", "sum"]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.backends._tiled.gemm import product
-from fastnce.norms import compute_dtype, inverse_norms, no_autocast
 from fastnce.pairs import Tile
+from fastnce.precision import compute_dtype, inverse_norms, no_autocast
 from fastnce.problem import Problem
 from fastnce.tiles import CPU_TILE
 

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from fastnce import checks, relations
+from fastnce import arguments, relations
 
 # With unit rows logits span 2 * scale nats: below a scale of 0.2 the loss is that of rows which are all equal, within 0.4 nats.
 _FLAT = 0.2
@@ -43,7 +43,7 @@ def _warn(where: str, kind: str, text: str) -> None:
 def temperature(where: str, temperature: object, scale: object, normalize: bool) -> None:
     """A temperature that looks like a scale, or the other way round. Rows that are not normalised have logits of any size."""
     name, given = ("temperature", temperature) if scale is None else ("scale", scale)
-    number = _number(given) if normalize and checks.debugging() else None
+    number = _number(given) if normalize and arguments.debugging() else None
     if number is None or not 0 < number < torch.inf:
         return
     if scale is None and number > 1 / _FLAT:
@@ -54,7 +54,7 @@ def temperature(where: str, temperature: object, scale: object, normalize: bool)
 
 def logit_scale(where: str, given: object, normalize: bool) -> None:
     """CLIP learns the logarithm of its scale, and the loss takes the scale itself."""
-    number = _number(given) if normalize and checks.debugging() else None
+    number = _number(given) if normalize and arguments.debugging() else None
     if number is not None and 0 < number < _LOGARITHM:
         _warn(
             where,
@@ -67,14 +67,14 @@ def logit_scale(where: str, given: object, normalize: bool) -> None:
 def _number(given: object) -> float | None:
     """The value of a Python number or of a one-element tensor, where it may be read."""
     if isinstance(given, Tensor):
-        return float(given.detach()) if given.numel() == 1 and checks.debugging(given) else None
+        return float(given.detach()) if given.numel() == 1 and arguments.debugging(given) else None
     return float(given) if isinstance(given, numbers.Real) else None
 
 
 def negative_ids(where: str, names: tuple[str, ...], given: tuple[Tensor | None, ...]) -> None:
     """Ids below -1 look like hashes, whose sign means nothing; and ids that are all negative do nothing. `given` are the caller's own."""
     for name, ids in zip(names, given, strict=True):
-        if ids is None or not checks.debugging(ids) or ids.numel() == 0:
+        if ids is None or not arguments.debugging(ids) or ids.numel() == 0:
             continue
         ids = ids.to(torch.int64)  # where torch can compare
         count = int((ids < 0).sum())
@@ -85,7 +85,7 @@ def negative_ids(where: str, names: tuple[str, ...], given: tuple[Tensor | None,
 
 def views_second(where: str, features: Tensor) -> None:
     """Without labels nothing else tells (views, examples, columns) from (examples, views, columns)."""
-    if checks.debugging() and features.dim() == 3 and features.shape[0] < features.shape[1]:
+    if arguments.debugging() and features.dim() == 3 and features.shape[0] < features.shape[1]:
         examples, views = features.shape[:2]
         _warn(
             where,
@@ -97,7 +97,7 @@ def views_second(where: str, features: Tensor) -> None:
 
 def partners(where: str, names: tuple[str, str], a: Tensor | None, b: Tensor | None) -> None:
     """Ids that say of a query and its own key that they do not belong together, while they are positives by their place."""
-    if a is not None and b is not None and checks.debugging(a, b):
+    if a is not None and b is not None and arguments.debugging(a, b):
         row = relations.disagreement(a, b)
         if row is not None:
             _warn(where, "partners", f"{names[0]} and {names[1]} differ at row {row}, whose query and key are positives by their place")
@@ -105,7 +105,7 @@ def partners(where: str, names: tuple[str, str], a: Tensor | None, b: Tensor | N
 
 def without_positive(where: str, n_pos: Tensor, rows: str, then: str) -> None:
     """Rows without a positive, of a batch of several: how many, and what becomes of them."""
-    if checks.debugging(n_pos) and n_pos.numel() > 1:
+    if arguments.debugging(n_pos) and n_pos.numel() > 1:
         count = int((n_pos == 0).sum())
         if count:
             _warn(where, rows, f"{count} of {n_pos.numel()} {rows} have no positive{then}")
@@ -127,7 +127,7 @@ def anchors(where: str, n_pos: Tensor, views: int, masked: bool, skipped: bool) 
 
 def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
     """Debug mode only: in a batch of several rows, one at least must have a positive and something beside it."""
-    if checks.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
+    if arguments.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
         raise ValueError(
             f"{where}: no row has both a positive and another candidate: the ids, labels or mask leave a loss of 0 that trains nothing"
         )
@@ -135,5 +135,5 @@ def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
 
 def something_to_compare(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
     """Debug mode only: one row at least must have a candidate."""
-    if checks.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
+    if arguments.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
         raise ValueError(f"{where}: no row has any candidate: the ids, labels or mask exclude every pair")

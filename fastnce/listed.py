@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import tiles
-from fastnce.norms import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
+from fastnce.precision import compute_dtype, inverse, inverse_norms, no_autocast, valid_scale, vector_dtype
 
 SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 

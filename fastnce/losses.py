@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce import checks, hints, relations, small, stats
+from fastnce import arguments, dense_small, hints, relations, statistics
 from fastnce.formulas import Reduction, decoupled, l_in, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
@@ -17,7 +17,7 @@ from fastnce.views import two_views
 from fastnce.wide import shared as shared_uses
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def info_nce(
     query: Tensor,
     positive_key: Tensor,
@@ -66,20 +66,20 @@ def info_nce(
     tensor(0.7437)
     """
     where = "info_nce"
-    checks.features(where, query=query, positive_key=positive_key)
+    arguments.features(where, query=query, positive_key=positive_key)
     rows, in_batch_keys = query.shape[0], positive_key.shape[0]
-    checks.reduction(where, reduction, rows)
-    checks.options(where, negative_mode=negative_mode, normalize=normalize, in_batch=in_batch, symmetric=symmetric)
-    stats.check_backend(where, backend)
+    arguments.reduction(where, reduction, rows)
+    arguments.options(where, negative_mode=negative_mode, normalize=normalize, in_batch=in_batch, symmetric=symmetric)
+    statistics.check_backend(where, backend)
     negatives = Negatives.of(where, negative_keys, negative_mode, query, may_be_none=in_batch is True)
     if negatives is None:
-        query, positive_key = checks.one_dtype(where, query=query, positive_key=positive_key)
+        query, positive_key = arguments.one_dtype(where, query=query, positive_key=positive_key)
     else:
         features = {"query": query, "positive_key": positive_key, negatives.name: negatives.keys}
-        query, positive_key, keys = checks.one_dtype(where, **features)
+        query, positive_key, keys = arguments.one_dtype(where, **features)
         negatives = negatives._replace(keys=keys)
-        checks.values(where, normalize, **{negatives.name: keys})
-    checks.values(where, normalize, query=query, positive_key=positive_key)
+        arguments.values(where, normalize, **{negatives.name: keys})
+    arguments.values(where, normalize, query=query, positive_key=positive_key)
     use_batch = negatives is None if in_batch is None else in_batch
     none = negatives.keys if use_batch and negatives is not None and negatives.keys.numel() == 0 else None
     if none is not None:
@@ -97,8 +97,8 @@ def info_nce(
         given = f"got {rows} queries, {in_batch_keys} keys and {'no ' if negatives is None else ''}negative_keys"
         raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys, {given}")
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, query)
-    weight = checks.weights(where, weight, rows, query)
+    scale = arguments.scale_of(where, temperature, scale, query)
+    weight = arguments.weights(where, weight, rows, query)
     # A loss of one part, against positive_key, or of two.
     wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
     first, second = wide[:2], wide[2:]
@@ -133,15 +133,15 @@ def info_nce(
     before = in_batch_keys if use_batch else 0
     if use_batch:
         in_batch_problem = problem(positive_key, slice(0, before), 0)
-        if negatives is None and (loss := small.mean_cross_entropy(in_batch_problem, backend, reduction, weight)) is not None:
+        if negatives is None and (loss := dense_small.mean_cross_entropy(in_batch_problem, backend, reduction, weight)) is not None:
             return with_none(loss)
-        found = stats.compute(where, in_batch_problem, backend)
+        found = statistics.compute(where, in_batch_problem, backend)
     else:
         found = one_positive(query, positive_key, first, scale, normalize)
     if shared is not None:
-        found = stats.merge(found, stats.compute(where, problem(shared, slice(before, met), None), backend))
+        found = statistics.merge(found, statistics.compute(where, problem(shared, slice(before, met), None), backend))
     elif negatives is not None:
-        found = stats.merge(found, negatives.statistics(query, second, scale, normalize))
+        found = statistics.merge(found, negatives.statistics(query, second, scale, normalize))
     values = l_out(found, label[0] is None)
     if symmetric:
         assert found.columns is not None
@@ -150,7 +150,7 @@ def info_nce(
     return with_none(reduced(values, weight, reduction, query))
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def nt_xent(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -176,14 +176,14 @@ def nt_xent(
     """
     where = "nt_xent"
     problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
-    if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
+    if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
-    found = stats.compute(where, problem, backend)
+    found = statistics.compute(where, problem, backend)
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     return reduced(l_out(found, one_positive=True), weight, reduction, problem.q)
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def dcl_loss(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -208,12 +208,12 @@ def dcl_loss(
     """
     where = "dcl_loss"
     problem, weight = two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
-    found = stats.compute(where, problem, backend)
+    found = statistics.compute(where, problem, backend)
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     return reduced(decoupled(found), weight, reduction, problem.q)
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def sup_con(
     features: Tensor,
     labels: Tensor | None = None,
@@ -252,19 +252,19 @@ def sup_con(
     tensor(1.0986)
     """
     where = "sup_con"
-    checks.features(where, (2, 3), features=features)
-    checks.values(where, normalize, features=features)
+    arguments.features(where, (2, 3), features=features)
+    arguments.values(where, normalize, features=features)
     examples, n_views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
     if n_views == 0:
         raise ValueError(f"{where}: features is {tuple(features.shape)}; it needs at least one view")
     words = {"variant": variant, "views": views, "no_positive": no_positive, "unlabelled": unlabelled}
-    checks.options(where, **words, normalize=normalize)
+    arguments.options(where, **words, normalize=normalize)
     if labels is not None and mask is not None:
         raise ValueError(f"{where}: Cannot define both `labels` and `mask`")
     if mask is not None and unlabelled == "own_views":
         raise ValueError(f"{where}: unlabelled='own_views' is about labels, and there is a mask: mask.fill_diagonal_(True) says the same")
     anchors = examples * (1 if views == "one" else n_views)
-    checks.reduction(where, reduction, anchors)
+    arguments.reduction(where, reduction, anchors)
     labels = relations.labels(where, labels, features)
     mask = relations.mask(where, "mask", mask, features, (examples, examples))
     relations.some_positive(where, features, labels, mask)
@@ -272,9 +272,9 @@ def sup_con(
     z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, features.shape[-1])
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (examples,):
         weight = weight.repeat(anchors // max(examples, 1))
-    weight = checks.weights(where, weight, anchors, features, examples)
+    weight = arguments.weights(where, weight, anchors, features, examples)
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, features)
+    scale = arguments.scale_of(where, temperature, scale, features)
     if labels is None and mask is None:
         hints.views_second(where, features)
         labels = torch.arange(examples, device=features.device)
@@ -291,7 +291,7 @@ def sup_con(
         problem = Problem(z[:examples], z, scale, None, pairs, False, normalize, q_wide=q_wide, k_wide=k_wide)
     else:
         problem = Problem(z, None, scale, None, pairs, False, normalize)
-    found = stats.compute(where, problem, backend)
+    found = statistics.compute(where, problem, backend)
     some = found.n_pos > 0
     if no_positive == "error" and not bool(some.all()):
         first = int((~some).nonzero()[0])
@@ -305,7 +305,7 @@ def sup_con(
     return reduced(values, weight, reduction, z)
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -348,31 +348,31 @@ def clip_loss(
     tensor(0.7437)
     """
     where = "clip_loss"
-    checks.features(where, image=image, text=text)
-    image, text = checks.one_dtype(where, image=image, text=text)
-    checks.values(where, normalize, image=image, text=text)
+    arguments.features(where, image=image, text=text)
+    image, text = arguments.one_dtype(where, image=image, text=text)
+    arguments.values(where, normalize, image=image, text=text)
     rows, columns = image.shape[0], text.shape[0]
-    checks.some_keys(where, "text", text, rows)
-    checks.some_keys(where, "image", image, columns)
-    checks.reduction(where, reduction, min(rows, columns))
-    checks.options(where, normalize=normalize)
-    checks.choice(where, "aligned", aligned, (None, True, False))
+    arguments.some_keys(where, "text", text, rows)
+    arguments.some_keys(where, "image", image, columns)
+    arguments.reduction(where, reduction, min(rows, columns))
+    arguments.options(where, normalize=normalize)
+    arguments.choice(where, "aligned", aligned, (None, True, False))
     paired = rows == columns if aligned is None else aligned
     names, excluding, of = ("image_ids", "text_ids"), ("exclude_image_ids", "exclude_text_ids"), ("image", "text")
     label = relations.id_pair(where, names, (image_ids, text_ids), of, image, (rows, columns), paired)
     exclude = relations.id_pair(where, excluding, (exclude_image_ids, exclude_text_ids), of, image, (rows, columns), paired)
     relations.alignment(where, image, text, aligned, label, exclude[0] is not None, reduction == "none" or weight is not None)
     hints.negative_ids(where, (*names, *excluding), (image_ids, text_ids, exclude_image_ids, exclude_text_ids))
-    weight = checks.weights(where, weight, rows, image)
-    scale = checks.scalar(where, "logit_scale", logit_scale, image)
-    bias = None if logit_bias is None else checks.scalar(where, "logit_bias", logit_bias, image, positive=False)
+    weight = arguments.weights(where, weight, rows, image)
+    scale = arguments.scalar(where, "logit_scale", logit_scale, image)
+    bias = None if logit_bias is None else arguments.scalar(where, "logit_bias", logit_bias, image, positive=False)
     hints.logit_scale(where, logit_scale, normalize)
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
     q_wide, k_wide = shared_uses(image, text)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, q_wide=q_wide, k_wide=k_wide)
-    if (loss := small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
+    if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
-    found = stats.compute(where, problem, backend)
+    found = statistics.compute(where, problem, backend)
     assert found.columns is not None
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     for kind, side, other in (("images", found, "text"), ("texts", found.columns, "image")):
@@ -383,7 +383,7 @@ def clip_loss(
     return (reduced(by_row, None, reduction, image) + reduced(by_column, None, reduction, image)) / 2
 
 
-@checks.without_return_stats
+@arguments.without_return_stats
 def moco_loss(
     q: Tensor,
     k: Tensor,
@@ -409,19 +409,19 @@ def moco_loss(
     """
     where = "moco_loss"
     negatives = queue.keys if isinstance(queue, NegativeQueue) else queue
-    checks.features(where, q=q, k=k, queue=negatives)
-    q, k, negatives = checks.one_dtype(where, q=q, k=k, queue=negatives)
-    checks.values(where, normalize, q=q, k=k, queue=negatives)
+    arguments.features(where, q=q, k=k, queue=negatives)
+    q, k, negatives = arguments.one_dtype(where, q=q, k=k, queue=negatives)
+    arguments.values(where, normalize, q=q, k=k, queue=negatives)
     if q.shape != k.shape:
         raise ValueError(f"{where}: q is {tuple(q.shape)} and k is {tuple(k.shape)}; row i of k is the positive of row i of q")
-    checks.some_keys(where, "queue", negatives, q.shape[0])
-    checks.reduction(where, reduction, q.shape[0])
-    checks.options(where, normalize=normalize)
-    weight = checks.weights(where, weight, q.shape[0], q)
+    arguments.some_keys(where, "queue", negatives, q.shape[0])
+    arguments.reduction(where, reduction, q.shape[0])
+    arguments.options(where, normalize=normalize)
+    weight = arguments.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
-    scale = checks.scale_of(where, temperature, scale, q)
+    scale = arguments.scale_of(where, temperature, scale, q)
     *own, q_wide, k_wide = shared_uses(q, k, q, negatives)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, q_wide=q_wide, k_wide=k_wide)
-    found = stats.merge(one_positive(q, k, own, scale, normalize), stats.compute(where, problem, backend))
+    found = statistics.merge(one_positive(q, k, own, scale, normalize), statistics.compute(where, problem, backend))
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     return reduced(l_out(found, one_positive=True), weight, reduction, q)

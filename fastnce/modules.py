@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastnce import checks, losses, ops, stats
+from fastnce import arguments, autograd, losses, statistics
 from fastnce.formulas import Reduction
 from fastnce.logit_scale import LogitScale, StaysPrecise
 from fastnce.negatives import Ragged
@@ -29,14 +29,14 @@ class _Loss(StaysPrecise):
     def __init__(self, temperature: float | Tensor | None = None, scale: float | Tensor | LogitScale | None = None, **options: Any) -> None:
         super().__init__()
         where = self._where
-        checks.options(where, **{name: value for name, value in options.items() if name != "backend"})
-        stats.check_backend(where, options["backend"])
-        checks.not_both(where, temperature, scale)
+        arguments.options(where, **{name: value for name, value in options.items() if name != "backend"})
+        statistics.check_backend(where, options["backend"])
+        arguments.not_both(where, temperature, scale)
         self.options = options
         if scale is not None:
             self.scale = scale
         else:
-            self.temperature = checks.TEMPERATURES[where] if temperature is None else temperature
+            self.temperature = arguments.TEMPERATURES[where] if temperature is None else temperature
 
     @property
     def _where(self) -> str:
@@ -77,7 +77,7 @@ class _Loss(StaysPrecise):
 
     def _hold(self, name: str, value: Any) -> None:
         if not isinstance(value, LogitScale):
-            checks.held_scale(self._where, name, value)
+            arguments.held_scale(self._where, name, value)
         for store in (self.options, self._parameters, self._buffers, self._modules):
             for held in ("temperature", "scale", "logit_scale"):
                 store.pop(held, None)
@@ -129,7 +129,7 @@ class InfoNCE(_Loss):
 
     _function = staticmethod(losses.info_nce)
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -183,7 +183,7 @@ class NTXentLoss(_Loss):
 
     _function = staticmethod(losses.nt_xent)
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -210,7 +210,7 @@ class DCLLoss(_Loss):
 
     _function = staticmethod(losses.dcl_loss)
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -231,7 +231,7 @@ class SupConLoss(_Loss):
 
     _function = staticmethod(losses.sup_con)
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         temperature: float | Tensor | None = None,
@@ -274,7 +274,7 @@ class ClipLoss(_Loss):
 
     _function = staticmethod(losses.clip_loss)
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         init_scale: float | None = None,
@@ -344,7 +344,7 @@ class MoCoLoss(_Loss):
     _function = staticmethod(losses.moco_loss)
     _replaced: tuple[Tensor, Tensor, Tensor, int] | None = None
 
-    @checks.without_return_stats
+    @arguments.without_return_stats
     def __init__(
         self,
         queue_size: int,
@@ -363,8 +363,8 @@ class MoCoLoss(_Loss):
             normalize=normalize,
             backend=backend,
         )
-        checks.count("MoCoLoss", "queue_size", queue_size)
-        checks.count("MoCoLoss", "dim", dim)
+        arguments.count("MoCoLoss", "queue_size", queue_size)
+        arguments.count("MoCoLoss", "dim", dim)
         self.queue = NegativeQueue(queue_size, dim)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -375,7 +375,7 @@ class MoCoLoss(_Loss):
         if again and self.training:
             keys = self._before(k)
         else:
-            keys = ops.copy_of_queue(self.queue.keys) if torch.is_grad_enabled() else self.queue.keys
+            keys = autograd.copy_of_queue(self.queue.keys) if torch.is_grad_enabled() else self.queue.keys
         loss = losses.moco_loss(q, k, keys, weight=weight, **self._given())
         if self.training and not again:
             self._enqueue(k)
@@ -400,7 +400,7 @@ class MoCoLoss(_Loss):
             last, now = self.queue.keys[places], k[len(k) - len(places) :].to(rows.dtype)
             # The second run may round otherwise than the first; another batch is further away than a tenth.
             same = (self.queue.pointer == pointer) & ~((last - now).norm() > 0.1 * last.norm())
-            if not checks.free_to_read(same):
+            if not arguments.free_to_read(same):
                 return self.queue.keys.index_copy(0, places, rows).where(same, torch.nan)
             if same:
                 return self.queue.keys.index_copy(0, places, rows)

@@ -9,10 +9,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fastnce import checks
+from fastnce import arguments
+from fastnce.autograd import listed_logits
 from fastnce.listed import Listed
-from fastnce.ops import listed_logits
-from fastnce.stats import ContrastiveStats
+from fastnce.statistics import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
 
@@ -41,7 +41,7 @@ class Negatives(NamedTuple):
         if isinstance(given, tuple | list):
             return _ragged(where, given, query, may_be_none)
         _no_temperature(where, given)
-        checks.features(where, (2, 3), query=query, negative_keys=given)
+        arguments.features(where, (2, 3), query=query, negative_keys=given)
         if given.dim() != (2 if mode == "unpaired" else 3) or (mode == "paired" and given.shape[0] != query.shape[0]):
             wanted = "(K, D), shared by all queries" if mode == "unpaired" else "(M, K, D), K for each query"
             raise ValueError(
@@ -93,7 +93,7 @@ def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Nega
     if len(given) != 2:
         raise ValueError(f"{where}: ragged negative_keys is (values, offsets), got {len(given)} entries")
     values, offsets = given
-    checks.features(where, (2,), **{"query": query, VALUES: values})
+    arguments.features(where, (2,), **{"query": query, VALUES: values})
     queries = query.shape[0]
     if values.shape[0] == 0 and queries > 0 and not may_be_none:
         raise ValueError(f"{where}: {VALUES} is {tuple(values.shape)}; at least one key is needed{NONE_OF_THEM}")
@@ -103,9 +103,9 @@ def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Nega
             "the last ones end: from counts, torch.nn.functional.pad(counts.cumsum(0), (1, 0))"
         )
     # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
-    ends = checks.ids(where, OFFSETS, offsets, queries + 1, query, "query rows + 1", "one where each query begins, and the end")
+    ends = arguments.ids(where, OFFSETS, offsets, queries + 1, query, "query rows + 1", "one where each query begins, and the end")
     assert ends is not None
-    if checks.free_to_read(ends) and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
+    if arguments.free_to_read(ends) and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
         raise ValueError(f"{where}: {OFFSETS} must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")
     positions = torch.arange(values.shape[0], device=values.device)
     # Positions below the first or above the last offset belong to nobody.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype
 from fastnce.pairs import Pairs
+from fastnce.precision import compute_dtype
 
 # Cosines that are no further apart are a tie, by the dtype of the products: 3 u of float32, u = 2^-24, and 16 u of float64. The threshold
 # and the logits that are compared with it come from one routine: equal rows have equal bits, whatever the order of the sums. Rows that

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnce import checks
+from fastnce import arguments
 
 
 class NegativeQueue(nn.Module):
@@ -28,9 +28,9 @@ class NegativeQueue(nn.Module):
 
     def __init__(self, size: int, dim: int, persistent: bool = True, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        checks.count("NegativeQueue", "size", size)
-        checks.count("NegativeQueue", "dim", dim)
-        checks.options("NegativeQueue", persistent=persistent)
+        arguments.count("NegativeQueue", "size", size)
+        arguments.count("NegativeQueue", "dim", dim)
+        arguments.options("NegativeQueue", persistent=persistent)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"NegativeQueue: dtype must be a floating-point dtype, got {dtype}")
         self.register_buffer("keys", torch.empty(size, dim, dtype=dtype), persistent)
@@ -52,11 +52,11 @@ class NegativeQueue(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Put keys (B, dim) in the place of the oldest; of more than `size`, the last ones stay. No host synchronisation."""
-        checks.features("NegativeQueue.enqueue", keys=keys)
+        arguments.features("NegativeQueue.enqueue", keys=keys)
         n, (size, dim) = keys.shape[0], self.keys.shape
         if keys.shape[1] != dim:
             raise ValueError(f"NegativeQueue.enqueue: keys is {tuple(keys.shape)}; this queue holds rows of {dim}")
-        checks.same_device("NegativeQueue.enqueue", queue=self.keys, keys=keys)
+        arguments.same_device("NegativeQueue.enqueue", queue=self.keys, keys=keys)
         self.keys.index_copy_(0, self.places(n), keys[-size:].to(self.keys.dtype))
         self.pointer.copy_((self.pointer + n) % size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce import checks
+from fastnce import arguments
 
 _VIEWS_SECOND = "features is (examples, views, columns), views come second: features.transpose(0, 1)"
 
@@ -29,7 +29,7 @@ def id_pair(
             f"{where}: {names[given[0] is not None]} is missing: with {sizes[0]} queries and {sizes[1]} keys both {names[0]} and "
             f"{names[1]} are needed, because row i of one does not belong to row i of the other"
         )
-    first, second = (checks.ids(where, names[i], given[i], sizes[i], like, of[i]) for i in (0, 1))
+    first, second = (arguments.ids(where, names[i], given[i], sizes[i], like, of[i]) for i in (0, 1))
     return second if first is None else first, first if second is None else second
 
 
@@ -60,7 +60,7 @@ def labels(where: str, value: object, features: Tensor) -> Tensor | None:
             remedy = "if features is [view 0; view 1], use torch.stack(features.chunk(2), dim=1)"
     if remedy:
         raise ValueError(f"{where}: labels must have shape ({examples},) for features {tuple(features.shape)}, got {shape}; {remedy}")
-    return checks.ids(where, "labels", value, examples, features, "features", "one label per example")
+    return arguments.ids(where, "labels", value, examples, features, "features", "one label per example")
 
 
 def mask(
@@ -75,14 +75,14 @@ def mask(
     its rows and columns are."""
     if value is None:
         return None
-    x = checks.a_tensor(where, name, value)
+    x = arguments.a_tensor(where, name, value)
     if x.dtype != torch.bool:
         raise TypeError(f"{where}: {name} must have dtype torch.bool, got {x.dtype} ({name}.bool())")
     if x.dim() != 2 or (0 in x.shape and like.shape[0] > 0 if shape is None else x.shape != shape):
         wanted = "a non-empty matrix" if shape is None else f"of shape {shape}, {each}"
         remedy = f"; {_VIEWS_SECOND}" if shape is not None and like.dim() == 3 and x.shape == 2 * like.shape[1:2] else ""
         raise ValueError(f"{where}: {name} must be {wanted}, got shape {tuple(x.shape)}{remedy}")
-    checks.same_device(where, features=like, **{name: x})
+    arguments.same_device(where, features=like, **{name: x})
     return x
 
 
@@ -128,7 +128,7 @@ def alignment(
 
 def disagreement(a: Tensor | None, b: Tensor | None) -> int | None:
     """The first row at which two vectors of ids differ, neither being negative; None without, and where reading them is not free."""
-    if a is None or b is None or a is b or not (checks.free_to_read(a) and checks.free_to_read(b)):
+    if a is None or b is None or a is b or not (arguments.free_to_read(a) and arguments.free_to_read(b)):
         return None
     differ = (a != b) & (a >= 0) & (b >= 0)
     return int(differ.nonzero()[0]) if bool(differ.any()) else None

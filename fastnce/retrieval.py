@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import checks, hints, ops, relations, stats
-from fastnce.norms import compute_dtype
+from fastnce import arguments, autograd, hints, relations, statistics
 from fastnce.pairs import Pairs
+from fastnce.precision import compute_dtype
 from fastnce.problem import Problem
-from fastnce.stats import ContrastiveStats
+from fastnce.statistics import ContrastiveStats
 
 
 class RetrievalStats(NamedTuple):
@@ -95,17 +95,17 @@ def retrieval(
     """
     where = "retrieval"
     if key is None:
-        checks.features(where, query=query)
+        arguments.features(where, query=query)
         rows = columns = query.shape[0]
     else:
-        checks.features(where, query=query, key=key)
-        query, key = checks.one_dtype(where, query=query, key=key)
+        arguments.features(where, query=query, key=key)
+        query, key = arguments.one_dtype(where, query=query, key=key)
         rows, columns = query.shape[0], key.shape[0]
-        checks.some_keys(where, "key", key, rows)
-    checks.options(where, normalize=normalize, two_sided=two_sided, exclude_self=exclude_self)
-    checks.count(where, "hardest", hardest)
+        arguments.some_keys(where, "key", key, rows)
+    arguments.options(where, normalize=normalize, two_sided=two_sided, exclude_self=exclude_self)
+    arguments.count(where, "hardest", hardest)
     ks = _ks(where, ks)
-    offset = checks.offset(where, offset)
+    offset = arguments.offset(where, offset)
     mask = relations.mask(where, "positive_mask", positive_mask, query, (rows, columns), "one row per query and one column per key")
     by_place = query_ids is key_ids is mask is None
     exclude_self = key is None if exclude_self is None else exclude_self
@@ -119,7 +119,7 @@ def retrieval(
     label = relations.id_pair(where, names, (query_ids, key_ids), of, query, (rows, columns), paired)
     exclude = relations.id_pair(where, excluding, (exclude_query_ids, exclude_key_ids), of, query, (rows, columns), paired)
     hints.negative_ids(where, (*names, *excluding), (query_ids, key_ids, exclude_query_ids, exclude_key_ids))
-    checks.values(where, normalize, **({"query": query} if key is None else {"query": query, "key": key}))
+    arguments.values(where, normalize, **({"query": query} if key is None else {"query": query, "key": key}))
     if key is None:
         label, exclude = (label[0], None), (exclude[0], None)
     elif offset == 0 and label[1] is not None:
@@ -128,10 +128,10 @@ def retrieval(
     query, key = query.detach(), None if key is None else key.detach()
     one = torch.ones((), dtype=compute_dtype(query.dtype), device=query.device)
     problem = Problem(query, key, one, None, pairs, two_sided, normalize, metrics=True)
-    found = stats.compute(where, problem, backend)
+    found = statistics.compute(where, problem, backend)
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     hints.without_positive(where, found.n_pos, "queries", ": they are no hits, and add 0 to mrr")
-    more = ops.hardest(problem, int(hardest)) if hardest > 1 else [None, None]
+    more = autograd.hardest(problem, int(hardest)) if hardest > 1 else [None, None]
     return _public(found, ks, more, one.dtype)
 
 
@@ -139,7 +139,7 @@ def _ks(where: str, given: object) -> tuple[int, ...]:
     if not isinstance(given, Sequence) or isinstance(given, str):
         raise TypeError(f"{where}: ks must be a sequence of positive integers, got {given!r}; one of them is ks=(5,)")
     for k in given:
-        checks.count(where, "every number in ks", k)
+        arguments.count(where, "every number in ks", k)
     return tuple(int(k) for k in given)
 
 

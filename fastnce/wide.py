@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastnce import ops
-from fastnce.norms import compute_dtype
+from fastnce import autograd
+from fastnce.precision import compute_dtype
 
 
 def shared(*uses: Tensor) -> list[Tensor | None]:
@@ -23,7 +23,7 @@ def shared(*uses: Tensor) -> list[Tensor | None]:
     for n, x in enumerate(uses):
         same = [m for m, other in enumerate(uses) if other is x]
         if same[0] == n and len(same) > 1 and x.dtype != compute_dtype(x.dtype):
-            stand_in = ops.wide(x)
+            stand_in = autograd.wide(x)
             for m in same:
                 found[m] = stand_in.view_as(stand_in)
     return found

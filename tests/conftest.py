@@ -19,9 +19,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 import emulated
 from named import widest
 
-from fastnce import build, native, tiles
+from fastnce import tiles
 from fastnce.backends import torch_tiles
 from fastnce.backends._tiled import gemm
+from fastnce.compiled import build, find
 
 torch.set_num_threads(1)
 
@@ -90,13 +91,13 @@ def emulated_library() -> Path:
 @pytest.fixture
 def emulated_cuda(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """backend="cuda" takes tensors of the CPU, for one test."""
-    others = native.library_path
+    others = find.library_path
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "library_path", lambda kind: emulated_library if kind == "cuda" else others(kind))
-    native.objection.cache_clear()
-    assert native.objection("cuda") is None and torch.ops.fastnce_cuda.emulated()
+    monkeypatch.setattr(find, "library_path", lambda kind: emulated_library if kind == "cuda" else others(kind))
+    find.objection.cache_clear()
+    assert find.objection("cuda") is None and torch.ops.fastnce_cuda.emulated()
     yield
-    native.objection.cache_clear()
+    find.objection.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 EMULATOR = Path(__file__).resolve().parent / "native"
 # Kernels say #pragma unroll.
@@ -21,7 +21,7 @@ def unsupported() -> str | None:
         return "kernels are compiled for a GPU in this process (TRITON_INTERPRET is not 1)"
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"the emulator switches between fibers in x86-64 assembly, and this is {platform.machine()}"
-    if native.library_path("cuda") is not None:
+    if find.library_path("cuda") is not None:
         return "a process holds one CUDA library, and that for GPUs is built here: FASTNCE_CACHE_DIR=<an empty folder> pytest"
     try:
         build.compiler()
@@ -38,8 +38,8 @@ def emulate(into: Path, sanitize: bool = False) -> Path:
 
     Raises BuildError as build.build does.
     """
-    sources = [*native.files("cuda"), *sorted(EMULATOR.glob("emulator.*"))]
-    digest = native.digest_of([*sources, Path(__file__), Path(build.__file__)])
+    sources = [*find.files("cuda"), *sorted(EMULATOR.glob("emulator.*"))]
+    digest = find.digest_of([*sources, Path(__file__), Path(build.__file__)])
     library = into / f"fastnce-emulated-{digest[:16]}{'-sanitized' if sanitize else ''}.so"
     return build.make(library, into, lambda: _plan(sources, SANITIZED if sanitize else OPTIMISED))
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import aot  # puts this checkout first on the path
 
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 BEGIN, END = "<!-- sass:begin (generated) -->", "<!-- sass:end -->"
 
@@ -226,9 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--check", type=Path, metavar="PAGE")
     options = parser.parse_args(arguments)
-    library = options.library or native.library_path("cuda")
+    library = options.library or find.library_path("cuda")
     if library is None:
-        print(f"the CUDA library of these sources is {native.not_built('cuda')}", file=sys.stderr)
+        print(f"the CUDA library of these sources is {find.not_built('cuda')}", file=sys.stderr)
         return 1
     rows = inspect(library)
     wrong = [row for row in rows if row.verdict != "ok"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastnce
-from fastnce import ops
+from fastnce import autograd
 from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -70,14 +70,14 @@ def test_opcheck(p: Case, metrics: bool) -> None:
     rules = p.rules()
     ids = (rules.get("q_label"), rules.get("k_label"), rules.get("q_exclude"), rules.get("k_exclude"), rules.get("mask"))
     problem = Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, *ids), p.two_sided, p.normalize, metrics)
-    flat = ops.Arguments.of(problem, "torch")
+    flat = autograd.Arguments.of(problem, "torch")
     torch.library.opcheck(torch.ops.fastnce.forward.default, tuple(flat))
     out = torch.ops.fastnce.forward(*flat)
     per_side = len(out) // (2 if p.two_sided else 1)
     grads = [torch.randn_like(v) for i, v in enumerate(out) if i % per_side < 3]
     stats = [v for i, v in enumerate(out) if i % per_side < 6]
     for wanted in ([True, k is not None, True, bias is not None], [True, False, False, False]):
-        torch.library.opcheck(torch.ops.fastnce.backward.default, tuple(ops.Request(grads, stats, wanted, flat).flat()))
+        torch.library.opcheck(torch.ops.fastnce.backward.default, tuple(autograd.Request(grads, stats, wanted, flat).flat()))
 
 
 @each_loss
@@ -441,7 +441,7 @@ def test_operators_have_derivatives() -> None:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), f"{name} would be differentiated as a constant"
     q, k = (x.requires_grad_() for x in q_and_k())
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    arguments = ops.Arguments.of(Problem(q, k, scale, None, Pairs(offset=0), False, True), "torch")
+    arguments = autograd.Arguments.of(Problem(q, k, scale, None, Pairs(offset=0), False, True), "torch")
     lse_neg, _, pos, *_ = torch.ops.fastnce.forward(*arguments)
     found = torch.autograd.grad((lse_neg - pos).sum(), (q, k, scale), create_graph=True)
     s = 3.0 * torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(k).T

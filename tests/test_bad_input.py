@@ -25,8 +25,8 @@ import fastnce
 from fastnce import (
     LogitScale,
     NegativeQueue,
+    arguments,
     backends,
-    checks,
     clip_loss,
     contrastive_stats,
     dcl_loss,
@@ -1001,6 +1001,6 @@ def test_debug_mode_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as environment:
         for value, on in (("1", True), ("0", False), ("", False)):
             environment.setenv("FASTNCE_DEBUG", value)
-            importlib.reload(checks)
+            importlib.reload(arguments)
             assert complains() == on
-    importlib.reload(checks)
+    importlib.reload(arguments)

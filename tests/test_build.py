@@ -18,8 +18,8 @@ from typing import Any
 import emulated
 import pytest
 
-from fastnce import build, native
 from fastnce.__main__ import main
+from fastnce.compiled import build, find
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,14 +81,14 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path / "packaged")
-    sources = native.sources
-    monkeypatch.setattr(native, "sources", lambda kind: tmp_path / "csrc" / kind if kind == "cuda" else sources(kind))
-    native.digest.cache_clear()
-    native.objection.cache_clear()
+    monkeypatch.setattr(find, "packaged_folder", lambda: tmp_path / "packaged")
+    sources = find.sources
+    monkeypatch.setattr(find, "sources", lambda kind: tmp_path / "csrc" / kind if kind == "cuda" else sources(kind))
+    find.digest.cache_clear()
+    find.objection.cache_clear()
     yield tmp_path
-    native.digest.cache_clear()
-    native.objection.cache_clear()
+    find.digest.cache_clear()
+    find.objection.cache_clear()
 
 
 def calls(pretended: Path) -> dict[str, list[str]]:
@@ -100,7 +100,7 @@ def calls(pretended: Path) -> dict[str, list[str]]:
 
 def put(library: Path, place: Path) -> Path:
     """A copy of a library with its record."""
-    shutil.copy(native.record_of(library), native.record_of(place))
+    shutil.copy(find.record_of(library), find.record_of(place))
     return Path(shutil.copy(library, place))
 
 
@@ -111,9 +111,9 @@ import sys, types
 from pathlib import Path
 sys.modules["fastnce"] = package = types.ModuleType("fastnce")
 package.__path__ = [{str(ROOT / "fastnce")!r}]
-from fastnce import build, native
-sources = native.sources
-native.sources = lambda kind: Path({str(pretended / "csrc")!r}) / kind if kind == "cuda" else sources(kind)
+from fastnce.compiled import build, find
+sources = find.sources
+find.sources = lambda kind: Path({str(pretended / "csrc")!r}) / kind if kind == "cuda" else sources(kind)
 print(build.build({kind!r}).read_text(), "torch" in sys.modules)
 """
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -122,11 +122,11 @@ print(build.build({kind!r}).read_text(), "torch" in sys.modules)
 # ---------------------------------------------------------------- once and whole
 
 
-@pytest.mark.parametrize("kind", native.KINDS)
+@pytest.mark.parametrize("kind", find.KINDS)
 def test_several_processes_build_it_once(kind: str, pretended: Path) -> None:
     running = [start(kind, pretended) for _ in range(3)]
     assert [process.communicate(timeout=60)[0] for process in running] == ["whole False\n"] * 3
-    units = {f"{path.name}.o" for path in native.sources(kind).iterdir() if path.suffix in (".cpp", ".cu")}
+    units = {f"{path.name}.o" for path in find.sources(kind).iterdir() if path.suffix in (".cpp", ".cu")}
     assert calls(pretended).keys() == {*units, "library.so"}
     assert not [path for path in (pretended / "cache").iterdir() if path.is_dir()]
 
@@ -138,12 +138,12 @@ def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert native.library_path("cuda") is None
+    assert find.library_path("cuda") is None
     (pretended / "bin" / "calls").write_text("")
     assert start("cuda", pretended).communicate(timeout=60)[0] == "whole False\n"
     assert calls(pretended).keys() == {"library.so"}
     # What ptxas said to the killed build is not lost.
-    library = native.library_path("cuda")
+    library = find.library_path("cuda")
     assert library is not None and "rows.cu" in json.loads(library.with_suffix(".json").read_text())["ptxas"]
 
 
@@ -188,14 +188,14 @@ def test_a_server_that_a_compiler_has_started_holds_no_lock(pretended: Path) -> 
 
 def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended: Path) -> None:
     path = build.build("cuda")
-    assert build.build("cuda") == path == native.library_path("cuda")
+    assert build.build("cuda") == path == find.library_path("cuda")
     assert "library.so" in calls(pretended)
     for unit in ("rows.cu", "problem.h", "device.cuh"):
-        (native.sources("cuda") / unit).write_text(f"// {unit}")
-        native.digest.cache_clear()
-        assert native.library_path("cuda") is None
-        path = put(path, path.with_name(native.name("cuda", list(build.ARCHS))))
-        assert native.library_path("cuda") == path
+        (find.sources("cuda") / unit).write_text(f"// {unit}")
+        find.digest.cache_clear()
+        assert find.library_path("cuda") is None
+        path = put(path, path.with_name(find.name("cuda", list(build.ARCHS))))
+        assert find.library_path("cuda") == path
 
 
 # ---------------------------------------------------------------- architectures
@@ -203,7 +203,7 @@ def test_nothing_is_built_twice_and_other_sources_are_another_library(pretended:
 
 def test_every_architecture_by_default_and_sm_90_units_for_that_alone(pretended: Path) -> None:
     library = build.build("cuda")
-    assert native.archs(library) == ("sm_80", "sm_90a", "sm_100", "compute_100")
+    assert find.archs(library) == ("sm_80", "sm_90a", "sm_100", "compute_100")
     made = calls(pretended)
     codes = {unit: [word for word in words if "code=" in word] for unit, words in made.items()}
     assert codes == {
@@ -230,19 +230,19 @@ def test_other_architectures_are_another_library(pretended: Path) -> None:
     few = build.build("cuda", archs=["sm_80"])
     made = calls(pretended)
     assert made.keys() == {"rows.cu.o", "bind.cpp.o", "library.so"} and "-DFASTNCE_SM90" not in made["bind.cpp.o"]
-    assert native.archs(few) == ("sm_80",) and native.library_path("cuda") == few
+    assert find.archs(few) == ("sm_80",) and find.library_path("cuda") == few
     (pretended / "bin" / "calls").write_text("")
     two = build.build("cuda", archs=["sm_90a", "sm_80", "sm_80"])
     assert build.build("cuda", archs=["sm_80", "sm_90a"]) == two != few
     os.utime(two, (1, 1))
-    assert native.library_path("cuda") == two, "the most architectures"
-    last = put(two, two.with_name(native.name("cuda", ["sm_80", "sm_100"])))
+    assert find.library_path("cuda") == two, "the most architectures"
+    last = put(two, two.with_name(find.name("cuda", ["sm_80", "sm_100"])))
     os.utime(last, (2, 2))
-    assert native.library_path("cuda") == last, "of equally many the last"
+    assert find.library_path("cuda") == last, "of equally many the last"
     (pretended / "packaged").mkdir()
-    assert native.library_path("cuda") == last
+    assert find.library_path("cuda") == last
     packaged = put(few, pretended / "packaged" / few.name)
-    assert native.library_path("cuda") == packaged, "the package first"
+    assert find.library_path("cuda") == packaged, "the package first"
 
 
 @pytest.mark.parametrize("arch", ["sm_70", "", "sm_80,sm_90", "90a"])
@@ -266,7 +266,7 @@ def test_serialised_products_fail_the_build(pretended: Path) -> None:
     for _ in range(2):
         with pytest.raises(build.BuildError, match=r"wait for each other:\nrows\.cu: .*C7511.*\nrows_sm90\.cu: .*C7511"):
             build.build("cuda")
-    assert calls(pretended) and native.library_path("cuda") is None
+    assert calls(pretended) and find.library_path("cuda") is None
 
 
 # ---------------------------------------------------------------- what is missing
@@ -274,7 +274,7 @@ def test_serialised_products_fail_the_build(pretended: Path) -> None:
 
 def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    for kind in native.KINDS:
+    for kind in find.KINDS:
         with pytest.raises(build.BuildError, match=r"no C\+\+ compiler \(CXX is 'no-such-compiler'\)"):
             build.build(kind)
     monkeypatch.setenv("CXX", "false")
@@ -284,10 +284,10 @@ def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(build.BuildError, match="CXX is 'false with arguments'"):
         build.build("cuda")
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
-    for kind in native.KINDS:
+    for kind in find.KINDS:
         with pytest.raises(build.BuildError, match="--no-build-isolation"):
             build.build(kind)
-    shutil.rmtree(native.sources("cuda"))
+    shutil.rmtree(find.sources("cuda"))
     with pytest.raises(FileNotFoundError, match="no sources of the cuda library"):
         build.build("cuda")
 
@@ -297,7 +297,7 @@ def test_a_cxx_that_is_no_command_is_named(
     command: str, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", command)
-    for kind in native.KINDS:
+    for kind in find.KINDS:
         assert main([f"build-{kind}"]) == 1
         said = capsys.readouterr().err
         assert f"CXX is {command!r}" in said and said.count("\n") == 1
@@ -355,7 +355,7 @@ def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
     file: str, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of the file is there when the disk is full. What lay under the library's name before is what lies there."""
-    before = native.cache_folder() / native.name("cuda", list(build.ARCHS))  # type: ignore[operator]
+    before = find.cache_folder() / find.name("cuda", list(build.ARCHS))  # type: ignore[operator]
     before.parent.mkdir()
     before.write_text("damaged")
     write = Path.write_bytes, Path.write_text
@@ -376,13 +376,13 @@ def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
     said = capsys.readouterr().err
     assert said == f"fastnce build-cuda: cannot write in {before.parent}: No space left on device\n"
     assert left(pretended) == [before.name] and before.read_text() == "damaged"
-    assert build.build("cuda") == before and native.fault(before) is None
+    assert build.build("cuda") == before and find.fault(before) is None
 
 
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("kind", native.KINDS)
+@pytest.mark.parametrize("kind", find.KINDS)
 def test_the_report_says_what_building_would_bring(kind: str, libraries: None, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastnce.__main__ import _compiled
 
@@ -390,8 +390,8 @@ def test_the_report_says_what_building_would_bring(kind: str, libraries: None, p
     assert _compiled(kind) == f"not built (python -m fastnce build-{kind}): {build.BRINGS[kind]}; {found} found"
     build.build(kind)
     # As in a process that has loaded none of the kind.
-    monkeypatch.setitem(native.OPERATORS, kind, "none")
-    native.objection.cache_clear()
+    monkeypatch.setitem(find.OPERATORS, kind, "none")
+    find.objection.cache_clear()
     assert "does not load" in _compiled(kind)
 
 
@@ -410,8 +410,8 @@ def wheel(pretended: Path, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_library_is_of_its_shared_header_too() -> None:
-    for kind in native.KINDS:
-        assert native.sources(kind).parent / "tensors.h" in native.files(kind)
+    for kind in find.KINDS:
+        assert find.sources(kind).parent / "tensors.h" in find.files(kind)
 
 
 def test_the_default_wheel_is_pure_and_complete(pretended: Path) -> None:
@@ -421,7 +421,7 @@ def test_the_default_wheel_is_pure_and_complete(pretended: Path) -> None:
     assert name.endswith("-py3-none-any.whl") and torch == "False"
     found = {Path(path) for path in zipfile.ZipFile(pretended / name).namelist() if ".dist-info/" not in path}
     modules = {path.relative_to(ROOT) for path in (ROOT / "fastnce").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
-    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*") if path.suffix in native.SUFFIXES}
+    sources = {path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").rglob("*") if path.suffix in find.SUFFIXES}
     assert found == modules | {"fastnce" / Path("_csrc") / path for path in sources}
     assert not calls(pretended)
 
@@ -431,8 +431,8 @@ def test_a_wheel_with_libraries_is_of_this_system(pretended: Path) -> None:
     name = done.stdout.splitlines()[-1].split()[0]
     assert "-py3-none-linux_" in name
     found = [path for path in zipfile.ZipFile(pretended / name).namelist() if "/_lib/" in path]
-    assert [Path(path).suffix for path in sorted(found)] == [".json", ".so"] * len(native.KINDS)
-    assert [path.split("/")[-1].split("-")[1] for path in sorted(found)[::2]] == list(native.KINDS)
+    assert [Path(path).suffix for path in sorted(found)] == [".json", ".so"] * len(find.KINDS)
+    assert [path.split("/")[-1].split("-")[1] for path in sorted(found)[::2]] == list(find.KINDS)
 
 
 def test_a_wheel_with_what_nobody_knows(pretended: Path) -> None:
@@ -482,8 +482,8 @@ void launch(float* x) { serial<<<1, 128>>>(x, 1); }
 def test_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine code for each GPU, PTX for later ones, CUDA's runtime inside and private; and ptxas still says what is looked for."""
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "sources", lambda _: tmp_path / "csrc")
-    monkeypatch.setattr(native, "digest", lambda _: "0" * 64)
+    monkeypatch.setattr(find, "sources", lambda _: tmp_path / "csrc")
+    monkeypatch.setattr(find, "digest", lambda _: "0" * 64)
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "sound.cu").write_text(
         "__global__ void sound(float* x) { x[threadIdx.x] += 1; }\nvoid launch_sound(float* x) { sound<<<1, 32>>>(x); }\n"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import native
 from fastnce.backends import BACKENDS, cuda
 from fastnce.backends._gpu import rows
+from fastnce.compiled import find
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -21,11 +21,11 @@ from fastnce.problem import Problem
 @pytest.fixture
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
-    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path)
-    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
-    native.objection.cache_clear()
+    monkeypatch.setattr(find, "packaged_folder", lambda: tmp_path)
+    monkeypatch.setattr(find, "cache_folder", lambda: tmp_path)
+    find.objection.cache_clear()
     yield
-    native.objection.cache_clear()
+    find.objection.cache_clear()
 
 
 def problem(q: torch.Tensor) -> Problem:

@@ -16,7 +16,7 @@ import fuzz
 import pytest
 from emulated import EMULATOR, FLAGS
 
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 COMPILER = os.environ.get("CXX", "c++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -33,7 +33,7 @@ pytestmark = [
 def compiled(source: Path, into: Path, how: list[str], headers: Path | None = None, warnings: bool = True) -> str:
     """An object file; headers: another folder than csrc/cuda."""
     flags = [flag for flag in FLAGS.split() if warnings or flag != "-Werror"]
-    folders = [f"-I{EMULATOR}", f"-I{headers or native.sources('cuda')}"]
+    folders = [f"-I{EMULATOR}", f"-I{headers or find.sources('cuda')}"]
     unit = str(into / f"{source.stem}.o")
     subprocess.run([COMPILER, *how, *flags, *folders, "-x", "c++", "-c", str(source), "-o", unit], check=True)
     return unit
@@ -67,7 +67,7 @@ def test_index_arithmetic(tmp_path: Path, emulator: str) -> None:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Object files of the kernels over tiles, for a program and for a library."""
     into = tmp_path_factory.mktemp("kernels")
-    units = sorted(path for path in native.sources("cuda").glob("*.cu") if path.stem not in ("rows", "finalise"))
+    units = sorted(path for path in find.sources("cuda").glob("*.cu") if path.stem not in ("rows", "finalise"))
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda unit: compiled(unit, into, KERNELS), units))
 
@@ -77,7 +77,7 @@ def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]
     headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
     todo = [("bind.cpp", ["-O0", *SANITIZERS, *headers]), ("rows.cu", KERNELS), ("finalise.cu", KERNELS)]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda unit: compiled(native.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
+        objects = list(pool.map(lambda unit: compiled(find.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
     library = tmp_path / "library.so"
     subprocess.run([COMPILER, *SANITIZERS, "-shared", *objects, *kernels, emulator, *link, "-o", str(library)], check=True)
     found = fuzz.run(library, seed=0, calls=600)
@@ -148,7 +148,7 @@ FAULTS = (
 def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What is the same for all faults: emulator, tile sizes, and the problems."""
     into = tmp_path_factory.mktemp("driver")
-    sources = [EMULATOR / "emulator.cpp", native.sources("cuda") / "tiles.cu", EMULATOR / "kernels.cpp"]
+    sources = [EMULATOR / "emulator.cpp", find.sources("cuda") / "tiles.cu", EMULATOR / "kernels.cpp"]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda source: compiled(source, into, ["-O1"]), sources))
 
@@ -156,7 +156,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_faults_are_shown(fault: Fault, tmp_path: Path, driver: list[str]) -> None:
     folder = tmp_path / "cuda"
-    shutil.copytree(native.sources("cuda"), folder)
+    shutil.copytree(find.sources("cuda"), folder)
     text = (folder / fault.file).read_text()
     assert text.count(fault.lines) == 1, f"{fault.file} has changed"
     (folder / fault.file).write_text(text.replace(fault.lines, fault.instead))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastnce import tiles
 from fastnce.backends._gpu import host, limits, rows
-from fastnce.norms import EPS, LARGEST
+from fastnce.precision import EPS, LARGEST
 from fastnce.problem import Side, SideGrad
 from train_ref.truth import contract
 

@@ -18,8 +18,8 @@ import torch
 from named import ON_CPU
 
 import fastnce
-from fastnce import build, native
 from fastnce.__main__ import _compiled
+from fastnce.compiled import build, find
 
 ROOT = Path(__file__).resolve().parent.parent
 SOMEBODY = 54321  # a user, and a group, that nobody is
@@ -31,13 +31,13 @@ def folder(tmp_path: Path, libraries: None, monkeypatch: pytest.MonkeyPatch) -> 
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o755)
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(cache))
-    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path / "packaged")
+    monkeypatch.setattr(find, "packaged_folder", lambda: tmp_path / "packaged")
     return cache
 
 
 @pytest.fixture
 def library(folder: Path, compiled_library: Path) -> Path:
-    shutil.copy(native.record_of(compiled_library), folder)
+    shutil.copy(find.record_of(compiled_library), folder)
     return Path(shutil.copy(compiled_library, folder))
 
 
@@ -53,22 +53,22 @@ def said_of_it(library: Path) -> str:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         found = [losses(), losses()]
-    assert native.library_path("cpu") is None and "cpu" not in native.LOADED
+    assert find.library_path("cpu") is None and "cpu" not in find.LOADED
     (warning,) = [str(one.message) for one in seen if one.category is UserWarning]
     assert f"left aside: {library} " in warning and _compiled("cpu") in warning
     with pytest.raises(NotImplementedError, match=re.escape(f"cpu: library {_compiled('cpu')}; backend='torch' ")):
         fastnce.nt_xent(torch.eye(8), backend="cpu")
-    native.objection.cache_clear()
+    find.objection.cache_clear()
     with pytest.MonkeyPatch.context() as off:
         off.setenv("FASTNCE_NATIVE", "0")
         assert found == [losses()] * 2
-    native.objection.cache_clear()
+    find.objection.cache_clear()
     return warning
 
 
 @pytest.fixture(autouse=True)
 def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "LOADED", {})
+    monkeypatch.setattr(find, "LOADED", {})
 
 
 # ---------------------------------------------------------------- damage
@@ -95,7 +95,7 @@ def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def record(content: str) -> Callable[[Path], object]:
-    return lambda path: native.record_of(path).write_text(content)
+    return lambda path: find.record_of(path).write_text(content)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -109,12 +109,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pipe": (instead(os.mkfifo), "is not a file"),
     "link to a folder": (instead(lambda path: path.symlink_to("..")), "is not a file"),
     "link to junk": (instead(lambda path: path.symlink_to(__file__)), "is damaged: it has"),
-    "no record": (lambda path: native.record_of(path).unlink(), "has no fastnce-cpu"),
+    "no record": (lambda path: find.record_of(path).unlink(), "has no fastnce-cpu"),
     "record cut off": (record('{\n "bytes": 12'), "that does not say what was built"),
     "record of before": (record('{"compiler": "c++"}'), "that does not say what was built"),
     "record of nothing": (record("[]"), "that does not say what was built"),
     "record of words": (record('{"bytes": "12", "sha256": 12}'), "is damaged"),
-    "record not a file": (lambda path: (native.record_of(path).unlink(), os.mkfifo(native.record_of(path))), "has no fastnce-cpu"),
+    "record not a file": (lambda path: (find.record_of(path).unlink(), os.mkfifo(find.record_of(path))), "has no fastnce-cpu"),
 }
 
 
@@ -123,8 +123,8 @@ def test_what_is_damaged_is_left_aside_and_built_again(case: str, library: Path,
     damage, words = DAMAGE[case]
     damage(library)
     assert words in said_of_it(library)
-    if native.record_of(library).is_fifo():
-        native.record_of(library).unlink()
+    if find.record_of(library).is_fifo():
+        find.record_of(library).unlink()
 
     # Whoever builds it puts what was built into its place.
     def plan() -> build.Plan:
@@ -132,9 +132,9 @@ def test_what_is_damaged_is_left_aside_and_built_again(case: str, library: Path,
         return build.Plan("csrc/cpu", "cp", f"rule copy\n  command = cp {copied} $out\nbuild library.so: copy\n", {})
 
     built = build.make(library, library.parent, plan)
-    assert built == library and not library.is_symlink() and native.fault(library) is None
-    assert library.read_bytes() == compiled_library.read_bytes() and native.library_path("cpu") == library
-    assert native.objection("cpu") is None and native.LOADED.get("cpu") == library
+    assert built == library and not library.is_symlink() and find.fault(library) is None
+    assert library.read_bytes() == compiled_library.read_bytes() and find.library_path("cpu") == library
+    assert find.objection("cpu") is None and find.LOADED.get("cpu") == library
     assert Path(__file__).read_text().startswith('"""What lies under'), "a link's target is nobody's to write"
 
 
@@ -151,21 +151,21 @@ def test_what_was_built_is_loaded(library: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         losses()
-    assert native.LOADED.get("cpu") == library and _compiled("cpu") == torch.ops.fastnce_cpu.level()
-    assert json.loads(native.record_of(library).read_text()).keys() >= {"bytes", "sha256", "compiler"}
+    assert find.LOADED.get("cpu") == library and _compiled("cpu") == torch.ops.fastnce_cpu.level()
+    assert json.loads(find.record_of(library).read_text()).keys() >= {"bytes", "sha256", "compiler"}
 
 
 def test_a_link_to_what_was_built_is_loaded(library: Path, compiled_library: Path) -> None:
     """The record beside the link, or beside the file; and a folder that is a link."""
     library.unlink()
     library.symlink_to(compiled_library)
-    assert native.fault(library) is None
-    native.record_of(library).unlink()
-    assert native.fault(library) is None
+    assert find.fault(library) is None
+    find.record_of(library).unlink()
+    assert find.fault(library) is None
     losses()
-    assert native.LOADED.get("cpu") == library
+    assert find.LOADED.get("cpu") == library
     (library.parent.parent / "link").symlink_to(library.parent)
-    assert native.fault(library.parent.parent / "link" / library.name) is None
+    assert find.fault(library.parent.parent / "link" / library.name) is None
 
 
 def test_a_sound_one_is_found_behind_a_damaged_one(library: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_sound_one_is_found_behind_a_damaged_one(library: Path, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         losses()
-    assert native.LOADED.get("cpu") == library
+    assert find.LOADED.get("cpu") == library
     assert f"(left aside: {tmp_path / 'packaged' / library.name} has no" in _compiled("cpu")
 
 
@@ -186,7 +186,7 @@ def given_away(path: Path, monkeypatch: pytest.MonkeyPatch, link: bool = False) 
     if os.getuid() == 0:
         os.chown(path, SOMEBODY, SOMEBODY, follow_symlinks=not link)
     else:
-        monkeypatch.setattr(native, "_trusted", lambda: {SOMEBODY})
+        monkeypatch.setattr(find, "_trusted", lambda: {SOMEBODY})
 
 
 def group_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def group_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.getuid() == 0:
         os.chown(path, -1, SOMEBODY)
     else:
-        monkeypatch.setattr(native, "_has_one_member", lambda *_: False)
+        monkeypatch.setattr(find, "_has_one_member", lambda *_: False)
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
@@ -209,7 +209,7 @@ def test_what_others_can_write_is_left_aside(what: str, mode: int, library: Path
         with pytest.raises(build.BuildError, match="can be written by others.*FASTNCE_CACHE_DIR"):
             build.build("cpu")
     path.chmod(0o755)
-    assert native.fault(library) is None
+    assert find.fault(library) is None
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link", "folder of a link", "link of a link"])
@@ -223,7 +223,7 @@ def test_what_somebody_else_owns_is_left_aside(
         path = tmp_path / "between" if "folder" in what else library if what == "link" else tmp_path / "between" / "link.so"
         (tmp_path / "between" / "link.so").symlink_to(compiled_library)
         library.symlink_to(tmp_path / "between" / "link.so")
-        assert native.fault(library) is None
+        assert find.fault(library) is None
     given_away(path, monkeypatch, link=path.is_symlink())
     assert "who is neither you nor root" in said_of_it(library)
     if what == "folder":
@@ -247,7 +247,7 @@ def test_a_group_of_ones_own_is_nobody_else(monkeypatch: pytest.MonkeyPatch, lib
         group = grp.struct_group((name, "x", number, members))
         with pytest.MonkeyPatch.context() as one:
             one.setattr(grp, "getgrgid", lambda _, group=group: group)
-            assert (native.fault(library) is None) == sound
+            assert (find.fault(library) is None) == sound
 
 
 def test_an_open_umask_does_not_open_what_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_an_open_umask_does_not_open_what_is_built(tmp_path: Path, monkeypatch: 
         build.make(library, build.folder(), lambda: build.Plan("", "", "rule t\n  command = touch $out\nbuild library.so: t\n", {}))
     finally:
         os.umask(old)
-    assert native.fault(library) is None and library.parent.stat().st_mode & 0o022 == 0
+    assert find.fault(library) is None and library.parent.stat().st_mode & 0o022 == 0
 
 
 # ---------------------------------------------------------------- places
@@ -293,7 +293,7 @@ def test_where_no_library_can_be_nothing_fails(place: str, folder: Path, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         losses()
-    assert native.objection("cpu") == native.not_built("cpu")
+    assert find.objection("cpu") == find.not_built("cpu")
     with pytest.raises(build.BuildError, match=words) as raised:
         build.build("cpu")
     assert "\n" not in str(raised.value)
@@ -306,12 +306,12 @@ def test_what_may_not_be_read(library: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as one:
-        one.setattr(native, "identity", denied)
-        native._sha256.cache_clear()
+        one.setattr(find, "identity", denied)
+        find._sha256.cache_clear()
         assert "cannot be read: Permission denied" in said_of_it(library)
-    monkeypatch.setattr(native.os, "listdir", denied)
+    monkeypatch.setattr(find.os, "listdir", denied)
     losses()
-    assert native.objection("cpu") == native.not_built("cpu")
+    assert find.objection("cpu") == find.not_built("cpu")
 
 
 def test_sources_that_cannot_be_read(folder: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,17 +320,17 @@ def test_sources_that_cannot_be_read(folder: Path, library: Path, monkeypatch: p
     def gone(_: str) -> str:
         raise NotADirectoryError(20, "Not a directory")
 
-    monkeypatch.setattr(native, "digest", gone)
+    monkeypatch.setattr(find, "digest", gone)
     losses()
-    assert native.objection("cpu") == native.not_built("cpu")
+    assert find.objection("cpu") == find.not_built("cpu")
 
 
 # ---------------------------------------------------------------- the tests themselves
 
 AS_ANY_TEST = """
 import os, conftest
-from fastnce import native
-print(native.library_path("cpu"), native.objection("cpu"))
+from fastnce.compiled import find
+print(find.library_path("cpu"), find.objection("cpu"))
 print(*(os.environ[name] for name in ("FASTNCE_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")), sep="\\n")
 """
 
@@ -340,16 +340,16 @@ def test_no_test_meets_what_the_user_has_built(compiled_library: Path, tmp_path:
     cache = tmp_path / "home" / ".cache" / "fastnce"
     cache.mkdir(parents=True, mode=0o755)
     (tmp_path / "temporary").mkdir()
-    for file in (compiled_library, native.record_of(compiled_library)):
+    for file in (compiled_library, find.record_of(compiled_library)):
         shutil.copy(file, cache)
-    assert native.fault(cache / compiled_library.name) is None
+    assert find.fault(cache / compiled_library.name) is None
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "home").rglob("*"))
     places = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
     given = ("FASTNCE_CACHE_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in given} | places
     said = subprocess.run([sys.executable, "-c", AS_ANY_TEST], env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     first, *folders = said.splitlines()
-    assert first == f"None {native.not_built('cpu')}"
+    assert first == f"None {find.not_built('cpu')}"
     assert {Path(folder).parent.parent for folder in folders} == {tmp_path / "temporary"}
     assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "home").rglob("*")) == before
 
@@ -367,24 +367,24 @@ TWO = """
 import os, shutil, sys
 from pathlib import Path
 import torch, fastnce
-from fastnce import native
+from fastnce.compiled import find
 
 library = Path(sys.argv[1])
 torch.ops.load_library(library)
-assert native.objection("cpu") is None, "the same one"
-copy = native.cache_folder() / "copy"
+assert find.objection("cpu") is None, "the same one"
+copy = find.cache_folder() / "copy"
 copy.mkdir()
 os.environ["FASTNCE_CACHE_DIR"] = str(copy)
-for of in (library, native.record_of(library)):
+for of in (library, find.record_of(library)):
     shutil.copy(of, copy)
-native.objection.cache_clear()
-assert native.objection("cpu") is None, "a copy of it"
+find.objection.cache_clear()
+assert find.objection("cpu") is None, "a copy of it"
 digest = "0" * 64
-native.digest = lambda kind: digest
-for of in (library, native.record_of(library)):
-    shutil.copy(of, copy / (native.name("cpu")[:-3] + of.suffix))
-native.objection.cache_clear()
-print(native.objection("cpu"))
+find.digest = lambda kind: digest
+for of in (library, find.record_of(library)):
+    shutil.copy(of, copy / (find.name("cpu")[:-3] + of.suffix))
+find.objection.cache_clear()
+print(find.objection("cpu"))
 print(fastnce.sup_con(torch.eye(8), torch.zeros(8, dtype=torch.int64)).item() > 0)
 """
 
@@ -400,13 +400,13 @@ def test_another_library_of_its_kind_is_refused(library: Path, tmp_path: Path) -
 
 
 def test_the_emulated_cuda_library_keeps_another_out(emulated_cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = tmp_path / native.name("cuda", ["sm_80"])
-    shutil.copy(native.library_path("cuda") or "", other)
-    native.record_of(other).write_text(json.dumps(native.identity(other)))
-    monkeypatch.setattr(native, "library_path", lambda kind: other if kind == "cuda" else None)
-    native.objection.cache_clear()
+    other = tmp_path / find.name("cuda", ["sm_80"])
+    shutil.copy(find.library_path("cuda") or "", other)
+    find.record_of(other).write_text(json.dumps(find.identity(other)))
+    monkeypatch.setattr(find, "library_path", lambda kind: other if kind == "cuda" else None)
+    find.objection.cache_clear()
     with pytest.warns(UserWarning, match=f"not loaded: {other}, because this process already has another one, of .*fastnce-emulated-"):
-        assert native.objection("cuda")
+        assert find.objection("cuda")
     q, k = torch.ones(2, 3, 4)
     with pytest.raises(NotImplementedError, match="cuda: library not loaded"):
         fastnce.info_nce(q, k, backend="cuda")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
-from fastnce import listed, ops, tiles
+from fastnce import autograd, listed, tiles
 from train_ref.truth import contract
 
 M, K, D = 7, 5, 11
@@ -76,7 +76,7 @@ def test_logits_and_gradients(kind: str, dtype: torch.dtype, normalize: bool, wa
     wanted = torch.autograd.grad(exact, exact_inputs, g)
     for subset in (7, 1, 2, 4, 3):
         leaves = [x.detach().requires_grad_(bool(subset >> n & 1)) for n, x in enumerate((q, keys, scale))]
-        s = ops.listed_logits(listed.Listed(leaves[0], leaves[1], rows, leaves[2], None, None, normalize))
+        s = autograd.listed_logits(listed.Listed(leaves[0], leaves[1], rows, leaves[2], None, None, normalize))
         inner = torch.float64 if dtype == torch.float64 else torch.float32
         assert s.dtype == inner
         # One sum of 11 products and a norm: a few roundings of numbers up to the largest logit.
@@ -100,7 +100,7 @@ def test_keys_of_any_length(length: float, scale: float) -> None:
 
     def grad(dtype: torch.dtype, upstream: float) -> Tensor:
         leaf = keys.to(dtype, copy=True).requires_grad_()
-        s = ops.listed_logits(listed.Listed(q.to(dtype), leaf, None, torch.tensor(scale, dtype=dtype), None, None, True))
+        s = autograd.listed_logits(listed.Listed(q.to(dtype), leaf, None, torch.tensor(scale, dtype=dtype), None, None, True))
         return torch.autograd.grad((s * upstream).sum(), leaf)[0]
 
     for upstream in (1.0, 1e-6):

@@ -12,7 +12,7 @@ from named import IN_FLOAT64, ON_CPU, widest
 from rank_promises import PROMISES, U, similarities
 
 import fastnce
-from fastnce import checks, contrastive_stats, info_nce, merge, retrieval, tiles
+from fastnce import arguments, contrastive_stats, info_nce, merge, retrieval, tiles
 from fastnce.backends import torch_tiles
 
 each_backend = pytest.mark.parametrize("backend", ON_CPU)
@@ -113,7 +113,7 @@ def test_anchors_without_a_positive_are_skipped_in_a_weighted_mean(variant: str,
 def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first offset and after the last: no part in the loss or in a gradient, nan or not. Where reading offsets
     is free they are refused; on a GPU nobody looks."""
-    monkeypatch.setattr(checks, "free_to_read", lambda x: False)
+    monkeypatch.setattr(arguments, "free_to_read", lambda x: False)
     g = torch.Generator().manual_seed(0)
     q, k, values = (torch.randn(n, 24, generator=g) for n in (4, 4, 12))
     # The hardest there could be, of the first query and of the last.

@@ -20,18 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from twins import COPIES, TWINS, Twin, assert_same, clip_function, rows, run
 
 import fastnce
-from fastnce import (
-    ClipLoss,
-    InfoNCE,
-    LogitScale,
-    MoCoLoss,
-    NTXentLoss,
-    SupConLoss,
-    clip_loss,
-    info_nce,
-    nt_xent,
-    sup_con,
-)
+from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, NTXentLoss, SupConLoss, clip_loss, info_nce, nt_xent, sup_con
 from train_ref.truth import LOSSES, Loss
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import fastnce
-from fastnce import backends, build, native
+from fastnce import backends
 from fastnce.backends import BACKENDS
+from fastnce.compiled import build, find
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 from fastnce.schemas import Arguments
@@ -126,13 +127,13 @@ def test_arguments_are_checked(argument: str, value: object, message: str, compi
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Object files of all units but bind.cpp, for a program and for a library."""
     into = tmp_path_factory.mktemp("sanitized")
-    sources = [path for path in native.sources("cpu").glob("*.cpp") if path.stem != "bind"]
+    sources = [path for path in find.sources("cpu").glob("*.cpp") if path.stem != "bind"]
     return [compiled_unit(source, into, *build.LEVELS.get(source.stem, "").split()) for source in sources]
 
 
 def compiled_unit(source: Path, into: Path, *more: str) -> Path:
     unit = into / f"{source.stem}.o"
-    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", *SANITIZERS, f"-I{native.sources('cpu')}"]
+    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", *SANITIZERS, f"-I{find.sources('cpu')}"]
     subprocess.run([COMPILER, *flags, *more, "-c", str(source), "-o", str(unit)], check=True)
     return unit
 
@@ -141,7 +142,7 @@ def compiled_unit(source: Path, into: Path, *more: str) -> Path:
 def test_calls_that_do_not_fit(sanitized: list[Path], tmp_path: Path) -> None:
     """Lengths, dtypes, devices, depths, flags, one side without the other, memory twice: every call raises or runs."""
     headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
-    bind = compiled_unit(native.sources("cpu") / "bind.cpp", tmp_path, "-O0", "-g0", *headers)
+    bind = compiled_unit(find.sources("cpu") / "bind.cpp", tmp_path, "-O0", "-g0", *headers)
     library = tmp_path / "library.so"
     subprocess.run([COMPILER, *SANITIZERS, "-shared", *map(str, sanitized), str(bind), *link, "-o", str(library)], check=True)
     found = fuzz.run(library, seed=0, calls=3000)
@@ -218,7 +219,7 @@ def test_what_it_does_not_compute_is_refused() -> None:
 
 def test_without_it_torch_is_named_and_taken(libraries: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(native, "packaged_folder", lambda: tmp_path)
+    monkeypatch.setattr(find, "packaged_folder", lambda: tmp_path)
     z = torch.randn(6, 4)
     advice = "cpu: library not built (python -m fastnce build-cpu); backend='torch' computes the same without it"
     with pytest.raises(NotImplementedError, match=re.escape(advice)):
@@ -230,6 +231,6 @@ def test_without_it_torch_is_named_and_taken(libraries: None, monkeypatch: pytes
     with pytest.raises(NotImplementedError, match="backend 'cpu' was chosen where this was traced, and here its library is not built"):
         torch.ops.fastnce.forward(*arguments)
     monkeypatch.setenv("FASTNCE_NATIVE", "0")
-    native.objection.cache_clear()
+    find.objection.cache_clear()
     with pytest.raises(NotImplementedError, match="cpu: library switched off by FASTNCE_NATIVE=0; backend='torch' "):
         fastnce.nt_xent(z, backend="cpu")

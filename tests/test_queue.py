@@ -18,7 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.utils.checkpoint import checkpoint
 from twins import COPIES, rows
 
-from fastnce import LogitScale, MoCoLoss, NegativeQueue, checks, moco_loss
+from fastnce import LogitScale, MoCoLoss, NegativeQueue, arguments, moco_loss
 
 # NegativeQueue --------------------------------------------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ def test_moco_refuses_a_checkpoint_around_compiled_code() -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_moco_where_values_are_not_read_it_is_nan_instead(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU outside debug mode: nothing waits for a value, and the wrong queue shows."""
-    monkeypatch.setattr(checks, "free_to_read", lambda x: False)
+    monkeypatch.setattr(arguments, "free_to_read", lambda x: False)
     module = moco()
     steps = Steps(module, lambda q, k: checkpoint(module, q, k, use_reentrant=reentrant))
     steps.call()

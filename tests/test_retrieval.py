@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
-from fastnce import RetrievalStats, hardest, ops, retrieval
+from fastnce import RetrievalStats, autograd, hardest, retrieval
 from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -193,7 +193,7 @@ def test_compiled_and_batched(count: int) -> None:
 def test_the_operator_has_no_gradient() -> None:
     """Called by hand: what it returns asks for none."""
     problem = Problem(A.clone().requires_grad_(), B, torch.ones((), dtype=torch.float64), None, Pairs(False, 0), True, True, metrics=True)
-    flat = (3, *ops.Arguments.of(problem, torch_tiles.NAME))
+    flat = (3, *autograd.Arguments.of(problem, torch_tiles.NAME))
     torch.library.opcheck(torch.ops.fastnce.hardest.default, flat)
     assert not any(v.requires_grad for v in torch.ops.fastnce.hardest(*flat))
 

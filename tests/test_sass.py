@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 import aot
 import sass
 
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTH, MMA, ROWS = "wgmma_forward_both", "forward_both", "wgmma_backward_rows"
@@ -167,7 +167,7 @@ def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_without_a_library_it_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(native, "library_path", lambda _: None)
+    monkeypatch.setattr(find, "library_path", lambda _: None)
     assert sass.main([]) == 1
     assert "python -m fastnce build-cuda" in capsys.readouterr().err
 
@@ -195,7 +195,7 @@ OPERATORS = {
 }
 LOADED = """
 import json, sys, torch, fastnce
-from fastnce import native
+from fastnce.compiled import find
 from fastnce.__main__ import _compiled
 from fastnce.backends import cuda
 
@@ -218,11 +218,11 @@ print(json.dumps([writes, refused, torch.ops.fastnce_cuda.emulated(), tiles, _co
 def library() -> Path:
     """In the user's cache, or where .ci/run has built it. Never loaded here: a process holds one CUDA library, most tests the emulated."""
     with pytest.MonkeyPatch.context() as elsewhere:
-        found = native.library_path("cuda")
+        found = find.library_path("cuda")
         elsewhere.setenv("FASTNCE_CACHE_DIR", str(ROOT / "build" / "cuda"))
-        found = found or native.library_path("cuda")
+        found = found or find.library_path("cuda")
     if found is None:
-        pytest.skip(f"the CUDA library of these sources is {native.not_built('cuda')}; .ci/run builds it where nvcc is")
+        pytest.skip(f"the CUDA library of these sources is {find.not_built('cuda')}; .ci/run builds it where nvcc is")
     return found
 
 
@@ -232,7 +232,7 @@ def output(*command: str | Path, **environment: str) -> str:
 
 def test_it_is_for_every_gpu(library: Path) -> None:
     """What is in every kernel is read by `python tests/sass.py`, which takes half a minute."""
-    assert native.archs(library) == tuple(build.ARCHS)
+    assert find.archs(library) == tuple(build.ARCHS)
     listed = aot.cuobjdump("--list-elf", "--list-ptx", library)
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("ELF")} == {"sm_80", "sm_90a", "sm_100"}
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("PTX")} == {"sm_100"}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
-from fastnce import contrastive_stats, norms, tiles
+from fastnce import contrastive_stats, precision, tiles
 from fastnce.backends import triton as backend
 from fastnce.backends._gpu import gradients, host
 from fastnce.backends.triton import kernels_rows, launches
@@ -258,13 +258,13 @@ def test_float32_in_one_part_where_tf32_is_allowed(family: str) -> None:
     p = of("in-batch")
     exact, _, _ = whole_suite.exact_run(p, torch.float32)
     errors = {}
-    for precision in ("highest", "high"):
-        torch.set_float32_matmul_precision(precision)
+    for allowed in ("highest", "high"):
+        torch.set_float32_matmul_precision(allowed)
         try:
             found, grads = whole_suite.run(p, torch.float32, "triton")
         finally:
             torch.set_float32_matmul_precision("highest")
-        errors[precision] = contract.row_error(found[0], exact[0])
+        errors[allowed] = contract.row_error(found[0], exact[0])
         assert all(torch.isfinite(g).all() for g in grads if g is not None)
     assert errors["highest"] < 1e-5 < errors["high"] <= 2.0**-12 * p.scale
 
@@ -365,7 +365,7 @@ def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monk
 
 
 def test_constants_that_device_code_cannot_import() -> None:
-    assert kernels_rows.EPS.value == norms.EPS and kernels_rows.LARGEST.value == norms.LARGEST
+    assert kernels_rows.EPS.value == precision.EPS and kernels_rows.LARGEST.value == precision.LARGEST
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])

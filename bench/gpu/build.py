@@ -23,7 +23,7 @@ import torch
 from bench.gpu import part, sanitize
 from bench.gpu.kernels import Kernels
 from bench.record import ROOT
-from fastnce import build, native
+from fastnce.compiled import build, find
 
 COLUMNS = ("what", "kernels", "arch", "entries", "registers", "stack", "spilled", "mib", "seconds", "status")
 SOLVING = 60.0  # seconds for all shapes; a GPU takes one of them, starting the process ten
@@ -48,8 +48,8 @@ def missing() -> str:
 def compiled(report: part.Report, arch: str) -> dict[str, Any]:
     """The row of the library, made if it is not there."""
     row: dict[str, Any] = {"what": "library", "arch": arch}
-    found = native.library_path("cuda")
-    if found is not None and arch in native.archs(found):
+    found = find.library_path("cuda")
+    if found is not None and arch in find.archs(found):
         return row | {"mib": found.stat().st_size / 2**20, "status": "was there"}
     if lacking := missing():
         return row | {"status": lacking}
@@ -60,11 +60,11 @@ def compiled(report: part.Report, arch: str) -> dict[str, Any]:
     row["seconds"] = time.monotonic() - begun
     with report.log.open("a") as file:
         file.write(f"=== build-cuda --arch {arch}: {status}\n{log}\n")
-    made = native.library_path("cuda")
+    made = find.library_path("cuda")
     if status != "ok" or made is None:
         report.fail(f"build-cuda --arch {arch}: {status}: {(log.strip().splitlines() or [''])[-1]}")
         return row | {"status": f"{status}; see {report.log.name}"}
-    if arch not in native.archs(made):
+    if arch not in find.archs(made):
         report.fail(f"{made.name} is found before the library for {arch}")
     return row | {"mib": made.stat().st_size / 2**20, "status": "built"}
 
@@ -75,8 +75,8 @@ def emulated(report: part.Report) -> dict[str, Any]:
     emulator: Any = importlib.import_module("emulated")
     begun = time.monotonic()
     made: Path = emulator.emulate(build.folder())
-    copy = made.with_name(native.name("cuda", ("emulated",)))
-    shutil.copy(native.record_of(made), native.record_of(copy))
+    copy = made.with_name(find.name("cuda", ("emulated",)))
+    shutil.copy(find.record_of(made), find.record_of(copy))
     shutil.copy(made, copy)
     return {"what": "library", "arch": "emulated", "seconds": time.monotonic() - begun, "status": "built"}
 
@@ -123,7 +123,7 @@ def main() -> int:
             report.add(emulated(report))
         else:
             report.add({"what": "library", "status": f"dry run: nothing is compiled; {build.tool('cuda')}"})
-    path = native.library_path("cuda")
+    path = find.library_path("cuda")
     if path is not None and path.with_suffix(".json").is_file() and report.where == "gpu":
         record = json.loads(path.with_suffix(".json").read_text())
         report.more = {"library": path.name, "record": record}

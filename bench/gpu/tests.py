@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bench.gpu import kernels, part
 from bench.record import ROOT
-from fastnce import build
+from fastnce.compiled import build
 
 TESTS = "tests/test_gpu.py"  # the only file that has the marker: collecting all of them takes seconds
 WORKERS = 6  # processes, where pytest-xdist is installed: most of the time of Triton's goes into compiling

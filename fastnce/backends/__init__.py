@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from fastnce import checks
+from fastnce import arguments
 from fastnce.backends import cpu, cuda, reference, torch_tiles, triton
 from fastnce.problem import Problem
 
@@ -22,7 +22,7 @@ def pick(where: str, name: str, problem: Problem) -> str:
 
     Raises NotImplementedError with every objection of every candidate, ValueError for an unknown name.
     """
-    checks.backend(where, name, BACKENDS)
+    arguments.backend(where, name, BACKENDS)
     objections = []
     for candidate in AUTO if name == "auto" else (name,):
         reasons = BACKENDS[candidate].unsupported(problem)

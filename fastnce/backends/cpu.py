@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnce import native
 from fastnce.backends._tiled.gradients import Parts
 from fastnce.backends._tiled.operands import Work
 from fastnce.backends._tiled.sums import Sums
-from fastnce.norms import compute_dtype
+from fastnce.compiled import find
+from fastnce.precision import compute_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "cpu"
@@ -19,7 +19,7 @@ PITCH = 16  # floats: csrc/cpu/problem.h
 
 
 def _objection() -> str | None:
-    return native.objection(NAME)
+    return find.objection(NAME)
 
 
 # Dynamo traces unsupported() and calls this: what torch.compiler.assume_constant_result does, without the second that importing it takes.
@@ -68,7 +68,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
 
 def _operators() -> Any:
     """The library's. It is loaded here where a graph that another process traced asks for it first."""
-    if objection := native.objection(NAME):
+    if objection := find.objection(NAME):
         raise NotImplementedError(f"fastnce: backend 'cpu' was chosen where this was traced, and here its library is {objection}")
     return torch.ops.fastnce_cpu
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
+from fastnce.precision import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "reference"

@@ -31,9 +31,9 @@ from bench.gpu import sanitize
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
 from bench.record import MODES, ROOT, Cell, Row, row_of
-from fastnce import build
 from fastnce.backends._gpu import rows
 from fastnce.backends.cuda import launches
+from fastnce.compiled import build
 
 
 def cell(measure: str, names: tuple[str, ...], loss: str = "nt_xent", **more: Any) -> Cell:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import native
-from fastnce.norms import vector_dtype
+from fastnce.compiled import find
+from fastnce.precision import vector_dtype
 from fastnce.problem import Side, SideGrad
 
 LOG2E = math.log2(math.e)
@@ -28,9 +28,9 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 def compiled(x: Tensor) -> bool:
     """Whether the library is there and runs on the device of x: a GPU, or the CPU for the tests' build."""
-    if not (x.is_cuda or "cuda" in native.LOADED):
+    if not (x.is_cuda or "cuda" in find.LOADED):
         return False
-    return native.objection("cuda") is None and runs_on(x.device.index if x.is_cuda else -1)
+    return find.objection("cuda") is None and runs_on(x.device.index if x.is_cuda else -1)
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastnce.backends._gpu.host import Sums, View, Work
 from fastnce.backends._gpu.rows import LOG2E, close, nats, on_device, row_kernels
-from fastnce.norms import vector_dtype
+from fastnce.precision import vector_dtype
 from fastnce.problem import Problem, Side
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce.norms import compute_dtype, inverse_norms, valid_scale, vector_dtype
+from fastnce.precision import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.problem import Problem
 
 LOG2E = math.log2(math.e)

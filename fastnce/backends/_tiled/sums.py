@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnce.backends._tiled.gemm import inner
 from fastnce.backends._tiled.operands import LN2, LOG2E, Work
-from fastnce.norms import vector_dtype
+from fastnce.precision import vector_dtype
 from fastnce.problem import Side
 
 

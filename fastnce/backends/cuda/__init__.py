@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from fastnce import native
 from fastnce.backends._gpu import gradients, limits, rows, statistics
 from fastnce.backends.cuda import launches
+from fastnce.compiled import find
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "cuda"
@@ -16,12 +16,12 @@ NAME = "cuda"
 
 def library_path() -> Path | None:
     """The library of these very sources, None where it has not been built."""
-    return native.library_path(NAME)
+    return find.library_path(NAME)
 
 
 def _loaded() -> tuple[str, str]:
     """(Why the library is not loaded, type of the device that it is for)."""
-    objection = native.objection(NAME)
+    objection = find.objection(NAME)
     return objection or "", "cpu" if objection is None and rows.runs_on(-1) else "cuda"
 
 
@@ -31,7 +31,7 @@ def _no_code(device: int) -> list[str]:
         return []
     major, minor = torch.cuda.get_device_capability(device)
     path = library_path()
-    held = ", ".join(native.archs(path)) if path else ""
+    held = ", ".join(find.archs(path)) if path else ""
     return [
         f"the library, which holds code for {held or 'other GPUs'}, does not run on this one, sm_{major}{minor} "
         "(python -m fastnce build-cuda, with an nvcc no newer than the driver)"

@@ -19,7 +19,7 @@ from fastnce import backends, listed
 from fastnce import hardest as hardest_negatives
 from fastnce.backends._gpu import rows
 from fastnce.listed import Listed
-from fastnce.norms import compute_dtype, no_autocast, vector_dtype
+from fastnce.precision import compute_dtype, no_autocast, vector_dtype
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
 from fastnce.schemas import GRADS, PROBLEM, STATS, TENSORS, WIDE, Arguments, Request
 

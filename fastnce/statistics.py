@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import backends, checks, hints, ops, relations
-from fastnce.norms import compute_dtype
+from fastnce import arguments, autograd, backends, hints, relations
 from fastnce.pairs import Pairs
+from fastnce.precision import compute_dtype
 from fastnce.problem import Problem, Side
 from fastnce.wide import shared
 
@@ -87,25 +87,25 @@ def contrastive_stats(
     """
     where = "contrastive_stats"
     if k is None:
-        checks.features(where, q=q)
+        arguments.features(where, q=q)
         rows = columns = q.shape[0]
     else:
-        checks.features(where, q=q, k=k)
-        q, k = checks.one_dtype(where, q=q, k=k)
+        arguments.features(where, q=q, k=k)
+        q, k = arguments.one_dtype(where, q=q, k=k)
         rows, columns = q.shape[0], k.shape[0]
-        checks.some_keys(where, "k", k, rows)
+        arguments.some_keys(where, "k", k, rows)
     symmetric = k is None
-    offset = checks.offset(where, offset)
+    offset = arguments.offset(where, offset)
     if symmetric and two_sided:
         raise ValueError(f"{where}: two_sided needs k; where the keys are the queries, rows and columns are the same")
     if symmetric and offset is not None and offset < 1 and rows > 0:
         raise ValueError(f"{where}: offset is {offset}; where the keys are the queries it must be at least 1")
     if symmetric and (k_labels is not None or k_exclude_ids is not None):
         raise ValueError(f"{where}: k_labels and k_exclude_ids need k; where the keys are the queries, give q_labels, q_exclude_ids")
-    q_label = checks.ids(where, "q_labels", q_labels, rows, q, "q")
-    k_label = checks.ids(where, "k_labels", k_labels, columns, q, "k")
-    q_exclude = checks.ids(where, "q_exclude_ids", q_exclude_ids, rows, q, "q")
-    k_exclude = checks.ids(where, "k_exclude_ids", k_exclude_ids, columns, q, "k")
+    q_label = arguments.ids(where, "q_labels", q_labels, rows, q, "q")
+    k_label = arguments.ids(where, "k_labels", k_labels, columns, q, "k")
+    q_exclude = arguments.ids(where, "q_exclude_ids", q_exclude_ids, rows, q, "q")
+    k_exclude = arguments.ids(where, "k_exclude_ids", k_exclude_ids, columns, q, "k")
     for one, other in (("labels", (q_label, k_label)), ("exclude_ids", (q_exclude, k_exclude))):
         if not symmetric and (other[0] is None) != (other[1] is None):
             missing = f"q_{one}" if other[0] is None else f"k_{one}"
@@ -113,16 +113,16 @@ def contrastive_stats(
     mask = relations.mask(where, "positive_mask", positive_mask, q)
     if symmetric and mask is not None and offset is not None:
         raise ValueError(f"{where}: positive_mask and offset together need k; without, put the partners into the mask")
-    threshold = checks.threshold(where, threshold, rows, q)
+    threshold = arguments.threshold(where, threshold, rows, q)
     if threshold is not None and (symmetric or two_sided or not metrics):
         raise ValueError(f"{where}: threshold counts ranks of rows against other keys: it needs metrics=True, k, and two_sided=False")
-    checks.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
+    arguments.values(where, normalize, **({"q": q} if k is None else {"q": q, "k": k}))
     pairs = Pairs(symmetric if exclude_self is None else exclude_self, offset, q_label, k_label, q_exclude, k_exclude, mask)
     hints.temperature(where, None, scale, normalize)
     names = ("q_labels", "k_labels", "q_exclude_ids", "k_exclude_ids")
     hints.negative_ids(where, names, (q_label, k_label, q_exclude, k_exclude))
-    scale = checks.scalar(where, "scale", scale, q)
-    bias = None if bias is None else checks.scalar(where, "bias", bias, q, positive=False)
+    scale = arguments.scalar(where, "scale", scale, q)
+    bias = None if bias is None else arguments.scalar(where, "bias", bias, q, positive=False)
     q_wide, k_wide = (None, None) if k is None else shared(q, k)
     problem = Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold, q_wide=q_wide, k_wide=k_wide)
     found = compute(where, problem, backend)
@@ -134,7 +134,7 @@ def contrastive_stats(
 
 def check_backend(where: str, name: str) -> None:
     """For losses that may not come to ask a backend."""
-    checks.backend(where, name, backends.BACKENDS)
+    arguments.backend(where, name, backends.BACKENDS)
 
 
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
@@ -148,7 +148,7 @@ def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
         q_wide, k_wide = shared(problem.q, problem.q)
         problem = problem._replace(k=problem.q.clone(), pairs=pairs, q_wide=q_wide, k_wide=k_wide)
-    found = [_public(side) for side in ops.statistics(problem, backends.pick(where, backend, problem))]
+    found = [_public(side) for side in autograd.statistics(problem, backends.pick(where, backend, problem))]
     return found[0]._replace(columns=found[1]) if problem.two_sided else found[0]
 
 
@@ -211,5 +211,5 @@ def softplus(x: Tensor) -> Tensor:
 
 def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
     """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
-    found = ops.log1p_loss(lse_neg, pos)
+    found = autograd.log1p_loss(lse_neg, pos)
     return softplus(lse_neg - pos) if found is None else found

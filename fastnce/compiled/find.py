@@ -20,13 +20,14 @@ from functools import cache
 from pathlib import Path
 
 KINDS = ("cpu", "cuda")
+PACKAGE = Path(__file__).resolve().parent.parent
 SUFFIXES = {".cpp", ".h", ".inc", ".cu", ".cuh"}
 
 
 def sources(kind: str) -> Path:
     """csrc/<kind>: inside an installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "_csrc"
-    return (inside if inside.is_dir() else Path(__file__).parent.parent / "csrc") / kind
+    inside = PACKAGE / "_csrc"
+    return (inside if inside.is_dir() else PACKAGE.parent / "csrc") / kind
 
 
 def files(kind: str) -> list[Path]:
@@ -70,7 +71,7 @@ def cache_folder() -> Path | None:
 
 def packaged_folder() -> Path:
     """Where FASTNCE_BUILD=... pip install puts libraries."""
-    return Path(__file__).parent / "_lib"
+    return PACKAGE / "_lib"
 
 
 def candidates(kind: str) -> Iterator[tuple[Path, str | None]]:

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastnce.norms import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
+from fastnce.precision import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 # Of options that are one of a few words; an option that is not listed here is true or false.

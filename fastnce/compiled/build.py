@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastnce import native
+from fastnce.compiled import find
 
 # Registers its operators with whatever torch it is loaded by, from this version on.
 TORCH_TARGET = "0x020b000000000000"
@@ -77,28 +77,28 @@ def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Pat
     Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, where ptxas
     says that it serialised products, and without a folder that the user, and nobody else, can write; FileNotFoundError without sources.
     """
-    if not native.sources(kind).is_dir():
-        raise FileNotFoundError(f"{native.sources(kind)} is missing: this installation has no sources of the {kind} library")
+    if not find.sources(kind).is_dir():
+        raise FileNotFoundError(f"{find.sources(kind)} is missing: this installation has no sources of the {kind} library")
     chosen = _chosen(archs) if kind == "cuda" else ()
-    library = (into or folder()) / native.name(kind, chosen)
+    library = (into or folder()) / find.name(kind, chosen)
     return make(library, folder(), lambda: _cuda(chosen) if kind == "cuda" else _cpu())
 
 
 def folder() -> Path:
     """The user's cache, made if it is not there. Raises BuildError where there is none, or others can write: nothing is loaded there."""
-    found = native.cache_folder()
+    found = find.cache_folder()
     if found is None:
         raise BuildError("no home folder to build in: name a folder in FASTNCE_CACHE_DIR")
     with _written(found):
         found.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if wrong := native.in_strange_hands(found):
+        if wrong := find.in_strange_hands(found):
             raise BuildError(f"{found} {wrong}: nothing that lies there is loaded. FASTNCE_CACHE_DIR names another folder")
     return found
 
 
 def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
     """`library`, made as `plan` says in a folder of `cache` unless it is there already. The plan is asked for only when it is needed."""
-    if native.fault(library) is None:
+    if find.fault(library) is None:
         return library
     work = cache / f"build-{library.stem}"
     with _written(cache):
@@ -106,7 +106,7 @@ def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
         # Beside the folder and never removed: whoever waits for it holds the same file as whoever comes later.
         lock = work.with_suffix(".lock").open("w")
     with lock, _held(lock.fileno()):
-        if native.fault(library) is None:  # by whoever held the lock
+        if find.fault(library) is None:  # by whoever held the lock
             return library
         where, tool, text, record = plan()
         with _written(cache, lambda: shutil.rmtree(work, ignore_errors=True)):
@@ -116,7 +116,7 @@ def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
         logs = {path.name.removesuffix(".o.log"): path.read_text() for path in sorted(work.glob("*.o.log"))}
         if lines := [f"{unit}: {line}" for unit, log in logs.items() for line in log.splitlines() if SERIALISED in line]:
             raise BuildError(f"{tool} compiled {where}, with matrix products that wait for each other:\n" + "\n".join(lines))
-        record = record | native.identity(work / "library.so") | _resources(logs)
+        record = record | find.identity(work / "library.so") | _resources(logs)
         _publish(work / "library.so", json.dumps(record, indent=1) + "\n", library)
         shutil.rmtree(work, ignore_errors=True)
     return library
@@ -161,7 +161,7 @@ def _run_ninja(work: Path, lock: int, failed: str) -> None:
 
 def _publish(made: Path, record: str, library: Path) -> None:
     """Each under its name in one step, and neither is left there in part. The record first: no library lies there without it."""
-    files = ((native.record_of(library), record.encode(), 0o644), (library, made.read_bytes(), 0o755))
+    files = ((find.record_of(library), record.encode(), 0o644), (library, made.read_bytes(), 0o755))
     partial = {name: name.with_name(f"{name.name}.partial") for name, _, _ in files}
 
     def undo() -> None:
@@ -252,7 +252,7 @@ def _cpu() -> Plan:
     command, (flags, link) = compiler(), torch_flags()
     units = {
         source: LEVELS.get(source.stem, "")
-        for source in sorted(native.sources("cpu").glob("*.cpp"))
+        for source in sorted(find.sources("cpu").glob("*.cpp"))
         if source.stem not in X86_ONLY or platform.machine() in ("x86_64", "AMD64")
     }
     record = {"compiler": _version(command), "torch_target": TORCH_TARGET}
@@ -268,7 +268,7 @@ def _cuda(archs: tuple[str, ...]) -> Plan:
     if len(shlex.split(host)) > 1:
         raise BuildError(f"CXX is {host!r}; nvcc takes a program without arguments as its C++ compiler. Set CXX to that alone")
     units = {}
-    for source in sorted((*native.sources("cuda").glob("*.cu"), *native.sources("cuda").glob("*.cpp"))):
+    for source in sorted((*find.sources("cuda").glob("*.cu"), *find.sources("cuda").glob("*.cpp"))):
         if source.suffix == ".cpp":
             units[source] = ""
         elif not source.stem.endswith(SM90_UNIT):

@@ -15,9 +15,9 @@ import torch.autograd.forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import checks
-from fastnce.norms import EPS, LARGEST
-from fastnce.ops import first_order_only
+from fastnce import arguments
+from fastnce.autograd import first_order_only
+from fastnce.precision import EPS, LARGEST
 from fastnce.problem import Problem
 
 LARGEST_LOGITS = 2**18  # one tile
@@ -81,7 +81,7 @@ def _serves(problem: Problem, backend: str) -> bool:
     # What traces comes first: a shape that is looked at before would become a guard of the traced code.
     return (
         backend == "auto"
-        and all(checks.has_values(t) and t.device.type == "cpu" for t in (q, k, problem.scale))
+        and all(arguments.has_values(t) and t.device.type == "cpu" for t in (q, k, problem.scale))
         and torch.autograd.forward_ad._current_level == -1
         and not torch.is_autocast_enabled("cpu")
         and q.dtype in (torch.float32, torch.float64)
