@@ -16,6 +16,8 @@ SUMS = {
     "2026-11-24-4676212d-3.json": "9d53111edac588b0a99cf2be0e19df3b",
     "2026-11-24-4676212d-4.json": "d3c9f379bfa8eb8662c1c85227930ba9",
     "2026-11-24-4676212d.json": "20c2302e79216abdacbf52b9d1bde3d7",
+    "2026-11-28-5ed7ae6a-accuracy.json": "cf40c5f8ac0750619428b17cc6b8a207",
+    "2026-11-28-65284476-accuracy.json": "6ba729d492ed4f41507382b58d28bd32",
 }
 
 
