@@ -186,15 +186,15 @@ print(torch.cuda.is_available(), "triton" in sys.modules)
     assert python(code, CUDA_VISIBLE_DEVICES="").stdout.split("\n")[:2] == ["fastnce", "False False"]
 
 
-def test_import_costs_at_most_three_tenths_of_a_second() -> None:
-    """On top of torch, which is imported first: the time of fastnce is then its own. The least of three, the others are noise."""
-    times = []
+def test_import_costs_at_most_a_fifth_of_that_of_torch() -> None:
+    """On top of torch, which is imported first in the same process: a busy machine slows both. The least of three, the others are noise."""
+    ratios = []
     for _ in range(3):
         report = python("import torch; import fastnce", "-X", "importtime").stderr
         found = re.findall(r"^import time:\s+\d+ \|\s+(\d+) \| (torch|fastnce)$", report, re.MULTILINE)
         assert [name for _, name in found] == ["torch", "fastnce"]
-        times.append(int(found[1][0]) * 1e-6)
-    assert 0 < min(times) <= 0.3
+        ratios.append(int(found[1][0]) / int(found[0][0]))
+    assert 0 < min(ratios) <= 0.2
 
 
 # Public names ---------------------------------------------------------------------------------------------------------------------------
