@@ -146,8 +146,9 @@ def accuracy(results: Results) -> str:
     parts = []
     for result, (inside, cells) in zip(results.judged, accuracy_counts(results), strict=True):
         env = result.env
+        kernels = f"compiled kernels {env['compiled']}, " if "compiled" in env else ""
         lines = [
-            f"{inside:,} of {cells:,} cells are inside the contract ({env['cpu']}, torch {env['torch']}, "
+            f"{inside:,} of {cells:,} cells are inside the contract ({env['cpu']}, torch {env['torch']}, {kernels}"
             f"sources {env['sources'][:8]}, `{env['command']}`). Worst of each quantity as a fraction of its limit, and cells outside:",
             "",
             "| dtype | loss | mean loss | row | gradient | d/d scale | outside |",

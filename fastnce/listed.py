@@ -200,17 +200,21 @@ class _Runs(NamedTuple):
     query: Tensor | None  # (S,), counted as the piece does; None: 0, 1, 2, ...
 
     @staticmethod
-    def of(shape: torch.Size, rows: Tensor | None) -> _Runs:
-        """Those of keys (B, K, D), K for each query, or of keys (T, D) of the queries `rows`."""
-        columns = torch.arange(shape[:-1].numel(), device="cpu")
-        if rows is None and shape[1] <= tiles.CPU_SUM:
-            return _Runs(torch.arange(0, len(columns) + 1, shape[1], device="cpu"), columns, None)
-        first = torch.zeros(shape[:-1], dtype=torch.bool, device="cpu")
-        first[..., :: tiles.CPU_SUM] = True
-        if rows is not None:
-            first[1:] |= rows[1:] != rows[:-1]
-        begin = first.flatten().nonzero()[:, 0]
-        return _Runs(F.pad(begin, (0, 1), value=len(columns)), columns, begin // shape[1] if rows is None else rows[begin])
+    def of_lists(queries: int, listed: int) -> _Runs:
+        """Those of `listed` keys for each of some queries."""
+        columns, parts = torch.arange(queries * listed, device="cpu"), -(-listed // tiles.CPU_SUM)
+        begin = columns.view(queries, listed)[:, :: tiles.CPU_SUM].flatten()
+        query = None if parts == 1 else torch.arange(queries, device="cpu").repeat_interleave(parts)
+        return _Runs(F.pad(begin, (0, 1), value=len(columns)), columns, query)
+
+    @staticmethod
+    def of_rows(rows: Tensor) -> _Runs:
+        """Those of keys in a row, key t for query rows[t]."""
+        columns = torch.arange(len(rows), device="cpu")
+        first = columns % tiles.CPU_SUM == 0
+        first[1:] |= rows[1:] != rows[:-1]
+        begin = columns[first]
+        return _Runs(F.pad(begin, (0, 1), value=len(columns)), columns, rows[begin])
 
     def matrix(self, values: Tensor) -> Tensor:
         """values of the pairs, as a matrix."""
@@ -238,15 +242,14 @@ def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> It
     # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
     scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (place, copies))
 
-    known: dict[torch.Size, _Runs] = {}
+    of_lists = cache(_Runs.of_lists)  # all pieces but the last have one shape
 
     def piece(*at: slice) -> _Piece:
         own, its, runs = keys[at], None if rows is None else rows[at], None
         if copies:
             own = copy[: own.numel()].view(own.shape).copy_(own)
         if sparse:
-            runs = _Runs.of(own.shape, its) if its is not None or own.shape not in known else known[own.shape]
-            known[own.shape] = runs
+            runs = of_lists(*own.shape[:2]) if its is None else _Runs.of_rows(its)
         return _Piece(at, own, q_hat, its, scratch, runs, batched)
 
     if rows is not None:

@@ -149,8 +149,9 @@ def _run_ninja(work: Path, lock: int, failed: str) -> None:
     # What a compiler writes for itself lies in the folder too, and goes with it. In English, to be recognised.
     environment = os.environ | {"TMPDIR": str(work.absolute()), "LC_ALL": "C"}
     # Signals as Python has them: a compiler whose file may not grow is told so, and not ended by SIGXFSZ before it can say it.
-    options: dict[str, Any] = {"env": environment, "pass_fds": [lock], "restore_signals": False}
-    done = subprocess.run([_ninja(), "-C", str(work)], capture_output=True, text=True, **options)
+    done = subprocess.run(
+        [_ninja(), "-C", str(work)], capture_output=True, text=True, env=environment, pass_fds=[lock], restore_signals=False
+    )
     if done.returncode:
         said = f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
         for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
