@@ -68,6 +68,7 @@ def gradients(loss: Callable[..., Any], name: str, dtype: torch.dtype) -> list[T
     return [g for g in found if g is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_gradients_keep_the_contract_over_thousands_of_rows(name: str, compiled: None) -> None:
     """On both backends with tiles on a CPU: a sum of thousands of float32 products that are added one by one loses ten times what dense

@@ -121,11 +121,13 @@ def of(compiled: dict[str, Any], arch: str) -> list[aot.Found]:
     return [aot.Found(**row) for row in compiled["kernels"] if row["arch"] == arch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", VERDICTS)
 def test_every_verdict(compiled: dict[str, Any], arch: str) -> None:
     assert [row.verdict for row in of(compiled, arch)] == VERDICTS[arch]
 
 
+@pytest.mark.slow
 def test_what_is_read(compiled: dict[str, Any]) -> None:
     """Numbers of kernels small enough to know them."""
     for arch, words in {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}.items():
@@ -174,6 +176,7 @@ def test_resident_blocks(arch: str, warps: int, regs: int, smem: int, tensor: in
     assert aot.resident(arch, warps, regs, smem, tensor) == blocks
 
 
+@pytest.mark.slow
 def test_the_page(compiled: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two versions side by side: one number where they agree; a page that says something else is found."""
     rows = [row for row in compiled["kernels"] if row["verdict"] == "ok" and row["kernel"] == "product"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from named import widest
+from named import each, widest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -493,7 +493,7 @@ EMPTY: dict[str, tuple[str, dict[str, Callable[[], Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("case", EMPTY)
 def test_empty_batch(case: str, backend: str) -> None:
     """none: an empty vector; sum: 0 with zero gradients; mean: an error, where torch gives a silent nan."""
@@ -509,7 +509,7 @@ def test_empty_batch(case: str, backend: str) -> None:
         assert_nothing_to_learn(loss, arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("name", ["in-batch", "symmetric", "ids", "nt_xent", "dcl", "sup_con", "views", "clip", "captions"])
 def test_batch_of_one(name: str, backend: str) -> None:
     """One positive and nothing else: log(1) = 0, and nothing to learn."""
@@ -529,7 +529,7 @@ NO_POSITIVE: dict[str, dict[str, Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("no_positive", ["zero", "skip"])
 @pytest.mark.parametrize("variant", ["out", "in"])
 @pytest.mark.parametrize("case", NO_POSITIVE)
@@ -542,7 +542,7 @@ def test_no_anchor_has_a_positive(case: str, variant: str, no_positive: str, bac
         sup_con(**arguments, **options, no_positive="error")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("temperature", [0.5, 0.01])
 @pytest.mark.parametrize("name", ["in-batch", "symmetric", "unpaired", "in-batch and unpaired"])
 def test_ids_exclude_everything(name: str, temperature: float, backend: str) -> None:
@@ -559,7 +559,7 @@ def test_ids_exclude_everything(name: str, temperature: float, backend: str) -> 
     assert_nothing_to_learn(info_nce(**arguments, **options, backend=backend), arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_statistics_of_no_pairs(symmetric: bool, backend: str) -> None:
     """-inf, -inf, 0 and 0, and upstream gradients of any size come to nothing."""
@@ -575,7 +575,7 @@ def test_statistics_of_no_pairs(symmetric: bool, backend: str) -> None:
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("variant", ["out", "in"])
 def test_all_labels_equal(variant: str, backend: str) -> None:
     """Everything is a positive: log sum - mean of s, or the log of their number."""
@@ -596,7 +596,7 @@ def test_ids_of_every_integer_dtype(name: str, vector: str, dtype: torch.dtype) 
     assert torch.equal(value_of(found), value_of(expected))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 def test_any_value_of_an_id(backend: str) -> None:
     """Equality is all that counts: 255 is no negative number, and neighbours near 2^62 are different; only negative ones match nothing."""
     z, few = x(6, 5), ids(6)
@@ -610,7 +610,7 @@ def test_any_value_of_an_id(backend: str) -> None:
 # Rows of length 0, beyond 1e18, nan and inf ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("length", [0.0, 9e-13])
 @pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_zero_row(name: str, feature: str, length: float, backend: str) -> None:
@@ -632,7 +632,7 @@ def test_zero_row(name: str, feature: str, length: float, backend: str) -> None:
             near(loss, expected, 1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 def test_all_rows_zero(backend: str) -> None:
     """All similarities 0: log of the number of candidates, and no gradient anywhere."""
     z = torch.zeros(4, 3, dtype=widest(backend), requires_grad=True)
@@ -645,7 +645,7 @@ def test_all_rows_zero(backend: str) -> None:
         assert not torch.autograd.grad(loss, z)[0].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_the_length_of_a_row_does_not_matter_up_to_the_limits(name: str, feature: str, backend: str) -> None:
     entry = ENTRIES[name]
@@ -671,7 +671,7 @@ DENSE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2e18])
 @pytest.mark.parametrize(("name", "feature"), [(n, f) for n, f in FEATURES if n in DENSE])
 def test_nan_reaches_the_rows_that_it_reaches_in_torch(name: str, feature: str, bad: float, backend: str) -> None:
@@ -692,7 +692,7 @@ def test_nan_reaches_the_rows_that_it_reaches_in_torch(name: str, feature: str, 
     assert entry.function(**arguments, backend=backend).isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", each(BACKENDS[1:]))
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("rules", ["aligned", "aligned, ids", "labels", "labels, ids"])
@@ -742,7 +742,7 @@ def test_temperature_tensors(name: str, dtype: torch.dtype) -> None:
         assert gradient.shape == shape and gradient.dtype == dtype and gradient.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("value", [0.0, -0.5, math.nan])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_temperature_tensor_that_makes_no_sense(name: str, value: float, backend: str) -> None:
@@ -766,7 +766,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_views_of_other_tensors(name: str, feature: str, layout: str, backend: str) -> None:
@@ -843,7 +843,7 @@ def test_autocast_lowers_nothing(name: str) -> None:
 FUSED = ("in-batch", "ids", "unpaired", "nt_xent", "dcl", "sup_con", "clip", "captions", "moco", "stats")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("name", FUSED)
 def test_derivatives_that_are_refused(name: str, backend: str) -> None:
     entry = ENTRIES[name]
@@ -869,7 +869,7 @@ def refusal(words: str) -> Iterator[None]:
             raise
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_second_backward_and_changes_in_place(name: str, backend: str) -> None:
     entry = ENTRIES[name]
@@ -894,7 +894,7 @@ def test_second_backward_and_changes_in_place(name: str, backend: str) -> None:
 # Debug mode -----------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", each(BACKENDS))
 @pytest.mark.parametrize("name", ENTRIES)
 def test_debug_mode_changes_no_result(name: str, backend: str) -> None:
     expected = run(ENTRIES[name], ENTRIES[name].arguments(), backend)

@@ -42,6 +42,7 @@ def test_compile_is_one_graph(name: str, dynamic: bool) -> None:
     assert graphs["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @each_loss
 def test_compile_without_gradient(name: str) -> None:
     """A validation loss: no input needs a gradient, or gradients are off."""
@@ -91,6 +92,7 @@ def three_rows() -> tuple[Tensor, ...]:
     return q, k, torch.tensor(SCALE, dtype=torch.float64), torch.stack([q, q.flip(0)])
 
 
+@pytest.mark.slow
 @each_loss
 def test_grad_inside(name: str) -> None:
     """compile(func.grad): gradients by q, k and scale, none of them zero or half."""

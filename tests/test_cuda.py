@@ -140,6 +140,7 @@ LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "family", "dtype"),
     [pytest.param(name, *how, id=f"{name}, {how[0]} {str(how[1])[6:]}") for name, (_, _, hows) in LARGE.items() for how in hows],
@@ -154,6 +155,7 @@ def test_more_than_one_tile(name: str, dtype: torch.dtype, family: str, launched
     assert all(launch.per_split > 1 for launch in walks) if multiprocessors == 1 else any(launch.splits > 1 for launch in walks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("p", "dtype"),
     [(of("queue", m=50, n_keys=2000, d=64), FLOAT), (of("cone", d=1024), FLOAT), (of("cone", d=2048), BFLOAT)],

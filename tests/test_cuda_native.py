@@ -72,6 +72,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return list(pool.map(lambda unit: compiled(unit, into, KERNELS), units))
 
 
+@pytest.mark.slow
 def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
     """Lengths, dtypes, devices, depths, sizes, one side without the other, memory twice: every call of every operator raises or runs."""
     headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
@@ -84,6 +85,7 @@ def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]
     assert all(found[how][name] for how in ("ran", "raised") for name in set(fuzz.CUDA) - fuzz.RARE), found
 
 
+@pytest.mark.slow
 def test_every_form_under_sanitizers(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
     """Hundreds of problems of random shapes and rules: no access out of bounds, and the definition's numbers."""
     with ThreadPoolExecutor(2) as pool:
@@ -153,6 +155,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return list(pool.map(lambda source: compiled(source, into, ["-O1"]), sources))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_faults_are_shown(fault: Fault, tmp_path: Path, driver: list[str]) -> None:
     folder = tmp_path / "cuda"

@@ -138,6 +138,7 @@ def compiled_unit(source: Path, into: Path, *more: str) -> Path:
     return unit
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_calls_that_do_not_fit(sanitized: list[Path], tmp_path: Path) -> None:
     """Lengths, dtypes, devices, depths, flags, one side without the other, memory twice: every call raises or runs."""
@@ -149,6 +150,7 @@ def test_calls_that_do_not_fit(sanitized: list[Path], tmp_path: Path) -> None:
     assert all(found[how][name] > 200 for how in ("ran", "raised") for name in ("best_positives", "forward", "backward")), found
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_level_under_sanitizers(sanitized: list[Path], tmp_path: Path) -> None:
     """480 problems of random shapes and rules on every level this processor has: no access out of bounds, and the definition's numbers."""

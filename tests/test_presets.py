@@ -324,6 +324,7 @@ def write_subset(folder: Path, name: str, n_train: int, n_test: int) -> None:
         np.savez(folder / name, x=images, y=labels, split=split)
 
 
+@pytest.mark.slow
 def test_the_gpu_preset_from_end_to_end_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """ResNet-18 under bf16 autocast, channels_last, SGD, without and with a queue: two steps each."""
     write_subset(tmp_path, "cifar10_sub", 20, 10)

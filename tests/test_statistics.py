@@ -71,6 +71,7 @@ def test_values_and_gradients(p: Problem, dtype: torch.dtype, backend: str, smal
     check(p, dtype, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "p", [p for p in PROBLEMS if p.why.startswith(("simclr solved", "clip captions:", "mask:", "low temperature"))], ids=str
 )

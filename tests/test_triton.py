@@ -77,13 +77,14 @@ def check(p: Problem, dtype: torch.dtype) -> None:
     assert not checked.races
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("family", ["whole", pytest.param("long", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
 def test_values_and_gradients(p: Problem, dtype: torch.dtype, family: str) -> None:
     check(p, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
 def test_float16(p: Problem, family: str) -> None:
     """In the tiles the same as bfloat16, whose numbers fit into float16 exactly: it differs in the passes over single rows."""
@@ -95,6 +96,7 @@ KINDS = ("in-batch", "clip:", "clip captions:", "simclr:", "supcon:", "mask and"
 SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, launched: list[str]) -> None:
     """No kernel adds to a number of another program; the second run has the same bits."""
@@ -111,6 +113,7 @@ def on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(add_products(zeros, a.float().numpy(), b.float().numpy()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
 @pytest.mark.parametrize("p", [of("queue", m=50, n_keys=2000, d=64), of("cone", d=1024)], ids=["columns", "depth"])
 def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +135,7 @@ def test_tiles_of_a_block_are_taken_in_groups(family: str, monkeypatch: pytest.M
     check(of("queue", m=180, n_keys=40, d=24), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles that a GPU runs, where a problem is smaller than one of them, and where it ends in the middle of the second."""
@@ -141,6 +145,7 @@ def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     check(grown._replace(mask=(75, 140)) if p.mask else grown, torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9 and "low" not in p.why and "cone" not in p.why], ids=str)
 def test_metrics(p: Problem, family: str) -> None:
@@ -167,6 +172,7 @@ def test_metrics(p: Problem, family: str) -> None:
         torch.testing.assert_close(chosen, side.hardest_logit[some].double(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("promise", rank_promises.PROMISES, ids=lambda promise: promise.__name__)
 def test_ranks(promise: Callable[[str], None], family: str) -> None:
     promise("triton")
@@ -176,6 +182,7 @@ def checked() -> Checked:
     return Checked(arguments=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", SOME, ids=str)
 def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
@@ -221,11 +228,13 @@ def test_keys_without_gradient_need_no_second_pass(name: str, family: str, launc
     check_kept_output(KEPT[name], DTYPES, launched)
 
 
+@pytest.mark.slow
 def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
     check_kept_output(QUEUE._replace(m=50, n_keys=2000, d=64), (torch.float32,), launched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize(("two_sided", "subsets"), [(True, (1, 2, 4, 6, 8, 13)), (False, (1, 2, 4, 9, 14))], ids=["both sides", "rows"])
 def test_only_what_is_asked_for_gets_a_gradient(two_sided: bool, subsets: tuple[int, ...], family: str) -> None:

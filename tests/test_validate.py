@@ -75,6 +75,7 @@ def passes(verdict: Verdict, whole: bool = False) -> None:
 # What must pass and what must fail ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", sound(), ids=lambda who: who.label)
 def test_what_is_sound_passes(who: Subject, request: pytest.FixtureRequest) -> None:
     fastnce, verdicts = who.name in (*ON_CPU, "auto"), [formula]
@@ -87,6 +88,7 @@ def test_what_is_sound_passes(who: Subject, request: pytest.FixtureRequest) -> N
         passes(verdict, whole=fastnce)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiled", *ON_CPU, "auto"])
 def test_float16_passes_where_it_has_limits(name: str, request: pytest.FixtureRequest) -> None:
     if name == "cpu":
@@ -97,6 +99,7 @@ def test_float16_passes_where_it_has_limits(name: str, request: pytest.FixtureRe
         assert verdict.status == "not run" and verdict.not_run and not verdict.checks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.fault)
 def test_fault_fails_the_gate_it_is_assigned_to(mutant: Mutant) -> None:
     who = subject(mutant)
@@ -115,6 +118,7 @@ def test_every_named_fault_is_a_fault_of_the_tiled_losses() -> None:
     assert len({mutant.fault for mutant in MUTANTS}) == len(MUTANTS)
 
 
+@pytest.mark.slow
 def test_free_run_passes_what_is_sound_and_fails_a_first_step_that_differs() -> None:
     fused = fused_losses("torch")
     for who in (*trainings().controls, Subject("tiled", tiled()), Subject("torch", fused), Subject("torch", fused, BFLOAT16)):

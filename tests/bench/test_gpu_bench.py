@@ -382,6 +382,7 @@ def test_a_report_of_a_gpu() -> None:
 # ---------------------------------------------------------------- the script
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
     """All parts, on the CPU: what a GPU hour is too short to find out."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

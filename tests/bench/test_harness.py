@@ -33,6 +33,7 @@ def result_in(folder: Path) -> tuple[dict[str, Any], str]:
 # ---------------------------------------------------------------- one process
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_refused_allocation_is_a_row_and_larger_problems_are_not_tried(tmp_path: Path) -> None:
     """The (4096, 4096) float32 logits are 64 MiB: they do not fit into 48, and fastnce does."""
@@ -56,6 +57,7 @@ def test_a_timeout_is_a_row() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_contestant_that_kills_its_process_is_the_only_one_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package of that name that dies while it is imported stands in front of the real one."""
     (tmp_path / "info_nce.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGABRT)\n")
@@ -161,6 +163,7 @@ def test_times_of_one_process_come_with_their_ratios() -> None:
         assert row["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", dense.LOSSES)
 def test_a_forward_leaves_no_gradient_and_a_backward_that_of_the_whole(loss: str) -> None:
     found = {mode: measure.here(Cell("time", loss, 32, 8, (OURS, "eager"), mode, repeats=1)) for mode in record.MODES}
@@ -265,6 +268,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 # ---------------------------------------------------------------- results
 
 
+@pytest.mark.slow
 def test_a_result_names_neither_host_nor_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["time", "--losses=nt_xent", "--n=32,64", "--d=4", "--repeats=1", "--peers=eager", "--time-budget=0.01"]
     assert command.main([*arguments, "--out", str(tmp_path)]) == 0
@@ -353,6 +357,7 @@ def test_pytest_benchmark_writes_no_host(pytestconfig: pytest.Config) -> None:
 # ---------------------------------------------------------------- the program
 
 
+@pytest.mark.slow
 @LINUX
 def test_as_a_program_in_any_folder(tmp_path: Path) -> None:
     done = subprocess.run(
