@@ -43,17 +43,61 @@ def picture(compared: Comparison, folder: str) -> str:
     return f"![{words}]({folder}/{compared.name}.svg)"
 
 
-# README, above the fold -----------------------------------------------------------------------------------------------------------------
+# README ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def top(results: Results) -> str:
-    """Figure, one table, and what they hold for: the newest result of a CPU. What a GPU does is in docs/benchmarks.md."""
+def newest(results: Results) -> Comparison | None:
+    """Of a CPU, of the first loss that has one. What a GPU does is further down in docs/benchmarks.md."""
     found = [compared for compared in comparisons(results) if "gpu" not in compared.result.env]
-    if not found:
+    return min(found, key=lambda compared: list(LOSSES).index(compared.loss), default=None)
+
+
+def headline(results: Results) -> str:
+    """Four numbers, memory and time of eager and of fastnce at the largest N that eager can do, and one line with their conditions."""
+    compared = newest(results)
+    if compared is None or (n := largest_of_both(compared)) is None:
         return NOTHING
-    chosen = min(found, key=lambda compared: list(LOSSES).index(compared.loss))
-    parts = [picture(chosen, FIGURES), "\n".join(summary_table(chosen)), " ".join(sentences(chosen, results)), conditions(chosen)]
-    return "\n\n".join(parts)
+    env, clock = compared.result.env, record.clock(rows_of(compared.rows, measure="time")[0])[1]
+    lines = [bars([f"{LOSSES[compared.loss]}, N = {n:,}", "peak memory", "time"]), "|---|--:|--:|"]
+    for label, name in (("eager", "eager PyTorch"), (OURS, f"**{OURS}**")):
+        lines.append(bars([name, *(f"{cell(compared.row(m, label, n))} {unit}" for m, unit in (("memory", "MiB"), ("time", "ms")))]))
+    lines += [
+        "",
+        f"Forward and backward, D = {WIDTH}, {compared.rows[0]['dtype']}; memory above the inputs, median {clock}; {table.place(env)}, "
+        f"torch {env['torch']}, {env['time'][:10]}, code {env['sources'][:8]} (digest of its sources). {small(results)}",
+    ]
+    return "\n".join(lines)
+
+
+def small(results: Results) -> str:
+    """Up to which N another is faster on a CPU, by loss, and at most how many times: a sentence."""
+    found = [row for result in results.measured if "gpu" not in result.env for row in beaten(result.rows, "time")]
+    if not found:
+        return "In no recorded cell is another faster."
+    last: dict[str, int] = {}
+    for row, *_ in found:
+        last[row["loss"]] = max(last.get(row["loss"], 0), row["n"])
+    losses = {n: [loss for loss in last if last[loss] == n] for n in sorted(set(last.values()))}
+    where = " and ".join(f"{n:,} ({', '.join(names)})" for n, names in losses.items())
+    most = max(times for *_, times in found)
+    return f"Another is faster up to N = {where}, at most {most:.1f} times: [where]({BENCHMARKS}#who-is-faster)."
+
+
+def largest_of_both(compared: Comparison) -> int | None:
+    """The largest N of which memory and time of eager and of fastnce are known; None where there is none."""
+    sizes = (set(compared.measured(measure, label).values) for measure in ("memory", "time") for label in ("eager", OURS))
+    return max(set.intersection(*sizes), default=None)
+
+
+# The summary ----------------------------------------------------------------------------------------------------------------------------
+
+
+def summary(results: Results) -> str:
+    """One table of the newest result, its sentences and its conditions. Its figure is beside the result itself."""
+    compared = newest(results)
+    if compared is None:
+        return NOTHING
+    return "\n\n".join(["\n".join(summary_table(compared)), " ".join(sentences(compared, results)), conditions(compared)])
 
 
 def summary_table(compared: Comparison) -> Iterator[str]:
@@ -78,11 +122,9 @@ def cell(row: Row | None) -> str:
 
 def sentences(compared: Comparison, results: Results) -> Iterator[str]:
     """How many times as much eager takes at the largest N that it can do, how far everybody gets, and that the result is the same."""
-    common = [n for n in compared.fits("eager") if n in compared.fits(OURS)]
-    both = [n for n in common if n in compared.measured("time", "eager").values and n in compared.measured("time", OURS).values]
-    if both:
-        memory, time = (times_ours(compared, measure, "eager", both[-1]) for measure in ("memory", "time"))
-        yield f"**At N = {both[-1]:,} eager takes {memory} times the memory and {time} times the time of {OURS}.**"
+    if (n := largest_of_both(compared)) is not None:
+        memory, time = (times_ours(compared, measure, "eager", n) for measure in ("memory", "time"))
+        yield f"**At N = {n:,} eager takes {memory} times the memory and {time} times the time of {OURS}.**"
     limit = f"in {mebibytes(compared.limit)}" if compared.limit else "in memory"
     reached = {label: max(compared.fits(label)) for label in compared.shown if compared.fits(label)}
     reach = ", ".join(f"{label} {n:,}" for label, n in sorted(reached.items(), key=lambda entry: (-entry[1], entry[0] != OURS)))
@@ -248,8 +290,8 @@ def own(results: Results, shown: Sequence[Comparison]) -> str:
 
 # Page -> region -> its text.
 REGIONS: dict[str, dict[str, Callable[[Results], str]]] = {
-    "README.md": {"bench": top, "accuracy": accuracy, "faster": faster},
-    BENCHMARKS: {"bench": everything},
+    "README.md": {"bench": headline},
+    BENCHMARKS: {"summary": summary, "faster": faster, "accuracy": accuracy, "bench": everything},
 }
 
 

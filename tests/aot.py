@@ -3,8 +3,7 @@
     python tests/aot.py                                        # what the backend launches; exit 1 where a verdict is not ok
     python tests/aot.py --arch sm_90,sm_100 --json FILE        # some architectures; keep the numbers
     python tests/aot.py --markdown A.json B.json               # recorded runs of two versions of Triton side by side
-    python tests/aot.py --write docs/backends.md A.json B.json # the same between the page's two markers
-    python tests/aot.py --check docs/backends.md A.json B.json # exit 1 where the page says something else
+    python tests/aot.py --check A.json B.json                  # exit 1 unless they are of the same launches and every verdict is ok
     python tests/aot.py --sample 4 A.json                      # exit 1 where a recorded run is not what these sources compile to
 
 Compiling everything for every architecture takes minutes per version of Triton, so runs are recorded in tests/aot/. They name the
@@ -43,7 +42,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +66,6 @@ from fastnce.problem import Problem, SideGrad, Wanted
 LENGTHS = (64, 128, 256, 512)
 ROWS = 256  # of the problems that are recorded: only the types and the layout of their tensors matter
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-BEGIN, END = "<!-- aot:begin (generated) -->", "<!-- aot:end -->"
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Shared memory in bytes: of one block, of an SM.
 SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}
@@ -368,41 +366,46 @@ def either(values: Sequence[object]) -> str:
     return " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
+def beside(runs: dict[str, list[Found]]) -> list[tuple[Found, ...]]:
+    """Each launch in all versions of Triton, the oldest first. Raises ValueError where one has a launch twice, or another lacks it."""
+    by_key: dict[tuple[object, ...], dict[str, Found]] = {}
+    for version in ordered(runs):
+        for row in runs[version]:
+            found = by_key.setdefault((row.kernel, row.variant, row.arch, row.tile, row.warps, row.stages), {})
+            if version in found:
+                raise ValueError(f"{row.kernel} {row.variant} {row.tile} for {row.arch}: two launches of this name")
+            found[version] = row
+    for (kernel, variant, arch, tile, *_), found in by_key.items():
+        if len(found) != len(runs):
+            raise ValueError(f"{kernel} {variant} {tile} for {arch}: not in the results of every version of Triton")
+    return [tuple(found.values()) for found in by_key.values()]
+
+
+def ordered(versions: Iterable[str]) -> list[str]:
+    """Versions of Triton, the oldest first."""
+    return sorted(versions, key=lambda version: [int(part) for part in version.split(".")[:3]])
+
+
 def markdown(runs: dict[str, list[Found]]) -> str:
     """The rows of one or more versions of Triton side by side, and a line for what has no numbers."""
-    versions = sorted(runs, key=lambda version: [int(part) for part in version.split(".")[:3]])
-    by_key: dict[tuple[object, ...], dict[str, Found]] = {}
-    for version in versions:
-        for row in runs[version]:
-            versions_of = by_key.setdefault((row.kernel, row.variant, row.arch, row.tile, row.warps, row.stages), {})
-            if version in versions_of:
-                raise ValueError(f"{row.kernel} {row.variant} {row.tile} for {row.arch}: two launches of this name")
-            versions_of[version] = row
     lines = [
-        f"Triton {' / '.join(versions)}: one number where they agree.",
+        f"Triton {' / '.join(ordered(runs))}: one number where they agree.",
         "",
         "| kernel | variant | architecture | tile | warps, stages | registers | shared KiB | blocks per SM | MMA | loop |",
         "|---|---|---|---|---|--:|--:|--:|---|--:|",
     ]
-    for (kernel, variant, arch, tile, warps, stages), found in by_key.items():
-        rows = [found[version] for version in versions if version in found]
-        if len(rows) != len(versions):
-            raise ValueError(f"{kernel} {variant} {tile} for {arch}: not in the results of every version of Triton")
-        if rows[0].regs:
-            cells = [str(kernel), str(variant), str(arch), str(tile), f"{warps}, {stages}"]
+    launches = beside(runs)
+    for rows in launches:
+        one = rows[0]
+        if one.regs:
+            cells = [one.kernel, one.variant, one.arch, one.tile, f"{one.warps}, {one.stages}"]
             cells += [either([row.regs for row in rows]), either([f"{row.smem / 1024:.3g}" for row in rows])]
             cells += [either([row.blocks for row in rows]), either([re.sub(r"\d+ ", "", row.mma) for row in rows])]
             lines.append("| " + " | ".join([*cells, either([row.loop for row in rows])]) + " |")
-    unread = [key for key, found in by_key.items() if not any(row.regs for row in found.values())]
-    for arch in dict.fromkeys(str(key[2]) for key in unread):
-        lines += ["", f"{arch}: {sum(key[2] == arch for key in unread)} compile; their registers are not read."]
+    unread = [rows[0].arch for rows in launches if not any(row.regs for row in rows)]
+    for arch in dict.fromkeys(unread):
+        lines += ["", f"{arch}: {unread.count(arch)} compile; their registers are not read."]
     return "\n".join(lines)
-
-
-def regenerate(page: str, region: str, begin: str = BEGIN, end: str = END) -> str:
-    """The page with this between its markers."""
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n{region}\n{end}{rest.split(end)[1]}"
 
 
 def sources() -> str:
@@ -452,8 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--of", default="aot:shipped", help="module:function(architecture) that launches (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--write", type=Path, metavar="PAGE")
-    parser.add_argument("--check", type=Path, metavar="PAGE")
+    parser.add_argument("--check", action="store_true", help="print only what is not ok")
     parser.add_argument("--sample", type=int, metavar="N")
     options = parser.parse_args(arguments)
     if options.sample:
@@ -472,13 +474,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for run in runs.values() for row in run]
     if options.json:
         write(options.json, rows)
-    if page := options.write or options.check:
-        before = page.read_text()
-        after = regenerate(before, markdown(runs))
-        if options.check and before != after:
-            print(f"{page} differs from what is compiled: run python tests/aot.py --write {page}")
-            return 1
-        page.write_text(after)
+    if options.check:
+        print(f"{len(beside(runs))} launches, each with Triton {', '.join(ordered(runs))}")
+        print(*(text([row]) for row in rows if row.verdict != "ok"), sep="\n")
     else:
         print(markdown(runs) if options.markdown else text(rows))
     return int(any(row.verdict != "ok" for row in rows))

@@ -1,12 +1,17 @@
 """What nvcc made of csrc/cuda: registers, spills and instructions of every kernel of a built library. Needs no GPU.
 
     python -m fastnce build-cuda
-    python tests/sass.py                           # the library of these sources; exit 1 where a verdict is not ok
-    python tests/sass.py --write docs/backends.md  # the same, and registers between the page's two markers
-    python tests/sass.py --check docs/backends.md  # the same, and exit 1 where the page says something else
+    python tests/sass.py                          # the library of these sources; exit 1 where a verdict is not ok
+    python tests/sass.py --write tests/sass.json  # the same, and record its registers, products and overlap
+    python tests/sass.py --check tests/sass.json  # the same, and exit 1 where the record says something else
 
 Registers, stack and spills are what ptxas said, in the .json beside the library; everything else is read from the machine code. Shared
 memory is in neither: kernels are given it at their launch. Products that ptxas says it serialised have stopped the build already.
+
+A row of the record is one kernel in one form: registers per thread for each GPU, its tensor-core instruction, and its overlap. The
+registers of a wgmma kernel are those of its launch: warps that copy give theirs up, down to 40, and warps that multiply take up to 232.
+Overlap is the part of a plain tile's exponentials that stand between products and the wait for them. It has no value for tiles whose
+labels, ids or mask are looked at: their exponentials come behind the wait, and only the two warpgroups overlap there.
 
 Verdicts, all that apply, or "ok":
 
@@ -21,6 +26,7 @@ Verdicts, all that apply, or "ok":
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import subprocess
@@ -34,8 +40,6 @@ from typing import Any, NamedTuple
 import aot  # puts this checkout first on the path
 
 from fastnce.compiled import build, find
-
-BEGIN, END = "<!-- sass:begin (generated) -->", "<!-- sass:end -->"
 
 TILES = ("forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block")
 WGMMA = "wgmma_"
@@ -202,29 +206,30 @@ def percent(part: float | None) -> str:
     return "" if part is None else f"{part:.0%}"
 
 
-def markdown(rows: list[Found], version: str) -> str:
-    """A line per kernel and form."""
+def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
+    """What is recorded: a row per kernel and form."""
     archs = [arch for arch in build.ARCHS if not arch.startswith("compute_")]
-    lines = [
-        f"{version}: registers per thread.",
-        "",
-        f"| kernel | form | {' | '.join(archs)} | products | overlap |",
-        f"|---|---|{'--:|' * len(archs)}---|--:|",
-    ]
+    found = []
     for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):
         of = {row.arch: row for row in rows if (row.kernel, row.form) == (kernel, form)}
-        regs = [str(of[arch].regs) if arch in of else "" for arch in archs]
         one = of[build.SM90]
         products = next((name for name in ("HGMMA", "HMMA") if one.counts.get(name)), "")
-        lines.append(f"| {' | '.join([kernel, form, *regs, products, percent(one.overlap)])} |")
-    return "\n".join(lines)
+        regs = {arch: of[arch].regs if arch in of else None for arch in archs}
+        found.append({"kernel": kernel, "form": form, **regs, "products": products, "overlap": percent(one.overlap)})
+    return found
+
+
+def record(rows: list[Found], version: str) -> str:
+    """The text of the record: a row per line, so that a diff names what has moved."""
+    lines = ",\n".join(json.dumps(row) for row in table(rows))
+    return f'{{"compiler": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("library", nargs="?", type=Path, help="by default the one that is built of these sources")
-    parser.add_argument("--write", type=Path, metavar="PAGE")
-    parser.add_argument("--check", type=Path, metavar="PAGE")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--check", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     library = options.library or find.library_path("cuda")
     if library is None:
@@ -236,14 +241,14 @@ def main(arguments: list[str] | None = None) -> int:
     version = "nvcc " + re.findall(r"V([\d.]+)", json.loads(library.with_suffix(".json").read_text())["nvcc"])[-1]
     print(text(rows if not options.check else wrong))
     print(f"{library.name}, {version}: {len(rows)} kernels, {len(wrong)} not ok")
-    if page := options.write or options.check:
-        before = page.read_text()
-        after = aot.regenerate(before, markdown(rows, version), BEGIN, END)
-        if options.write:
-            page.write_text(after)
-        elif before != after:
-            print(f"{page} differs from this library: run python tests/sass.py --write {page}")
-            return 1
+    found = record(rows, version)
+    if options.write:
+        options.write.write_text(found)
+    elif options.check and (
+        moved := list(difflib.unified_diff(options.check.read_text().splitlines(), found.splitlines(), n=0, lineterm=""))
+    ):
+        print(f"{options.check} (-) differs from this library (+): run python tests/sass.py --write {options.check}", *moved[2:], sep="\n")
+        return 1
     return int(bool(wrong))
 
 

@@ -177,22 +177,27 @@ def test_resident_blocks(arch: str, warps: int, regs: int, smem: int, tensor: in
 
 
 @pytest.mark.slow
-def test_the_page(compiled: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two versions side by side: one number where they agree; a page that says something else is found."""
+def test_two_versions_side_by_side(compiled: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One number where they agree; a launch that one of them lacks, has twice, or compiles badly is found."""
     rows = [row for row in compiled["kernels"] if row["verdict"] == "ok" and row["kernel"] == "product"]
-    files = [tmp_path / "new.json", tmp_path / "old.json"]
-    files[0].write_text(json.dumps({"triton": "3.10.0", "kernels": rows}))
-    files[1].write_text(json.dumps({"triton": "3.6.0", "kernels": [row | {"regs": row["regs"] and 77} for row in rows]}))
-    page, arguments = tmp_path / "page.md", [str(file) for file in files]
-    page.write_text(f"before\n\n{aot.BEGIN}\n{aot.END}\n\nafter\n")
-    assert aot.main(["--check", str(page), *arguments]) == 1
-    assert "--write" in capsys.readouterr().out
-    assert aot.main(["--write", str(page), *arguments]) == aot.main(["--check", str(page), *arguments]) == 0
-    text = page.read_text()
-    assert text.startswith(f"before\n\n{aot.BEGIN}\nTriton 3.6.0 / 3.10.0: ") and text.endswith(f"{aot.END}\n\nafter\n")
-    assert f"| 77 / {rows[0]['regs']} | {rows[0]['smem'] / 1024:.3g} |" in text
-    assert text.count("\n| product |") == 3 and "gfx942: 1 compile" in text
+    old = [row | {"regs": row["regs"] and 77} for row in rows]
+
+    def kept(version: str, rows: list[dict[str, Any]]) -> str:
+        file = tmp_path / f"{version}.json"
+        file.write_text(json.dumps({"triton": version, "kernels": rows}))
+        return str(file)
+
+    files = [kept("3.10.0", rows), kept("3.6.0", old)]
+    assert aot.main(["--check", *files]) == aot.main(["--markdown", *files]) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(rows)} launches, each with Triton 3.6.0, 3.10.0\n" in printed and "Triton 3.6.0 / 3.10.0: " in printed
+    assert f"| 77 / {rows[0]['regs']} | {rows[0]['smem'] / 1024:.3g} |" in printed
+    assert printed.count("\n| product |") == 3 and "gfx942: 1 compile" in printed
+    assert aot.main(["--check", kept("3.10.0", [rows[0] | {"verdict": "SPILL"}, *rows[1:]]), files[1]]) == 1
+    assert "SPILL" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not in the results of every version"):
-        aot.markdown({"3.6.0": [aot.Found(**row) for row in rows], "3.10.0": []})
+        aot.main(["--check", kept("3.10.0", rows[1:]), files[1]])
+    with pytest.raises(ValueError, match="not in the results of every version"):
+        aot.main(["--check", kept("3.10.0", rows), kept("3.6.0", old[1:])])
     with pytest.raises(ValueError, match="two launches of this name"):
-        aot.markdown({"3.6.0": [aot.Found(**rows[0])] * 2})
+        aot.main(["--check", kept("3.10.0", rows[:1] * 2), files[1]])

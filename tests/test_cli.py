@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import backends, selftest
@@ -43,7 +44,8 @@ def test_a_sound_installation_exits_0(built: bool, request: pytest.FixtureReques
     printed = output()
     assert f"fastnce {fastnce.__version__}" in printed
     assert f"torch {torch.__version__}" in printed
-    assert f"auto uses  {'cpu' if built else 'torch'} for cpu tensors" in printed
+    assert f"auto uses  {'cpu' if built else 'torch'} for cpu tensors\n" in printed
+    assert "auto uses  torch for cuda tensors: no run of the fused kernels on a GPU is recorded yet\n" in printed
     assert built or re.search(r"\n  cpu +on cpu +no +library not built \(python -m fastnce build-cpu\); backend='torch' ", printed)
     assert "FAILED" not in printed
     rows = [line.split() for line in printed.splitlines() if line.endswith(" s")]
@@ -58,7 +60,7 @@ def test_json_says_the_same(output: Output) -> None:
     found = json.loads(output())
     assert found["versions"]["torch"] == torch.__version__
     assert [row["name"] for row in found["backends"] if row["device"] == "cpu"] == list(backends.BACKENDS)
-    assert found["auto"]["cpu"] == "torch"
+    assert found["auto"] == {"cpu": "torch", "cuda": "torch"}
     for run in found["self_test"]["runs"]:
         assert [loss["loss"] for loss in run["losses"]] == list(selftest.CASES)
         # Exactly 0 would mean that the float64 answer was compared with itself.
@@ -141,6 +143,20 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, out
     lines = [" ".join(line.split()) for line in output().splitlines()]
     assert "unbuilt on cpu no device cpu (needs CUDA); library not built (build it)" in lines
     assert not any(line.startswith("unbuilt") and line.endswith(" s") for line in lines)
+
+
+def test_a_gpu_is_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
+    """What "auto" takes there, why, how to have the kernels, and the command that checks them. Fake tensors stand for a GPU's."""
+    backends._say_once.cache_clear()
+    with FakeTensorMode():
+        q, k = torch.ones(2, 8, 4, device="cuda")
+        for _ in range(2):
+            fastnce.info_nce(q, k)
+    (said,) = (str(one.message) for one in recwarn)
+    assert said == (
+        "fastnce: backend='auto' takes 'torch' for cuda tensors, tiles of torch operations: no run of the fused kernels on a GPU is "
+        "recorded yet. backend='triton' runs the kernels; `python -m fastnce` compares them with float64 on this machine"
+    )
 
 
 def test_no_backend_for_auto(monkeypatch: pytest.MonkeyPatch, output: Output) -> None:

@@ -15,6 +15,7 @@ from train_ref.truth import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -56,7 +57,7 @@ def test_every_replacement_in_the_tables_runs() -> None:
     names = {"fastnce": fastnce, "temperature": 0.2, "logit_scale": 10.0, "query": query, "key": key, "negatives": negatives}
     names |= {"rows": rows, "labels": labels, "features": torch.stack([query, key], 1), "queue": fastnce.NegativeQueue(32, 16)}
     names |= {"a": query, "b": key, "q": query, "k": key, "image": query, "text": key}
-    cells = [cell for line in README.splitlines() if line.startswith("|") for cell in line.split("|")]
+    cells = [cell for line in GUIDE.splitlines() if line.startswith("|") for cell in line.split("|")]
     codes = [code for cell in cells for code in re.findall(r"`([^`]*\bfastnce\.[^`]*)`", cell)]
     assert len(codes) >= 10
     for code in codes:
@@ -64,8 +65,8 @@ def test_every_replacement_in_the_tables_runs() -> None:
 
 
 def test_every_name_in_the_table_of_losses_is_public() -> None:
-    table = README[README.index("## Losses") :].split("\n\n")[1]
-    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    table = README[README.index("## Which function for which method") :].split("\n\n")[1]
+    rows = [line.split("|")[2:4] for line in table.splitlines()[2:]]
     assert sorted((function.strip(" `"), module.strip(" `")) for function, module in rows) == sorted(
         (loss.name, loss.module) for loss in LOSSES.values()
     )
@@ -79,14 +80,26 @@ def command(program: str) -> list[str]:
     return found.split(" && ")
 
 
-@pytest.mark.parametrize("program", ["train_ref/train.py", "-m pytest"])
+@pytest.mark.parametrize("program", ["-m fastnce", "-m pytest"])
 def test_the_two_commands_set_up_what_they_need(program: str) -> None:
     setup, install, start = command(program)
     assert setup == "python3 -m venv .venv"
-    extra = re.fullmatch(r'\.venv/bin/pip install -q -e "\.\[(\w+)\]"', install)
-    assert extra is not None
-    assert re.search(rf"^{extra[1]} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    found = re.fullmatch(r'\.venv/bin/pip install -q (?:\.|-e "\.\[(\w+)\]")', install)
+    assert found is not None and (found[1] is not None) == (program == "-m pytest")
+    assert found[1] is None or re.search(rf"^{found[1]} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert start.startswith(f".venv/bin/python {program}")
+
+
+def test_programs_that_readme_names_are_there() -> None:
+    named = re.findall(r"\.venv/bin/python ([\w/]+\.py)", README)
+    assert named
+    for program in named:
+        assert (ROOT / program).is_file(), program
+
+
+def test_readme_is_short() -> None:
+    """Its reference parts are in the guide, its tables in the benchmarks."""
+    assert len(README.split()) < 900
 
 
 def test_the_test_command_is_what_ci_runs() -> None:

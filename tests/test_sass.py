@@ -158,12 +158,31 @@ def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert wrong == [("finish", "sm_100"), ("prepare", "sm_80"), ("statistics", "compute_100")]
     assert sass.main([str(library)]) == 1 and "3 not ok" in capsys.readouterr().out
     code["sm_100", finish] = plain
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{sass.BEGIN}\nold\n{sass.END}\nafter\n")
-    assert sass.main([str(library), "--check", str(page)]) == 1 and "differs from this library" in capsys.readouterr().out
-    sass.main([str(library), "--write", str(page)])
-    assert page.read_text().startswith(f"before\n{sass.BEGIN}\nnvcc 13.0.88: ") and page.read_text().endswith(f"{sass.END}\nafter\n")
-    assert "| wgmma_forward_both | D=128 index |  | 30 |  | HGMMA | 75% |\n" in page.read_text()
+    kept = tmp_path / "kept.json"
+    assert sass.main([str(library), "--write", str(kept)]) == 1  # verdicts are verdicts, recorded or not
+    assert json.loads(kept.read_text())["compiler"] == "nvcc 13.0.88"
+    assert '\n{"kernel": "wgmma_forward_both", "form": "D=128 index", "sm_80": null, "sm_90a": 30, "sm_100": null, ' in kept.read_text()
+    capsys.readouterr()
+    sass.main([str(library), "--check", str(kept)])
+    assert "differs" not in capsys.readouterr().out
+    kept.write_text(kept.read_text().replace('"overlap": "75%"', '"overlap": "76%"'))
+    assert sass.main([str(library), "--check", str(kept)]) == 1
+    printed = capsys.readouterr().out
+    assert "differs from this library" in printed and re.search(r'^-.*"76%"}.*\n\+.*"75%"}', printed, re.MULTILINE)
+
+
+def test_every_recorded_kernel_uses_tensor_cores_and_overlaps_where_it_can() -> None:
+    """The record that .ci/run compares with a library. No GPU has 256 registers for a thread."""
+    rows = json.loads((ROOT / "tests" / "sass.json").read_text())["kernels"]
+    assert len({(row["kernel"], row["form"]) for row in rows}) == len(rows) > 90
+    for row in rows:
+        regs = [row[arch] for arch in build.ARCHS if not arch.startswith("compute_") and row[arch] is not None]
+        assert regs and all(0 < n < 256 for n in regs), row
+        wgmma = row["kernel"].startswith(sass.WGMMA)
+        tile = row["kernel"].removeprefix(sass.WGMMA) in sass.TILES
+        assert row["products"] == ("HGMMA" if wgmma else "HMMA" if tile else ""), row
+        plain = wgmma and "index" in row["form"]
+        assert bool(row["overlap"]) == plain and (not plain or int(row["overlap"][:-1]) >= 100 * sass.OVERLAP), row
 
 
 def test_without_a_library_it_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,9 +43,9 @@ class Options(argparse.Namespace):
 
 
 class Report:
-    """The rows of a part, and the time that is left for more."""
+    """The rows of a part, and the time that is left for more. `figures` are fields that mean nothing without a GPU: None in a dry run."""
 
-    def __init__(self, part: str, arguments: list[str] | None = None) -> None:
+    def __init__(self, part: str, arguments: list[str] | None = None, figures: tuple[str, ...] = ()) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m bench.gpu.{part}", allow_abbrev=False)
         parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
         parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
@@ -55,7 +55,7 @@ class Report:
         parser.add_argument("--emulate", action="store_true")
         options = parser.parse_args(arguments, namespace=Options())
         self.where = "emulated" if options.emulate else "cpu" if options.dry_run else "gpu"
-        self.part, self.dry, self.out = part, self.where != "gpu", options.out
+        self.part, self.dry, self.out, self.figures = part, self.where != "gpu", options.out, figures
         if not self.dry and not torch.cuda.is_available():
             parser.error("torch finds no CUDA device here; --dry-run shows on the CPU that everything runs")
         self.device, self.backend = ("cpu", "torch") if self.dry else ("cuda", options.backend)
@@ -96,6 +96,8 @@ class Report:
         return self.out / "parts.log"
 
     def add(self, row: dict[str, Any]) -> None:
+        if self.dry:
+            row = row | {name: None for name in self.figures if name in row}
         self.rows.append(row)
         shown = " ".join(f"{name}={_text(value)}" for name, value in row.items())
         print(f"[{self.part}, {time.monotonic() - self._begun:.0f} s] {shown}", file=sys.stderr, flush=True)
@@ -125,6 +127,8 @@ class Report:
         result |= {"errors": self.errors, "rows": self.rows, **self.more}
         self.out.mkdir(parents=True, exist_ok=True)
         files.write(self.out / f"{self.part}.json", record.text(result))
+        if self.dry and self.figures:
+            print("Dry run on the CPU: that it runs is shown, and nothing is measured.")
         print(table(self.rows, columns), flush=True)
         print(f"{self.part}: {seconds:.0f} s, {len(self.rows)} rows, {len(self.errors)} errors", *self.errors, sep="\n  ", flush=True)
         return 1 if self.errors else 0

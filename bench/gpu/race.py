@@ -36,6 +36,7 @@ from bench.record import ROOT, Cell, Row
 
 EAGER = ("eager", "eager autocast")
 COLUMNS = ("loss", "n", "d", "dtype", *RACERS, *EAGER, "first", "ahead", "eager_over", "met", "kernels", "status")
+FIGURES = (*RACERS, *EAGER, "first", "ahead", "eager_over", "met", "ratios")
 SMALL, LARGE = (64, 256, 1024), (4096, 16_384, 65_536)
 ENOUGH = 1.02  # ratios below are noise
 SECONDS = 1.5  # of rounds, if three are done
@@ -209,7 +210,7 @@ def standings(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
     """By dtype and size, for how many shapes each was first, or level with the first."""
     found: dict[str, Counter[str]] = {}
     for row in rows:
-        if "first" in row:
+        if row.get("first"):
             size = f"{row['dtype']} N {'up to' if row['n'] <= SMALL[-1] else 'above'} {SMALL[-1]}"
             counts = found.setdefault(size, Counter())
             counts["shapes"] += 1
@@ -221,7 +222,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--inside"]:
         inside(sys.argv[2])
         return 0
-    report = part.Report("race")
+    report = part.Report("race", figures=FIGURES)
     wanted = report.asked or RACERS
     names = tuple(kernels.name for kernels in report.kernels(wanted))
     given = list(cells(report.device, names, report.dry)) if names else []
@@ -235,8 +236,6 @@ def main() -> int:
     report.more = {"first": standings(report.rows), "meaning": "milliseconds; first: and whoever is within 2 % of him; ahead: of the next"}
     for size, counts in report.more["first"].items():
         print(f"first: {size}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
-    if report.dry:
-        report.rows = [row | {"met": None} for row in report.rows]
     return report.finish(COLUMNS)
 
 

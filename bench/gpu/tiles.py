@@ -23,6 +23,7 @@ from bench.gpu import measure as gpu_measure
 from bench.gpu import part
 
 COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
+FIGURES = ("shipped_ms", "ms", "ratio", "faster")
 # What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
 LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1, 4)}
 ROUNDS = 7
@@ -144,7 +145,7 @@ def objections(case: Case, backend: str, device: str) -> str:
 
 
 def main() -> int:
-    report = part.Report("tiles")
+    report = part.Report("tiles", figures=FIGURES)
     seen: set[Ask] = set()
     if report.dry:
         report.backend = "triton"
@@ -162,9 +163,7 @@ def main() -> int:
         report.add({"status": reason})
         if not report.dry:
             report.fail(reason)
-    report.rows.sort(key=lambda row: -row.get("ratio", 0.0))
-    if report.dry:
-        report.rows = [row | {"faster": None} for row in report.rows]
+    report.rows.sort(key=lambda row: -(row.get("ratio") or 0.0))
     return report.finish(COLUMNS)
 
 

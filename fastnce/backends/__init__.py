@@ -15,6 +15,8 @@ from fastnce.problem import Problem
 # The fastest first. A backend is importable everywhere; what it needs, it looks for in unsupported(). "auto" goes through AUTO.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, torch_tiles, reference)}
 AUTO = ("cpu", "torch")
+# Why triton and cuda are not in it.
+UNRECORDED = "no run of the fused kernels on a GPU is recorded yet"
 
 
 def pick(where: str, name: str, problem: Problem) -> str:
@@ -44,7 +46,7 @@ def keeps_output(name: str, problem: Problem) -> bool:
 @cache
 def _say_once(candidate: str, device: str) -> None:
     warnings.warn(
-        f"fastnce: no fused kernel is chosen by itself for {device} tensors yet; using tiled torch operations ({candidate!r}). "
-        "backend='triton' runs the kernels",
+        f"fastnce: backend='auto' takes {candidate!r} for {device} tensors, tiles of torch operations: {UNRECORDED}. backend='triton' runs "
+        "the kernels; `python -m fastnce` compares them with float64 on this machine",
         stacklevel=4,
     )

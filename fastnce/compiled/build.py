@@ -52,7 +52,7 @@ SERIALISED = "Potential Performance Loss"
 
 # For `python -m fastnce`: what a library that is not built would bring.
 BRINGS = {
-    "cpu": "backend='cpu', the tiles of backend='torch' in C++ for float32",
+    "cpu": "backend='cpu', the tiles of backend='torch' in C++, for float32 and half-precision features",
     "cuda": "one launch instead of about 40 small ones around the tiles, and kernels that need no Triton",
 }
 

@@ -27,7 +27,7 @@ from bench.gpu import measure as gpu_measure
 from bench.gpu import part as gpu_part
 from bench.gpu import peers as gpu_peers
 from bench.gpu import race as gpu_race
-from bench.gpu import sanitize
+from bench.gpu import sanitize, tiles
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
 from bench.record import MODES, ROOT, Cell, Row, row_of
@@ -393,6 +393,13 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
         assert found["part"] == part and found["dry_run"] and found["rows"] and not found["errors"]
         assert str(tmp_path) not in json.dumps(found["env"])
     assert len(list(tmp_path.iterdir())) <= 8
+    # A time of the CPU under the name of a GPU's kernels, or a bar that a CPU misses, reads as a result.
+    assert "met=NO" not in done.stderr and "met=yes" not in done.stderr
+    for part, figures in (("bench", gpu_bench.FIGURES), ("race", gpu_race.FIGURES), ("tiles", tiles.FIGURES)):
+        rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
+        found = [row[name] for row in rows for name in figures if name in row]
+        assert found and set(found) == {None}, part
+    assert done.stdout.count("Dry run on the CPU") == 3
     shown = done.stdout[done.stdout.index("=== summary") :]
     assert all(f"{part} " in shown for part in gpu_part.PARTS)
 

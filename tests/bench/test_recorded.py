@@ -18,6 +18,8 @@ SUMS = {
     "2026-11-24-4676212d.json": "20c2302e79216abdacbf52b9d1bde3d7",
     "2026-11-28-5ed7ae6a-accuracy.json": "cf40c5f8ac0750619428b17cc6b8a207",
     "2026-11-28-65284476-accuracy.json": "6ba729d492ed4f41507382b58d28bd32",
+    "2026-11-29-b84a4400-2.json": "29bc8209975959ab6d9749ff4c049c82",
+    "2026-11-29-b84a4400.json": "28db53fd51a6ce7e4efa7ac5c10ee44c",
 }
 
 
