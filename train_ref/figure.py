@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_ref import files
+from train_ref.methods import METHODS
 from train_ref.report import Row, Section
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ INK = "#22272e"
 MUTED = "#6b7480"
 GRID = "#e3e6ea"
 BASELINES = ("#d0d5db", "#98a1ac")
-COLOURS = {"simclr": "#1f6fb4", "supcon": "#c4511a", "moco": "#178a63", "clip": "#7d4aa8"}
 
 
 def save_figure(path: Path, sections: Sequence[Section], tested_on: str) -> None:
@@ -61,7 +61,7 @@ def draw_losses(axes: Axes, trained: Sequence[Row]) -> None:
             axes.plot(
                 [epoch.epoch for epoch in history.epochs],
                 [epoch.loss for epoch in history.epochs],
-                color=INK if twin else COLOURS[history.method],
+                color=INK if twin else METHODS[history.method].colour,
                 linestyle=(0, (2, 3)) if twin else "solid",
                 linewidth=1.1 if twin else 1.7,
                 marker="o" if len(history.epochs) == 1 else None,
@@ -78,7 +78,7 @@ def draw_accuracies(axes: Axes, section: Section, tested_on: str) -> None:
     """Means over seeds as bars from zero, standard deviations as whiskers, every value written out."""
     drawn = section.evaluation.drawn
     bars = [(row, colour, False) for row, colour in zip(section.baselines, BASELINES, strict=True)]
-    bars += [(row, COLOURS[row.histories[0].method], is_twin(row, section.trained)) for row in section.trained]
+    bars += [(row, METHODS[row.histories[0].method].colour, is_twin(row, section.trained)) for row in section.trained]
     # From six bars a group on, 95.6 is wider than its bar.
     rotation = 90 if len(bars) > 5 else 0
     width = 0.84 / len(bars)

@@ -1,7 +1,7 @@
 """Readers of image files as others publish them: idx (MNIST's), CIFAR-10's Python batches, and npz subsets of both.
 
-Every reader returns uint8 arrays and raises ValueError, naming the file, for one that is damaged or holds something else. What a file says
-about its size is believed up to LARGEST, and no reader runs code from a file.
+Every reader returns uint8 arrays and raises ValueError, naming the file, for one that is damaged or holds something else. A file may
+claim a size up to LARGEST, and no reader runs code from a file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Damaged(ValueError):
 
 @contextmanager
 def judged(named: Path | str, verdict: str = "is damaged") -> Iterator[None]:
-    """Whatever goes wrong while a file is read becomes one message: its name, the verdict, the reason.
+    """Any error while a file is read becomes one message: its name, the verdict, the reason.
 
     gzip, tarfile, zipfile and numpy raise a dozen kinds of error for damaged files, and none promises that there are no others.
     """

@@ -1,4 +1,4 @@
-"""Implementations of the losses, one value each: what a training or a gate calls without knowing whose code it is."""
+"""Implementations of the losses, one value each: a training or a gate calls one without knowing whose code it is."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from train_ref.implementations import LossFunctions
 from train_ref.methods import Method, N
 from train_ref.presets import DIGITS, Preset
 
-EPOCHS = DIGITS.epochs
 LEARNING_RATE = DIGITS.learning_rate
 WARM_UP = DIGITS.warm_up
 

@@ -1,6 +1,6 @@
-"""SimCLR, SupCon, MoCo and CLIP as values: how images become views, which network sees them, how views become a loss, how it is judged.
+"""SimCLR, SupCon, MoCo and CLIP as values: the views of an image, the network that sees them, their loss, and the network's evaluation.
 
-A new method is a Learner and a line in METHODS.
+A new method is a Learner, a Method in METHODS, and its temperature in the presets that it is for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Learner(ABC, Generic[N]):
     """
 
     def __init__(self, network: N, functions: LossFunctions, temperature: float, preset: Preset, start: torch.Generator) -> None:
-        self.network, self.functions, self.temperature, self.preset, self.start = network, functions, temperature, preset, start
+        self.network, self.functions, self.temperature, self.preset = network, functions, temperature, preset
 
     @abstractmethod
     def loss(self, views: Tensor, labels: Tensor) -> Tensor:
@@ -129,22 +129,23 @@ def half_towers(seed: int, data: ImageData, preset: Preset) -> TwoTowers:
 class Method(Generic[N]):
     """One contrastive method.
 
-    name     of the option, and title of the tables
+    name     of the option, title of the tables, and colour of the figure
     build    (seed, data, preset) -> a freshly initialised network on the data's device
     views    by the name of a data set; the method trains on these data alone
     """
 
     name: str
     title: str
+    colour: str
     learner: type[Learner[N]]
     build: Callable[[int, ImageData, Preset], N]
     views: Mapping[str, Views]
     evaluation: Evaluation[N]
 
 
-SIMCLR = Method("simclr", "SimCLR", SimCLR, image_network, VIEWS, FEATURES)
-SUPCON = Method("supcon", "SupCon", SupCon, image_network, VIEWS, FEATURES)
-MOCO = Method("moco", "MoCo", MoCo, image_network, VIEWS, FEATURES)
+SIMCLR = Method("simclr", "SimCLR", "#1f6fb4", SimCLR, image_network, VIEWS, FEATURES)
+SUPCON = Method("supcon", "SupCon", "#c4511a", SupCon, image_network, VIEWS, FEATURES)
+MOCO = Method("moco", "MoCo", "#178a63", MoCo, image_network, VIEWS, FEATURES)
 # Its towers are made for images as small as the digits.
-CLIP = Method("clip", "CLIP", Clip, half_towers, {"digits": halves}, RETRIEVAL)
+CLIP = Method("clip", "CLIP", "#7d4aa8", Clip, half_towers, {"digits": halves}, RETRIEVAL)
 METHODS: dict[str, Method[Any]] = {method.name: method for method in (SIMCLR, SUPCON, MOCO, CLIP)}

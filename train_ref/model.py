@@ -80,7 +80,7 @@ ENCODERS = {"digits": digits_encoder, "small": small_encoder, "resnet18": resnet
 
 
 class Network(nn.Module):
-    """encoder: images (B, C, H, W) -> (B, features), kept and evaluated; head: -> (B, embedding), what the loss sees.
+    """encoder: images (B, C, H, W) -> (B, features), kept and evaluated; head: -> (B, embedding), which the loss sees.
 
     With autocast, both compute in bfloat16 in training; embeddings are float32 all the same, and so is the loss.
     """

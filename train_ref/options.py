@@ -25,7 +25,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class Run:
-    """What a command asks for, complete: preset holds the recipe with the command's changes to it, again the arguments that resume it."""
+    """All that a command asks for: preset is the recipe with the command's changes to it, again the arguments that resume the run."""
 
     methods: list[Method[Any]]
     loss: str

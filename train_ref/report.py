@@ -22,7 +22,7 @@ from train_ref.methods import METHODS
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what is judged, its values and its training if any; one entry per seed."""
+    """One line of a table: its values, and its trainings if there are any; one entry per seed."""
 
     label: str
     values: Sequence[Values]

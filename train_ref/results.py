@@ -29,7 +29,7 @@ PAGE = ROOT / "docs" / "reference-runs.md"
 BEGIN, END = "<!-- results:begin (generated) -->", "<!-- results:end -->"
 
 TITLES = FEATURES.metrics | RETRIEVAL.metrics
-# Of a recipe, what a reader compares first; all of it is in the file.
+# The part of a recipe that a reader compares first; all of it is in the file.
 SHOWN = [
     "preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "queue_size", "momentum",
     "bfloat16", "loss", "backend", "device", "threads",
@@ -51,7 +51,7 @@ def setting(name: str, value: Any) -> str:
 
 
 def section(name: str, result: dict[str, Any]) -> str:
-    """Heading, what ran, and the table of one recorded run."""
+    """Heading, recipe and table of one recorded run."""
     data, config, summary = result["data"], result["config"], result["summary"]
     metrics = list(dict.fromkeys(key for row in summary for key in row if key != "row"))
     settings = "; ".join(setting(key.replace("_", " "), config[key]) for key in SHOWN if config.get(key) is not None)
