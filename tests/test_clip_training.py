@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ class Fixed(nn.Module):
 def test_evaluation_finds_equal_embeddings_in_eval_mode() -> None:
     digits = load_digits()
     left, _ = halves(digits.images).chunk(2)
-    symmetric = type(digits)(**vars(digits) | {"images": torch.cat([left, left.flip(3)], dim=3)})
+    symmetric = replace(digits, images=torch.cat([left, left.flip(3)], dim=3))
     towers = TwoTowers(1, 8, 4)
     towers.left, towers.right = Fixed(), Fixed(mirrored=True)  # type: ignore[assignment]
     found = evaluate_towers(towers, symmetric)
