@@ -24,7 +24,6 @@ from test_datasets import python_2_array, python_2_batch, python_2_int, random_b
 
 from train_ref.formats import LARGEST, read_cifar_archive, read_cifar_folder, read_idx, read_subset
 from train_ref.pickled import LONGEST
-from train_ref.two_towers.data import MOST_LINES, load_emoji, load_tatoeba
 
 MEMORY = 3 * LARGEST  # that a reader may take: a file of the largest size in pieces, as a whole, and as what it holds
 SECONDS = 60  # of processor time, for all of them; they take 10
@@ -145,7 +144,7 @@ def npy(extents: str, content: bytes = b"", descr: str = "'|u1'") -> bytes:
 def npz(content: bytes, packing: int = zipfile.ZIP_DEFLATED) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", packing) as archive:
-        for name in ("x", "y", "split", "names"):
+        for name in ("x", "y", "split"):
             archive.writestr(f"{name}.npy", content)
     return made.getvalue()
 
@@ -179,7 +178,6 @@ ZIPS = {
     "entries": zip_of_entries(10**6),
     "another packer": npz(npy("(0,)"), zipfile.ZIP_LZMA),
 }
-TEXTS = {"zeros": GIBIBYTE, "lines": gzip.compress(b"\t\t\n" * (MOST_LINES + 1))}
 
 
 # Reading them ----------------------------------------------------------------------------------------------------------------------------
@@ -191,8 +189,6 @@ HARMFUL: dict[str, tuple[Callable[[Path], Any], dict[str, bytes]]] = {
     "idx3": (lambda path: read_idx(path, 3), {name: content + bytes(100) for name, content in IDX.items()}),
     "idx3.gz": (lambda path: read_idx(path, 3), {name: gzip.compress(content) + GIBIBYTE for name, content in IDX.items()}),
     "subset.npz": (read_subset, ZIPS),
-    "noto_emoji32.npz": (load_emoji, ZIPS),
-    "tatoeba_laser_v1.tsv.gz": (load_tatoeba, TEXTS),
 }
 
 

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from harmful_files import HARMFUL, outcome
 from test_datasets import CIFAR_FILES, FASHION, idx, random_bytes, write_cifar_archive, write_rgb_subset
-from test_two_towers import write_emoji, write_tatoeba
 
 from train_ref.formats import read_cifar_archive, read_cifar_folder, read_idx, read_subset
-from train_ref.two_towers.data import load_emoji, load_tatoeba
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,8 +54,6 @@ FORMATS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "CIFAR archive": (write_archive, lambda path: read_cifar_archive(path, ["data_batch_1"])),
     "npz": (lambda folder: write_subset(folder, rgb=False), read_subset),
     "npz of RGB": (lambda folder: write_subset(folder, rgb=True), read_subset),
-    "emoji": (write_emoji, load_emoji),
-    "tatoeba": (write_tatoeba, load_tatoeba),
 }
 
 

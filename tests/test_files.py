@@ -21,8 +21,8 @@ from bench import __main__ as command
 from bench import accuracy, page, sweep
 from bench.gpu import part
 from fastnce import files
+from train_ref import evaluate, results, train, validate
 from train_ref import files as files_of_training
-from train_ref import results, train, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,7 +149,10 @@ TRAIN = ["--loss", "reference", "--quick", "--epochs", "1", "--out"]
 # Command -> the file that there is no room for, its folder apart.
 COMMANDS: dict[str, tuple[Callable[[Path], int], list[str]]] = {
     "train.py": (lambda out: train.main([*TRAIN, str(out)]), ["unfinished.json", "result.json", "result.png"]),
-    "train.py on pairs": (lambda out: train.main(["--method", "clip", *TRAIN, str(out)]), ["unfinished.json", "result.json", "result.png"]),
+    "train.py on halves": (
+        lambda out: train.main(["--method", "clip", *TRAIN, str(out)]),
+        ["unfinished.json", "result.json", "result.png"],
+    ),
     "validate.py": (
         lambda out: validate.main(["--gate", "formula", "--backend", "reference", "--dtype", "float32", "--out", str(out)]),
         ["report.md", "report.json", "report.png"],
@@ -176,8 +179,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(
     monkeypatch.setattr(sweep, "gemm", lambda *_: [])
     monkeypatch.setattr(sweep, "run", lambda *_: sweep.Sweep([], 0))
     monkeypatch.setattr(command.table, "render", lambda _: "a page")
-    monkeypatch.setattr(train, "evaluate_features", lambda *_: train.Accuracies(0.0, 0.0, 0.0))
-    monkeypatch.setattr(train, "evaluate_encoder", lambda *_: train.Accuracies(0.0, 0.0, 0.0))
+    monkeypatch.setattr(evaluate, "evaluate_features", lambda *_: evaluate.Accuracies(0.5, 0.5, 0.5))
+    monkeypatch.setattr(evaluate, "evaluate_encoder", lambda *_: evaluate.Accuracies(0.5, 0.5, 0.5))
     flush = os.fsync
 
     def full(descriptor: int) -> None:

@@ -1,36 +1,30 @@
-"""Recipes for photographs: every change of an image against a loop, ResNet-18, the presets, and the GPU's whole path on a CPU."""
+"""Recipes for photographs: ResNet-18, the presets, evaluation of many images, and the GPU's whole path on a CPU."""
 
 from __future__ import annotations
 
-import colorsys
 import gzip
 import hashlib
 import json
 import math
-import os
-import re
-import sys
-import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from train_ref import image_ops, results
-from train_ref.augment import HUE, JITTER, LOG_RATIO, VIEWS, photo_views, random_box
+from train_ref.augment import VIEWS
 from train_ref.data import ImageData, load_digits
 from train_ref.datasets import PUBLISHED
 from train_ref.evaluate import CHUNK, evaluate_encoder, evaluate_features, linear_probe, nearest_neighbours
 from train_ref.implementations import DenseQueue, LossFunctions, dense_losses
 from train_ref.loop import build_optimizer, train_network
-from train_ref.methods import TITLES, MoCo, build_method
-from train_ref.model import SIZES, build_network
+from train_ref.methods import METHODS, MOCO, SIMCLR, MoCo
+from train_ref.model import SIZES, build_network, resnet18
 from train_ref.presets import PRESETS, preset_for
-from train_ref.resnet import resnet18
 from train_ref.train import main
 
 CPU = torch.device("cpu")
@@ -48,144 +42,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def colour_images(n: int, size: int = 6) -> Tensor:
-    return torch.rand(n, 3, size, size, generator=generator())
-
-
-# Changes of images ------------------------------------------------------------------------------------------------------------------------
-
-
-def box(*sides: float) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor([side]) for side in sides)
-
-
-def hand_crop(image: Tensor, left: float, top: float, width: float, height: float, flip: bool) -> Tensor:
-    """Bilinear between the centres of the pixels, which lie at half-integers; beyond the outermost centre, its value."""
-    channels, rows, columns = image.shape
-    found = torch.empty_like(image)
-    for c in range(channels):
-        for i in range(rows):
-            for j in range(columns):
-                across = (j + 0.5) / columns
-                x = (left + width * (1 - across if flip else across)) * columns - 0.5
-                y = (top + height * (i + 0.5) / rows) * rows - 0.5
-                x, y = min(max(x, 0), columns - 1), min(max(y, 0), rows - 1)
-                x0, y0 = min(int(x), columns - 2), min(int(y), rows - 2)
-                fx, fy = x - x0, y - y0
-                above = (1 - fx) * image[c, y0, x0] + fx * image[c, y0, x0 + 1]
-                below = (1 - fx) * image[c, y0 + 1, x0] + fx * image[c, y0 + 1, x0 + 1]
-                found[c, i, j] = (1 - fy) * above + fy * below
-    return found
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("sides", [(0.1, 0.3, 0.5, 0.6), (0.0, 0.0, 0.45, 1.0), (0.55, 0.2, 0.45, 0.8)])
-def test_crop_is_a_bilinear_part(sides: tuple[float, float, float, float], flip: bool) -> None:
-    image = colour_images(1)
-    found = image_ops.crop(image, *box(*sides), torch.tensor([flip]))
-    assert torch.allclose(found[0], hand_crop(image[0], *sides, flip), atol=2e-6)
-
-
-def test_the_whole_image_is_itself_or_its_mirror_image() -> None:
-    images = colour_images(2)
-    whole = (torch.zeros(2), torch.zeros(2), torch.ones(2), torch.ones(2))
-    found = image_ops.crop(images, *whole, torch.tensor([False, True]))
-    assert torch.allclose(found[0], images[0], atol=1e-6)
-    assert torch.allclose(found[1], images[1].flip(2), atol=1e-6)
-
-
-def test_every_image_has_its_own_crop() -> None:
-    images = colour_images(1).repeat(2, 1, 1, 1)
-    left, top, width, height = torch.tensor([[0.0, 0.5], [0.25, 0.0], [0.5, 0.5], [0.5, 0.75]])
-    found = image_ops.crop(images, left, top, width, height, torch.tensor([False, False]))
-    for i in range(2):
-        alone = image_ops.crop(
-            images[i : i + 1], left[i : i + 1], top[i : i + 1], width[i : i + 1], height[i : i + 1], torch.tensor([False])
-        )
-        assert torch.allclose(found[i], alone[0], atol=1e-6)
-
-
-@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.03, 0.1, 0.4])
-def test_hue_is_that_of_hsv(turn: float) -> None:
-    images = colour_images(4)
-    images[0, :, 0, 0] = 0.3  # gray: has no hue
-    images[0, :, 0, 1] = 0.0
-    images[0, :, 0, 2] = torch.tensor([0.2, 0.7, 0.7])  # two brightest channels
-    found = image_ops.hue(images, torch.full((4,), turn))
-    for image, turned in zip(images.permute(0, 2, 3, 1).reshape(-1, 3), found.permute(0, 2, 3, 1).reshape(-1, 3), strict=True):
-        h, s, v = colorsys.rgb_to_hsv(*image.tolist())
-        assert turned.tolist() == pytest.approx(colorsys.hsv_to_rgb((h + turn) % 1, s, v), abs=2e-6)
-
-
-def test_brightness_contrast_and_saturation_of_one_pixel_after_the_other() -> None:
-    images, amount = colour_images(3), torch.tensor([0.6, 1.4, 1.0])
-    bright, contrasting, saturated = (op(images, amount) for op in (image_ops.brightness, image_ops.contrast, image_ops.saturation))
-    for n, factor in enumerate(amount.tolist()):
-        gray = [[sum(w * images[n, c, i, j].item() for c, w in enumerate((0.299, 0.587, 0.114))) for j in range(6)] for i in range(6)]
-        middle = float(np.mean(gray))
-        for c in range(3):
-            for i in range(6):
-                for j in range(6):
-                    value = images[n, c, i, j].item()
-                    for found, other in ((bright, 0.0), (contrasting, middle), (saturated, gray[i][j])):
-                        expected = min(max(factor * value + (1 - factor) * other, 0.0), 1.0)
-                        assert found[n, c, i, j].item() == pytest.approx(expected, abs=1e-6)
-
-
-def test_grayscale_of_the_chosen() -> None:
-    images = colour_images(2)
-    found = image_ops.grayscale(images, torch.tensor([True, False]))
-    assert torch.equal(found[1], images[1])
-    assert torch.equal(found[0, 0], found[0, 1]) and torch.equal(found[0, 0], found[0, 2])
-    assert torch.allclose(found[0, 0], images[0, 0] * 0.299 + images[0, 1] * 0.587 + images[0, 2] * 0.114, atol=1e-6)
-
-
-# Views ------------------------------------------------------------------------------------------------------------------------------------
-
-
-def test_boxes_have_the_area_and_shape_that_were_drawn_and_lie_inside() -> None:
-    drawn = torch.rand(4, 1000, generator=generator())
-    area, log_ratio = 0.2 + 0.8 * drawn[0], LOG_RATIO * (2 * drawn[1] - 1)
-    left, top, width, height = random_box(area, log_ratio, drawn[2], drawn[3])
-    free = (width < 1) & (height < 1)
-    assert 500 < free.sum() < 1000  # some were cut to the image
-    assert torch.allclose((width * height)[free], area[free], atol=1e-5)
-    assert torch.allclose((width / height).log()[free], log_ratio[free], atol=1e-5)
-    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 1 + 1e-6).all() and (top + height <= 1 + 1e-6).all()
-    assert left.min() < 0.01 and (left + width).max() > 0.99
-
-
-@pytest.mark.parametrize(("data", "channels"), [("fashion-mnist", 1), ("cifar10", 3)])
-def test_views_are_distinct_reproducible_and_in_order(data: str, channels: int) -> None:
-    images = torch.randint(0, 256, (5, channels, 12, 12), generator=generator(), dtype=torch.uint8)
-    views = VIEWS[data](images, generator(1))
-    assert views.shape == (10, channels, 12, 12)
-    assert views.dtype == torch.float32
-    assert views.min() >= 0 and views.max() <= 1
-    assert not torch.equal(views[:5], views[5:])
-    assert torch.equal(views, VIEWS[data](images, generator(1)))
-    assert not torch.equal(views, VIEWS[data](images, generator(2)))
-    # First views of all images, then second views: the same image four rows on would be no pair.
-    plain = torch.arange(0, 250, 50, dtype=torch.uint8)[:, None, None, None].expand(5, channels, 12, 12)
-    means = photo_views(plain, generator(1), least_area=0.2, gray=0.0).mean((1, 2, 3)).view(2, 5)
-    assert torch.allclose(means, plain[:, 0, 0, 0] / 255, rtol=JITTER, atol=0.01)
-
-
-def test_how_often_views_are_mirrored_changed_and_without_colour() -> None:
-    """Of 2000 views of an image with two halves of different hue; 4 standard deviations are 4.5 points at most."""
-    left, right = (0.6, 0.4, 0.5), (0.4, 0.6, 0.5)  # so far from 0 and 1 that nothing is cut off, which would move the hue
-    image = torch.tensor([left] * 4 + [right] * 4).T[None, :, None, :].expand(1000, 3, 8, 8)
-    views = photo_views(image, generator(), least_area=0.999, gray=0.1)
-    colourless = (views.amax(1) - views.amin(1)).amax((1, 2)) < 1e-3
-    assert colourless.float().mean().item() == pytest.approx(0.1, abs=0.03)
-    coloured = views[~colourless]
-    mirrored = coloured[:, 0, 4, 0] - coloured[:, 1, 4, 0] < coloured[:, 0, 4, 7] - coloured[:, 1, 4, 7]
-    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.045)
-    corner = torch.where(mirrored[:, None], coloured[:, :, 4, 7], coloured[:, :, 4, 0])  # what was left
-    changed = (corner - torch.tensor(left)).abs().amax(1) > 1e-3
-    assert changed.float().mean().item() == pytest.approx(0.8, abs=0.04)
-    moved = [(colorsys.rgb_to_hsv(*colour)[0] - colorsys.rgb_to_hsv(*left)[0] + 0.5) % 1 - 0.5 for colour in corner.tolist()]
-    assert max(moved) == pytest.approx(HUE, abs=0.005) and min(moved) == pytest.approx(-HUE, abs=0.005)
+def groups(network: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(network.parameters())}]
 
 
 # Networks and presets ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +104,7 @@ def test_the_gpu_presets_are_the_published_recipe(name: str) -> None:
     assert preset.temperatures == {"simclr": 0.5, "supcon": 0.1, "moco": 0.1}
     assert (preset.queue_size, preset.momentum, preset.weight_decay) == (4096, 0.99, 5e-4)
     assert preset.bfloat16 and preset.device == "cuda"
-    optimizer = build_optimizer(build_network(0, CPU), preset)
+    optimizer = build_optimizer(groups(build_network(0, CPU)), preset)
     assert isinstance(optimizer, torch.optim.SGD)
     assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 5e-4)
 
@@ -254,9 +112,10 @@ def test_the_gpu_presets_are_the_published_recipe(name: str) -> None:
 def test_presets_and_data_fit_each_other() -> None:
     assert {preset_for(preset.data) for preset in PRESETS.values()} == {"digits", "fashion-mnist-cpu", "cifar10-cpu"}
     for preset in PRESETS.values():
-        assert preset.data in VIEWS and preset.network in SIZES and set(preset.temperatures) == set(TITLES)
+        assert preset.data in VIEWS and preset.network in SIZES
+        assert set(preset.temperatures) == {name for name, method in METHODS.items() if preset.data in method.views}
     adam = PRESETS["fashion-mnist-cpu"]
-    assert isinstance(build_optimizer(build_network(0, CPU), adam), torch.optim.AdamW)
+    assert isinstance(build_optimizer(groups(build_network(0, CPU)), adam), torch.optim.AdamW)
     assert adam.peak_learning_rate(512) == adam.learning_rate
 
 
@@ -332,7 +191,7 @@ def test_the_gpu_preset_from_end_to_end_on_a_cpu(tmp_path: Path, capsys: pytest.
     assert main([*options.split(), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "cifar10: 20 training images and 10 test images (a subset: the whole has 50000 and 10000), from cifar10_sub.npz" in shown
-    assert "accuracy on the 10 test images" in shown
+    assert "accuracy of frozen features on the 10 test images" in shown
     text = (tmp_path / "out" / "result.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
     result = json.loads(text)
@@ -358,7 +217,7 @@ def test_data_alone_picks_its_cpu_preset_and_options_change_it(tmp_path: Path, c
         f"--data fashion-mnist --data-dir {tmp_path}/fashion_sub.npz --loss reference --seeds 1 --epochs 2 --batch-size 25 --held-out 10"
     )
     assert main([*options.split(), "--learning-rate", "0.01", "--temperature", "0.3", "--out", str(tmp_path / "out")]) == 0
-    assert "accuracy on the 10 held-out training images" in capsys.readouterr().out
+    assert "accuracy of frozen features on the 10 held-out training images" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert result["config"]["preset"] == "fashion-mnist-cpu"
     assert result["config"]["temperatures"] == {"simclr": 0.3}
@@ -394,8 +253,8 @@ def test_a_file_that_is_not_the_published_one_is_said_so(tmp_path: Path, capsys:
         ),
         ("--data fashion-mnist --data-dir {tmp}/broken.npz", "broken.npz is damaged or no subset"),
         ("--learning-rate 0", "argument --learning-rate: '0' is not a positive number"),
-        ("--method clip simclr", "argument --method: clip trains two towers on pairs, the others one network on images; run it alone"),
-        ("--method clip all", "argument --method: clip trains two towers"),
+        ("--method simclr clip --data cifar10", "argument --method: clip does not train on cifar10; use it with --data digits"),
+        ("--method clip --preset fashion-mnist-cpu", "argument --method: clip does not train on fashion-mnist"),
         ("--meth clip", "unrecognized arguments: --meth clip"),
         ("--meth simclr", "unrecognized arguments: --meth simclr"),
     ],
@@ -409,15 +268,13 @@ def test_bad_options_are_named(arguments: str, said: str, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_clip_is_handed_over_with_the_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    pairs = types.ModuleType("train_ref.train_pairs")
-    pairs.main = lambda argv: seen.append(argv) or 7  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "train_ref.train_pairs", pairs)
-    monkeypatch.setattr("train_ref.train_pairs", pairs, raising=False)
-    assert main(["--seeds", "2", "--method", "clip", "--data", "emoji", "--help"]) == 7
-    assert main(["--method=clip"]) == 7
-    assert seen == [["--seeds", "2", "--data", "emoji", "--help"], []]
+def test_all_methods_are_those_that_the_data_are_for(tmp_path: Path) -> None:
+    write_subset(tmp_path, "fashion_sub", 30, 10)
+    options = (
+        f"--method all --data fashion-mnist --data-dir {tmp_path} --loss reference --quick --epochs 1 --batch-size 15 --out {tmp_path}"
+    )
+    assert main(options.split()) == 0
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["config"]["methods"] == ["simclr", "supcon", "moco"]
 
 
 # Training ---------------------------------------------------------------------------------------------------------------------------------
@@ -432,7 +289,7 @@ def test_a_training_follows_its_preset() -> None:
 
     preset = replace(PRESETS["digits"], network="small", optimizer="sgd", learning_rate=0.1, warm_up=0.5, queue_size=1300)
     network, history = train_network(
-        "moco",
+        MOCO,
         LossFunctions("reference", dense_losses().losses, queue),
         load_digits(),
         seed=0,
@@ -445,8 +302,12 @@ def test_a_training_follows_its_preset() -> None:
     assert sizes == [(1300, network.embedding)]
     assert network.embedding == 128
     assert [epoch.lr for epoch in history.epochs] == pytest.approx([0.1 * 648 / 256, 0.1 * 648 / 256 / 2])
-    moco = build_method("moco", network, dense_losses(), 0.5, generator(), 1300, 0.75)
-    assert isinstance(moco, MoCo) and moco.momentum == 0.75
+    moco = MoCo(network, dense_losses(), 0.5, replace(preset, momentum=0.75), generator())
+    before = [weight.clone() for weight in moco.key_network.parameters()]
+    moco.loss(VIEWS["digits"](load_digits().images[:2], generator()), torch.zeros(2))
+    moco.after_step()
+    for weight, old, own in zip(moco.key_network.parameters(), before, network.parameters(), strict=True):
+        assert torch.allclose(weight, torch.lerp(old, own, 0.25), atol=1e-7)
 
 
 def test_training_on_photographs_tells_classes_apart(tmp_path: Path) -> None:
@@ -459,88 +320,7 @@ def test_training_on_photographs_tells_classes_apart(tmp_path: Path) -> None:
     preset = PRESETS["fashion-mnist-cpu"]
     before = evaluate_encoder(build_network(0, CPU, preset.network).encoder, data)
     network, history = train_network(
-        "simclr", dense_losses(), data, seed=0, temperature=0.5, epochs=8, batch_size=64, on_epoch=lambda history: None, preset=preset
+        SIMCLR, dense_losses(), data, seed=0, temperature=0.5, epochs=8, batch_size=64, on_epoch=lambda history: None, preset=preset
     )
     assert history.epochs[-1].loss < history.epochs[0].loss - 0.5
     assert evaluate_encoder(network.encoder, data).one_shot > before.one_shot
-
-
-# Recorded results -------------------------------------------------------------------------------------------------------------------------
-
-IMAGES = {
-    "data": {"described": "cifar10: 20 training images", "files": {"c.npz": "1f"}},
-    "config": {
-        "preset": "cifar10-gpu",
-        "learning_rate": 0.12,
-        "temperatures": {"simclr": 0.5, "moco": 0.1},
-        "backend": None,
-        "seeds": [0, 1],
-    },
-    "versions": {"torch": "2.13.0"},
-    "seconds": 12.3,
-    "cpu_seconds": 10.6,
-    "summary": [
-        {"row": "raw pixels", "knn_20": {"mean": 0.5, "sd": None}},
-        {"row": "SimCLR, fused", "knn_20": {"mean": 0.61234, "sd": 0.0071}, "linear": {"mean": 0.7, "sd": 0.0}},
-    ],
-}
-PAIRS = {
-    "config": {"data": "emoji", "loss": "fused", "left": "image", "right": "name", "seeds": [0]},
-    "versions": {"torch": "2.13.0"},
-    "seconds": 1,
-    "cpu_seconds": 1,
-    "summary": [{"row": "CLIP", "left_to_right_r1": {"mean": 0.25, "sd": None}, "right_to_left_new": {"mean": 0.2, "sd": None}}],
-}
-EXPECTED = """before
-<!-- results:begin (generated) -->
-
-### emoji
-
-data emoji. In %, mean ± standard deviation; seeds 0.
-
-| | image → name, R@1 | name → image, new |
-|---|--:|--:|
-| CLIP | 25.0 | 20.0 |
-
-loss fused; torch 2.13.0; 1 CPU s, 1 s for all of it.
-
-### images
-
-cifar10: 20 training images. In %, mean ± standard deviation; seeds 0, 1.
-
-| | kNN-20 | linear probe |
-|---|--:|--:|
-| raw pixels | 50.0 |  |
-| SimCLR, fused | 61.2 ± 0.7 | 70.0 ± 0.0 |
-
-preset cifar10-gpu; learning rate 0.12; temperatures simclr 0.5, moco 0.1; c.npz sha256 1f; torch 2.13.0; 11 CPU s, 12 s for all of it.
-
-<!-- results:end -->
-after
-"""
-
-
-def test_recorded_runs_become_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, result in (("images", IMAGES), ("emoji", PAIRS), ("no-run", {"schema": 1})):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n", encoding="utf-8")
-    assert results.main(["--check"], page, tmp_path) == 1
-    assert "page.md is not what" in capsys.readouterr().err
-    assert "old" in page.read_text(encoding="utf-8")
-    assert results.main([], page, tmp_path) == 0
-    assert page.read_text(encoding="utf-8") == EXPECTED
-    assert results.main(["--check"], page, tmp_path) == 0
-    with pytest.raises(ValueError, match="once each and in this order"):
-        results.render(f"{results.END} {results.BEGIN}", tmp_path)
-
-
-def test_the_page_says_what_the_recorded_runs_say() -> None:
-    assert results.main(["--check"]) == 0
-
-
-@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*.json")), ids=lambda path: path.name)
-def test_recorded_runs_name_no_machine(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert not re.search(r"(?<!\w)[/~]\w|[A-Z]:\\", text), "an absolute path"
-    assert os.uname().nodename not in text

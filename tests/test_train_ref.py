@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from train_ref.data import DIGITS, N_CLASSES, N_TRAIN, load_digits
 from train_ref.evaluate import evaluate_encoder, evaluate_features
 from train_ref.implementations import DenseQueue, dense_losses
 from train_ref.loop import LEARNING_RATE, History, learning_rate, train_network
-from train_ref.methods import MOMENTUM, QUEUE_SIZE, MoCo
-from train_ref.model import EMBEDDING, FEATURES, Network, build_network
+from train_ref.methods import METHODS, MoCo
+from train_ref.model import EMBEDDING, FEATURES, build_network
+from train_ref.presets import DIGITS as PRESET
 from train_ref.train import main
 from train_ref.truth import losses
 
@@ -87,7 +89,7 @@ def test_the_queue_keeps_the_last_keys() -> None:
 
 def test_moco_follows_slowly_and_queues_its_keys() -> None:
     network = build_network(0, CPU)
-    moco = MoCo(network, dense_losses(), 0.5, torch.Generator().manual_seed(0))
+    moco = MoCo(network, dense_losses(), 0.5, PRESET, torch.Generator().manual_seed(0))
     views = two_views(load_digits().images[:4], torch.Generator().manual_seed(0))
     start = moco.queue.keys.clone()
     loss = moco.loss(views, torch.zeros(4))
@@ -103,8 +105,8 @@ def test_moco_follows_slowly_and_queues_its_keys() -> None:
             weight.add_(1)
     moco.after_step()
     for key_weight, old in zip(moco.key_network.parameters(), before, strict=True):
-        assert torch.allclose(key_weight - old, torch.full_like(old, 1 - MOMENTUM), atol=1e-6)
-    assert moco.queue.keys.shape == (QUEUE_SIZE, EMBEDDING)
+        assert torch.allclose(key_weight - old, torch.full_like(old, 1 - PRESET.momentum), atol=1e-6)
+    assert moco.queue.keys.shape == (PRESET.queue_size, EMBEDDING)
     assert torch.equal(moco.queue.keys[:8], moco.keys)
     assert torch.equal(moco.queue.keys[8:], start[8:])
 
@@ -174,9 +176,9 @@ def test_not_one_bit_may_change() -> None:
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def train(method: str, seed: int, epochs: int = 1) -> tuple[Network, History]:
+def train(method: str, seed: int, epochs: int = 1) -> tuple[Any, History]:
     return train_network(
-        method,
+        METHODS[method],
         dense_losses(),
         load_digits(),
         seed=seed,
@@ -187,7 +189,7 @@ def train(method: str, seed: int, epochs: int = 1) -> tuple[Network, History]:
     )
 
 
-@pytest.mark.parametrize("method", ["simclr", "supcon", "moco"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_run(method: str) -> None:
     (network, history), (again, history_again), (_, other) = train(method, 0), train(method, 0), train(method, 1)
     assert len(history.step_losses) == 5
@@ -235,18 +237,20 @@ def test_fused_and_reference_side_by_side(tmp_path: Path, capsys: pytest.Capture
     assert result["config"]["preset"] == "digits"
     assert result["config"]["seeds"] == [0]
     assert result["config"]["backend"] == "torch"
-    assert result["config"]["temperatures"] == {"simclr": 0.5, "supcon": 0.1, "moco": 0.5}
+    assert result["config"]["temperatures"] == {"simclr": 0.5, "supcon": 0.1, "moco": 0.5, "clip": 0.1}
     labels = [row["row"] for row in result["summary"]]
     trained = [f"{name}, {loss}" for name in ("SimCLR", "SupCon", "MoCo") for loss in ("fused", "reference")]
-    assert labels == ["raw pixels", "random network", *trained]
+    towers = [f"CLIP, {loss}" for loss in ("fused", "reference")]
+    assert labels == ["raw pixels", "random network", *trained, "chance", "untrained towers", *towers]
+    assert list(result["baselines"]) == ["raw pixels", "random network", "chance", "untrained towers"]
     assert all(label in shown for label in labels)
 
     runs = {(run["method"], run["loss"]): run for run in result["runs"]}
-    assert len(runs) == 6
+    assert len(runs) == 8
     for (method, loss), run in runs.items():
         assert f"{method:<7} {loss:<9} seed 0  epoch 1/1  loss {run['epochs'][0]['loss']:.4f}" in shown
         assert len(run["step_losses"]) == 5
-        assert set(run["accuracies"]) == {"knn_20", "linear", "one_shot"}
+        assert set(run["accuracies"]) == set(METHODS[method].evaluation.metrics)
         reference = runs[method, "reference"]
         assert run["order_sha256"] == reference["order_sha256"]
         assert run["step_losses"][0] == pytest.approx(reference["step_losses"][0], rel=1e-5)
@@ -312,6 +316,7 @@ def test_the_reference_runs_anywhere_without_fastnce_and_matplotlib(tmp_path: Pa
         ("--held-out 1297", "argument --held-out: 1297 cannot be held out of the 1297 training images of digits"),
         ("--held-out 1290 --batch-size 4", "argument --held-out: 1290 cannot be held out of the 1297 training images of digits"),
         ("--data-dir .", "argument --data-dir: digits ship with the project"),
+        ("--temperature 0.001 --method clip", "argument --temperature: 0.001 is less than 0.01, and clip keeps its logit scale"),
         ("--batch-size 600 --method moco", "argument --batch-size: 600 images give 1200 keys a step"),
         ("--device nowhere", "argument --device: 'nowhere' cannot be used"),
         ("--device meta", "argument --device: 'meta' cannot be used"),

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from train_ref import train, train_pairs
+from train_ref import evaluate, train
 from train_ref.data import ImageData
 from train_ref.evaluate import Accuracies
 from train_ref.unfinished import NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
-    "simclr": (train, "train_network", "--method simclr supcon --quick --epochs 1 --loss reference --seeds 2"),
-    "clip": (train_pairs, "train_towers", "--method clip --quick --loss both --variant plain exclude"),
+    "simclr": "--method simclr supcon --quick --epochs 1 --loss reference --seeds 2",
+    "clip": "--method clip simclr --quick --epochs 1 --loss both",
 }
 TRAININGS = 4
 
@@ -36,14 +36,13 @@ def cheap_evaluation() -> Iterator[None]:
         return Accuracies(*(sum(weight.double().abs().sum().item() for weight in encoder.parameters()) / n for n in (1e5, 2e5, 3e5)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate_encoder", evaluate_encoder)
+        patch.setattr(evaluate, "evaluate_encoder", evaluate_encoder)
         yield
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, which: str, training: int, error: type[BaseException]) -> None:
+def stop_at(monkeypatch: pytest.MonkeyPatch, training: int, error: type[BaseException]) -> None:
     """The training of that number, counted from 0, ends in an error."""
-    module, name, _ = RUNS[which]
-    whole: Callable[..., Any] = getattr(module, name)
+    whole: Callable[..., Any] = train.train_network
     begun = iter(range(TRAININGS))
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -51,7 +50,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, which: str, training: int, error: t
             raise error
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, stopped)
+    monkeypatch.setattr(train, "train_network", stopped)
 
 
 def result(folder: Path) -> Any:
@@ -70,11 +69,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    arguments = RUNS[which][2].split()
+    arguments = RUNS[which].split()
     assert train.main([*arguments, "--out", str(whole)]) == 0
     assert not (whole / NAME).exists()
 
-    stop_at(monkeypatch, which, 2, KeyboardInterrupt)
+    stop_at(monkeypatch, 2, KeyboardInterrupt)
     capsys.readouterr()
     assert train.main([*arguments, "--out", str(halved)]) == 130
     (said,) = capsys.readouterr().err.splitlines()
@@ -86,7 +85,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
     script, *again = shlex.split(command)
     assert Path(script).resolve() == ROOT / "train_ref" / "train.py"
     monkeypatch.undo()
-    stop_at(monkeypatch, which, 0, OSError)
+    stop_at(monkeypatch, 0, OSError)
     assert train.main(again) == 1
     assert f"2 of 4 trainings are finished and kept in {halved / NAME}; to go on: python {command}" in capsys.readouterr().err
 
@@ -100,8 +99,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_result(
 def test_nothing_is_kept_where_nothing_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stop_at(monkeypatch, "simclr", 0, KeyboardInterrupt)
-    assert train.main([*RUNS["simclr"][2].split(), "--out", str(tmp_path)]) == 130
+    stop_at(monkeypatch, 0, KeyboardInterrupt)
+    assert train.main([*RUNS["simclr"].split(), "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "train.py: interrupted; 0 of 4 trainings are finished\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -112,7 +111,7 @@ def changed(content: dict[str, Any], part: str, name: str, value: Any) -> str:
 
 @pytest.mark.parametrize("which", RUNS)
 def test_only_the_same_run_goes_on(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*RUNS[which][2].split(), "--out", str(tmp_path)]
+    arguments = [*RUNS[which].split(), "--out", str(tmp_path)]
 
     def refused(*more: str) -> str:
         capsys.readouterr()
@@ -122,7 +121,7 @@ def test_only_the_same_run_goes_on(which: str, tmp_path: Path, monkeypatch: pyte
         return capsys.readouterr().err.splitlines()[-1]
 
     assert f"argument --resume: there is no {tmp_path / NAME}; --out names the folder of a run that was stopped" in refused()
-    stop_at(monkeypatch, which, 1, KeyboardInterrupt)
+    stop_at(monkeypatch, 1, KeyboardInterrupt)
     assert train.main(arguments) == 130
     whole = (tmp_path / NAME).read_text(encoding="utf-8")
     assert f"argument --resume: {tmp_path / NAME} is of a run with another batch_size; without --resume" in refused("--batch-size", "64")

@@ -28,7 +28,7 @@ class ImageData:
     source is the file or folder it came from, by name; full_size the (training, test) images of the whole set of that name.
     files has the sha256 of every file that was read, by name, and unpublished those that have the name of a published file but not its
     md5.
-    unit_features says that the linear probe gets features with a root mean square of 1, whatever the network's unit is.
+    unit_features: the linear probe gets features divided by their root mean square, so that a network's unit does not matter.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ImageData:
         return replace(self, images=self.images[kept], labels=self.labels[kept], n_train=self.n_train - n, held_out=True)
 
     def describe(self) -> str:
-        """One line: what it is, how much of it there is, where it is from."""
+        """One line: the name, the number of images, the source."""
         train, test = self.full_size
         counts = f"{self.n_train} training images and {self.tested_on}"
         part = f" (a subset: the whole has {train} and {test})" if self.is_subset else ""

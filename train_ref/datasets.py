@@ -21,7 +21,7 @@ Arrays = tuple[Bytes, Bytes, Bytes, Bytes]  # training images and labels, test i
 
 @dataclass(frozen=True)
 class Found:
-    """What was read, the name of what it came from, and the files."""
+    """Arrays as they were read, the name of their source, and its files."""
 
     arrays: Arrays
     source: str

@@ -1,20 +1,29 @@
-"""What frozen features are worth: nearest neighbours, a linear probe, and one labelled example per class.
+"""The worth of frozen networks: accuracies of an encoder's features, and retrieval by two towers.
 
-The encoder only computes features here, in eval mode and without gradients, and has to come out bit for bit as it went
-in: probes that quietly trained the encoder too have produced published numbers that were points too high.
+Features are judged by nearest neighbours, a linear probe, and one labelled example per class; towers by how often the embedding of one
+half of an image is nearest to that of its other half.
+
+Encoders only compute features here, in eval mode and without gradients, and have to come out bit for bit as they went in: probes that
+quietly trained the encoder too have produced published numbers that were points too high.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train_ref.augment import halves
 from train_ref.data import NEIGHBOURS, ImageData, as_float
+from train_ref.model import Network, TwoTowers
+
+N = TypeVar("N", bound=nn.Module)
+Values = dict[str, float]  # fractions by name
 
 NEIGHBOUR_TEMPERATURE = 0.1
 ONE_SHOT_DRAWS = 20
@@ -139,3 +148,87 @@ def one_shot(train: Tensor, train_labels: Tensor, test: Tensor, n_classes: int) 
     )  # (draws, classes)
     cosine = torch.einsum("nd,scd->snc", F.normalize(test, dim=1), F.normalize(train, dim=1)[prototypes])
     return cosine.argmax(2)
+
+
+def places(scores: Tensor) -> Tensor:
+    """(N,) int64: the place, from 1, of candidate i for query i, scores (N, N) being queries by candidates.
+
+    Ties are lost, and so is nan: embeddings that are all equal find nothing.
+    """
+    return (~(scores < scores.diagonal()[:, None])).sum(1)
+
+
+def retrieval(place: Tensor) -> Values:
+    """R@1 and R@5, how often a query's candidate is first and among the first five; MRR, the mean of 1 / its place."""
+    place = place.double()
+    return {"r1": (place <= 1).double().mean().item(), "r5": (place <= 5).double().mean().item(), "mrr": (1 / place).mean().item()}
+
+
+DIRECTIONS = ("left_to_right", "right_to_left")
+
+
+def both_directions(left_to_right: Values, right_to_left: Values) -> Values:
+    by_direction = zip(DIRECTIONS, (left_to_right, right_to_left), strict=True)
+    return {f"{direction}_{metric}": value for direction, values in by_direction for metric, value in values.items()}
+
+
+def chance(data: ImageData) -> Values:
+    """Retrieval among the test images with candidates in random order, on average: every place is as probable."""
+    found = retrieval(torch.arange(1, data.n_test + 1))
+    return both_directions(found, found)
+
+
+def evaluate_towers(towers: TwoTowers, data: ImageData) -> Values:
+    """Retrieval among the test images' halves, by cosine. Raises RuntimeError if evaluating has changed the towers."""
+    sides = halves(data.images[data.n_train :]).chunk(2)
+    with unchanged(towers):
+        embeddings = [frozen_features(tower, side) for tower, side in zip((towers.left, towers.right), sides, strict=True)]
+    left, right = (F.normalize(embedding, dim=1) for embedding in embeddings)
+    scores = left @ right.T
+    return both_directions(retrieval(places(scores)), retrieval(places(scores.T)))
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation(Generic[N]):
+    """One way to judge frozen networks, by numbers between 0 and 1.
+
+    title           of a table, and figure that of a picture
+    metrics         the title of every number, in the order of the tables; drawn those in a picture
+    judge           takes a network; untrained is the label of networks as they begin
+    without_network what a trained network has to beat, and baseline its label
+    """
+
+    title: str
+    figure: str
+    metrics: dict[str, str]
+    drawn: dict[str, str]
+    judge: Callable[[N, ImageData], Values]
+    untrained: str
+    baseline: str
+    without_network: Callable[[ImageData], Values]
+
+
+FEATURES: Evaluation[Network] = Evaluation(
+    title="accuracy of frozen features",
+    figure="Accuracy of frozen features",
+    metrics={"knn_20": "kNN-20", "linear": "linear probe", "one_shot": "1-shot"},
+    drawn={"knn_20": "20 nearest neighbours", "linear": "linear probe", "one_shot": "one label per class"},
+    judge=lambda network, data: asdict(evaluate_encoder(network.encoder, data)),
+    untrained="random network",
+    baseline="raw pixels",
+    without_network=lambda data: asdict(evaluate_features(as_float(data.images).flatten(1), data)),
+)
+RETRIEVAL: Evaluation[TwoTowers] = Evaluation(
+    title="retrieval by frozen towers (l: left halves, r: right halves)",
+    figure="R@1 of frozen towers",
+    metrics={
+        f"{direction}_{metric}": f"{arrow} {title}"
+        for direction, arrow in zip(DIRECTIONS, ("l→r", "r→l"), strict=True)
+        for metric, title in (("r1", "R@1"), ("r5", "R@5"), ("mrr", "MRR"))
+    },
+    drawn={"left_to_right_r1": "left half → right half", "right_to_left_r1": "right half → left half"},
+    judge=evaluate_towers,
+    untrained="untrained towers",
+    baseline="chance",
+    without_network=chance,
+)

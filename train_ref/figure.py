@@ -1,4 +1,4 @@
-"""One picture of a reference run: the losses, and the features' worth next to raw pixels and a random network."""
+"""One picture of a reference run: the losses, and for each way to judge networks the trained ones beside their baselines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_ref import files
-from train_ref.report import METRICS, Row
+from train_ref.methods import METHODS
+from train_ref.report import Row, Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,20 +19,20 @@ INK = "#22272e"
 MUTED = "#6b7480"
 GRID = "#e3e6ea"
 BASELINES = ("#d0d5db", "#98a1ac")
-COLOURS = {"simclr": "#1f6fb4", "supcon": "#c4511a", "moco": "#178a63"}
 
 
-def save_figure(path: Path, baselines: Sequence[Row], trained: Sequence[Row], tested_on: str) -> None:
+def save_figure(path: Path, sections: Sequence[Section], tested_on: str) -> None:
     """Write a PNG; tested_on says which images the accuracies are of. Raises ImportError where matplotlib is missing."""
     from matplotlib.figure import Figure
 
-    n_rows = len(baselines) + len(trained)
+    widths = [1, *(1 + 0.12 * len(section.rows) for section in sections)]
     # White and opaque, so that the text can be read on a dark page too.
-    figure = Figure(figsize=(9 + 0.5 * n_rows, 4.6), dpi=150, facecolor="white")
+    figure = Figure(figsize=(4.4 * sum(widths), 4.6), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12)
-    losses, accuracies = figure.subplots(1, 2, width_ratios=(1, 1 + 0.12 * n_rows))
-    draw_losses(losses, trained)
-    draw_accuracies(accuracies, baselines, trained, tested_on)
+    losses, *accuracies = figure.subplots(1, len(widths), width_ratios=widths)
+    draw_losses(losses, [row for section in sections for row in section.trained])
+    for axes, section in zip(accuracies, sections, strict=True):
+        draw_accuracies(axes, section, tested_on)
     write_png(path, figure)
 
 
@@ -60,7 +61,7 @@ def draw_losses(axes: Axes, trained: Sequence[Row]) -> None:
             axes.plot(
                 [epoch.epoch for epoch in history.epochs],
                 [epoch.loss for epoch in history.epochs],
-                color=INK if twin else COLOURS[history.method],
+                color=INK if twin else METHODS[history.method].colour,
                 linestyle=(0, (2, 3)) if twin else "solid",
                 linewidth=1.1 if twin else 1.7,
                 marker="o" if len(history.epochs) == 1 else None,
@@ -73,17 +74,20 @@ def draw_losses(axes: Axes, trained: Sequence[Row]) -> None:
     finish(axes, "Loss by epoch, nats" + (f" ({n_seeds} seeds)" if n_seeds > 1 else ""), len(set(entries)))
 
 
-def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row], tested_on: str) -> None:
+def draw_accuracies(axes: Axes, section: Section, tested_on: str) -> None:
     """Means over seeds as bars from zero, standard deviations as whiskers, every value written out."""
-    bars = [(row, colour, False) for row, colour in zip(baselines, BASELINES, strict=True)]
-    bars += [(row, COLOURS[row.histories[0].method], is_twin(row, trained)) for row in trained]
+    drawn = section.evaluation.drawn
+    bars = [(row, colour, False) for row, colour in zip(section.baselines, BASELINES, strict=True)]
+    bars += [(row, METHODS[row.histories[0].method].colour, is_twin(row, section.trained)) for row in section.trained]
     # From six bars a group on, 95.6 is wider than its bar.
     rotation = 90 if len(bars) > 5 else 0
     width = 0.84 / len(bars)
+    highest = 0.0
     for place, (row, colour, twin) in enumerate(bars):
-        centres = [group + (place - (len(bars) - 1) / 2) * width for group in range(len(METRICS))]
-        heights = [100 * row.mean(metric) for metric in METRICS]
-        spread = [100 * (row.sd(metric) or 0.0) for metric in METRICS]
+        centres = [group + (place - (len(bars) - 1) / 2) * width for group in range(len(drawn))]
+        heights = [100 * row.mean(metric) for metric in drawn]
+        spread = [100 * (row.sd(metric) or 0.0) for metric in drawn]
+        highest = max(highest, *(height + sd for height, sd in zip(heights, spread, strict=True)))
         axes.bar(
             centres,
             heights,
@@ -98,21 +102,20 @@ def draw_accuracies(axes: Axes, baselines: Sequence[Row], trained: Sequence[Row]
             label=row.label,
         )
         for centre, height, sd in zip(centres, heights, spread, strict=True):
-            axes.text(
-                centre,
-                height + sd + (2.5 if rotation else 1.5),
+            axes.annotate(
                 f"{height:.1f}",
+                (centre, height + sd),
+                (0, 4),
+                textcoords="offset points",
                 horizontalalignment="center",
-                verticalalignment="bottom",
                 rotation=rotation,
                 fontsize=8,
                 color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},  # no grid line through a number
             )
-    axes.set_xticks(range(len(METRICS)), ["20 nearest neighbours", "linear probe", "one label per class"])
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylim(0, 114 if rotation else 108)
-    finish(axes, f"Accuracy of frozen features, %: {tested_on}", len(bars))
+    axes.set_xticks(range(len(drawn)), list(drawn.values()))
+    axes.set_ylim(0, (1.18 if rotation else 1.1) * highest)
+    finish(axes, f"{section.evaluation.figure}, %: {tested_on}", len(bars))
     axes.tick_params(axis="x", labelcolor=INK)
 
 

@@ -1,7 +1,7 @@
 """Readers of image files as others publish them: idx (MNIST's), CIFAR-10's Python batches, and npz subsets of both.
 
-Every reader returns uint8 arrays and raises ValueError, naming the file, for one that is damaged or holds something else. What a file says
-about its size is believed up to LARGEST, and no reader runs code from a file.
+Every reader returns uint8 arrays and raises ValueError, naming the file, for one that is damaged or holds something else. A file may
+claim a size up to LARGEST, and no reader runs code from a file.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Damaged(ValueError):
 
 
 @contextmanager
-def judged(named: Path | str, verdict: str = "is damaged", expected: str = "") -> Iterator[None]:
-    """Whatever goes wrong while a file is read becomes one message: its name, the verdict, the reason, what was expected.
+def judged(named: Path | str, verdict: str = "is damaged") -> Iterator[None]:
+    """Any error while a file is read becomes one message: its name, the verdict, the reason.
 
     gzip, tarfile, zipfile and numpy raise a dozen kinds of error for damaged files, and none promises that there are no others.
     """
@@ -53,7 +53,7 @@ def judged(named: Path | str, verdict: str = "is damaged", expected: str = "") -
     except Exception as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         # Some reasons hold a part of the file.
-        raise Damaged(f"{named} {verdict}: {textwrap.shorten(reason, 300)}{expected}") from error
+        raise Damaged(f"{named} {verdict}: {textwrap.shorten(reason, 300)}") from error
 
 
 @contextmanager
@@ -75,11 +75,11 @@ def read_at_most(file: Readable, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def read_all(file: Readable, limit: int = LARGEST) -> bytes:
-    """Raises ValueError where it has more bytes than that."""
-    content = read_at_most(file, limit)
-    if len(content) > limit:
-        raise ValueError(f"it has more than {limit} bytes")
+def read_all(file: Readable) -> bytes:
+    """Raises ValueError where it has more than LARGEST bytes."""
+    content = read_at_most(file, LARGEST)
+    if len(content) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST} bytes")
     return content
 
 

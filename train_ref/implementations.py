@@ -1,13 +1,14 @@
-"""Implementations of the losses, one value each: what a training or a gate calls without knowing whose code it is."""
+"""Implementations of the losses, one value each: a training or a gate calls one without knowing whose code it is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_ref.truth import LOSSES
 
@@ -36,14 +37,37 @@ class DenseQueue:
         self.oldest = (self.oldest + len(keys)) % len(self.keys)
 
 
+LARGEST_SCALE = 100.0
+
+
+class DenseLogitScale(nn.Module):
+    """exp of a parameter, at most LARGEST_SCALE: fastnce.LogitScale in plain torch. Radford et al. 2021 (arXiv:2103.00020), section 2.5."""
+
+    def __init__(self, init: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(init)))
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+        return self.log_scale.exp()
+
+
 class LossFunctions:
     """One implementation of the losses by name: the fused ones, their dense twins, or one that is put to the test.
 
-    Each is an attribute too, functions.nt_xent; what the implementation lacks raises AttributeError.
+    Each is an attribute too, functions.nt_xent; a loss that the implementation lacks raises AttributeError. queue and logit_scale make
+    the two modules with a state that belong to losses.
     """
 
-    def __init__(self, name: str, losses: Mapping[str, Loss], queue: Callable[[int, int, torch.device], Queue] = DenseQueue) -> None:
-        self.name, self.losses, self.queue = name, dict(losses), queue
+    def __init__(
+        self,
+        name: str,
+        losses: Mapping[str, Loss],
+        queue: Callable[[int, int, torch.device], Queue] = DenseQueue,
+        logit_scale: Callable[[float], nn.Module] = DenseLogitScale,
+    ) -> None:
+        self.name, self.losses, self.queue, self.logit_scale = name, dict(losses), queue, logit_scale
 
     def __getattr__(self, name: str) -> Loss:
         losses: dict[str, Loss] = vars(self).get("losses", {})
@@ -53,7 +77,7 @@ class LossFunctions:
 
     def but(self, name: str = "", **losses: Loss) -> LossFunctions:
         """The same with other losses, under the same name or a new one."""
-        return LossFunctions(name or self.name, self.losses | losses, self.queue)
+        return LossFunctions(name or self.name, self.losses | losses, self.queue, self.logit_scale)
 
     def mapped(self, change: Callable[[Loss], Loss], name: str = "") -> LossFunctions:
         """The same with every loss changed."""
@@ -86,4 +110,5 @@ def fused_losses(backend: str) -> LossFunctions:
         ring: Queue = fastnce.NegativeQueue(size, dim).to(device)
         return ring
 
-    return LossFunctions("fused", {name: partial(getattr(fastnce, name), backend=backend) for name in LOSSES}, queue)
+    losses = {name: partial(getattr(fastnce, name), backend=backend) for name in LOSSES}
+    return LossFunctions("fused", losses, queue, fastnce.LogitScale)

@@ -7,34 +7,36 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from train_ref.augment import VIEWS
 from train_ref.data import ImageData
 from train_ref.implementations import LossFunctions
-from train_ref.methods import build_method
-from train_ref.model import Network, build_network
+from train_ref.methods import Method, N
 from train_ref.presets import DIGITS, Preset
 
-EPOCHS = DIGITS.epochs
 LEARNING_RATE = DIGITS.learning_rate
 WARM_UP = DIGITS.warm_up
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Mean loss in nats, the learning rate of the last step, and wall seconds."""
+    """Mean loss in nats, the learning rate of the last step, wall seconds, and the logit scale at the end where one is learned."""
 
     epoch: int
     loss: float
     lr: float
     seconds: float
+    logit_scale: float | None = None
 
 
 @dataclass
 class History:
-    """Everything a run has to say except its accuracies. order_sha256 covers the indices of every batch so far, in order."""
+    """Everything a training has to say except its accuracies. order_sha256 covers the indices of every batch so far, in order.
+
+    temperature is the one at first where it is learned.
+    """
 
     method: str
     loss: str
@@ -55,15 +57,15 @@ def learning_rate(step: int, steps: int, peak: float = LEARNING_RATE, warm_up: f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def build_optimizer(network: Network, preset: Preset) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9; every step sets the learning rate."""
+def build_optimizer(groups: list[dict[str, Any]], preset: Preset) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9, for a learner's parameter groups; every step sets the learning rate."""
     if preset.optimizer == "sgd":
-        return torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=preset.weight_decay)
-    return torch.optim.AdamW(network.parameters(), weight_decay=preset.weight_decay)
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=preset.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=preset.weight_decay)
 
 
 def train_network(
-    method_name: str,
+    method: Method[N],
     functions: LossFunctions,
     data: ImageData,
     *,
@@ -73,7 +75,7 @@ def train_network(
     batch_size: int,
     on_epoch: Callable[[History], None],
     preset: Preset = DIGITS,
-) -> tuple[Network, History]:
+) -> tuple[N, History]:
     """Train on the first data.n_train images, on their device; on_epoch is called after every epoch.
 
     Order, views and initial state have a generator each: one seed gives all methods and both implementations of the
@@ -81,12 +83,12 @@ def train_network(
     was not finite.
     """
     device = data.images.device
-    network = build_network(seed, device, preset.network, data.images.shape[1], preset.bfloat16)
+    network = method.build(seed, data, preset)
     order, views, start = (torch.Generator().manual_seed(3 * seed + stream) for stream in range(3))
-    two_views = VIEWS[data.name]
-    method = build_method(method_name, network, functions, temperature, start, preset.queue_size, preset.momentum)
-    optimizer = build_optimizer(network, preset)
-    history = History(method_name, functions.name, seed, temperature)
+    two_views = method.views[data.name]
+    learner = method.learner(network, functions, temperature, preset, start)
+    optimizer = build_optimizer(learner.parameter_groups(), preset)
+    history = History(method.name, functions.name, seed, temperature)
     digest = hashlib.sha256()
     steps_per_epoch = data.n_train // batch_size
     steps, step = epochs * steps_per_epoch, 0
@@ -103,11 +105,11 @@ def train_network(
             lr = learning_rate(step, steps, preset.peak_learning_rate(batch_size), preset.warm_up)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = method.loss(two_views(data.images[batch], views), data.labels[batch])
+            loss = learner.loss(two_views(data.images[batch], views), data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            method.after_step()
+            learner.after_step()
             losses.append(loss.detach())
             step += 1
         # Read once an epoch: a GPU would stand still at every step that waits for its loss.
@@ -115,11 +117,11 @@ def train_network(
         unusable = [i for i, value in enumerate(history.step_losses) if not math.isfinite(value)]
         if unusable:
             raise FloatingPointError(
-                f"{method_name}, {functions.name} loss, seed {seed}: the loss is {history.step_losses[unusable[0]]} at step "
+                f"{method.name}, {functions.name} loss, seed {seed}: the loss is {history.step_losses[unusable[0]]} at step "
                 f"{unusable[0] + 1}; temperature {temperature:g} is probably too low"
             )
         mean = math.fsum(history.step_losses[-steps_per_epoch:]) / steps_per_epoch
-        history.epochs.append(Epoch(epoch, mean, lr, time.perf_counter() - epoch_began))
+        history.epochs.append(Epoch(epoch, mean, lr, time.perf_counter() - epoch_began, learner.logit_scale()))
         history.order_sha256 = digest.hexdigest()
         on_epoch(history)
     history.seconds, history.cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began

@@ -8,27 +8,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from train_ref.data import ImageData
 from train_ref.datasets import DATASETS, load_data
-from train_ref.implementations import LossFunctions, dense_losses, fused_losses
-from train_ref.methods import TITLES
+from train_ref.implementations import LARGEST_SCALE, LossFunctions, dense_losses, fused_losses
+from train_ref.methods import METHODS, Method
 from train_ref.model import EMBEDDING
 from train_ref.presets import PRESETS, Preset, preset_for
 from train_ref.unfinished import NAME
 
 Number = TypeVar("Number", int, float)
-RESUME = "go on with the run in --out that was stopped: the same command, which trains what is not finished there"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a command asks for, complete: preset holds the recipe with the command's changes to it, again the arguments that resume it."""
+    """All that a command asks for: preset is the recipe with the command's changes to it, again the arguments that resume the run."""
 
-    methods: list[str]
+    methods: list[Method[Any]]
     loss: str
     implementations: list[LossFunctions]
     backend: str | None
@@ -62,14 +61,13 @@ def parser() -> argparse.ArgumentParser:
     count = number(int, "a whole number of at least 1", lambda n: n >= 1)
     batch = number(int, "a whole number of at least 2", lambda n: n >= 2)
     positive = number(float, "a positive number", lambda x: x > 0 and math.isfinite(x))
-    # Not abbreviated: train.py looks for --method clip before this parser does.
     p = argparse.ArgumentParser(description="Contrastive training on images, evaluated on frozen features.", allow_abbrev=False)
     p.add_argument(
         "--method",
         nargs="+",
-        choices=[*TITLES, "all", "clip"],
+        choices=[*METHODS, "all"],
         default=["simclr"],
-        help="one or several (default: simclr); clip, alone, trains two towers and has options of its own: --method clip --help",
+        help="one or several, or all that the data are for: clip trains on halves of digits (default: simclr)",
     )
     p.add_argument("--preset", choices=list(PRESETS), help="a recipe; the options below change it (default: the first for the data)")
     p.add_argument("--data", choices=DATASETS, help="default: the preset's; digits ship with the project")
@@ -88,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seeds", type=count, metavar="N", help="use the seeds 0 to N-1 (default: 3, with --quick 1)")
     p.add_argument("--epochs", type=count, metavar="N", help="default: the preset's, with --quick 2")
-    p.add_argument("--batch-size", type=batch, metavar="B", help="images, two views of each (default: the preset's)")
-    p.add_argument("--temperature", type=positive, metavar="X", help="for all methods (default: the preset's for each)")
+    p.add_argument("--batch-size", type=batch, metavar="B", help="images (default: the preset's)")
+    p.add_argument("--temperature", type=positive, metavar="X", help="for all methods, clip's at first (default: the preset's for each)")
     p.add_argument("--learning-rate", type=positive, metavar="X", help="the highest; for SGD per 256 images (default: the preset's)")
     p.add_argument(
         "--backend",
@@ -99,7 +97,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the preset's)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1; see README.md)")
     p.add_argument("--out", type=Path, metavar="DIR", help="for result.json and result.png (default: a new folder in ./runs)")
-    p.add_argument("--resume", action="store_true", help=RESUME)
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out that was stopped: the same command, which trains what is not finished there",
+    )
     p.add_argument("--quick", action="store_true", help="one seed, two epochs: does it run?")
     return p
 
@@ -125,8 +127,9 @@ def read_options(argv: Sequence[str]) -> Run:
     """The run with all defaults filled in. Exits with status 2 and names the option when one cannot be used."""
     p = parser()
     options = p.parse_args(argv)
-    methods = [m for m in TITLES if m in options.method or "all" in options.method]
-    name, preset = read_preset(p, options, methods)
+    name = options.preset or preset_for(options.data or "digits")
+    methods = read_methods(p, options.method, PRESETS[name].data)
+    preset = read_preset(p, options, name, [method.name for method in methods])
     device = read_device(p, preset.device)
     if options.loss == "reference" and options.backend:
         p.error("argument --backend: the reference losses have no backends; use --loss fused or both")
@@ -134,7 +137,7 @@ def read_options(argv: Sequence[str]) -> Run:
     backend = options.backend or ("torch" if options.loss == "both" and device.type == "cpu" else "auto")
     implementations = read_implementations(p, options.loss, backend, device)
     data = read_data(p, options, preset)
-    out = read_out(p, options, f"{'-'.join(methods)}-{options.loss}")
+    out = read_out(p, options, f"{'-'.join(method.name for method in methods)}-{options.loss}")
     return Run(
         methods=methods,
         loss=options.loss,
@@ -152,9 +155,16 @@ def read_options(argv: Sequence[str]) -> Run:
     )
 
 
-def read_preset(p: argparse.ArgumentParser, options: argparse.Namespace, methods: Sequence[str]) -> tuple[str, Preset]:
-    """Its name, and the preset as the other options change it."""
-    name = options.preset or preset_for(options.data or "digits")
+def read_methods(p: argparse.ArgumentParser, asked: Sequence[str], data: str) -> list[Method[Any]]:
+    """In the order of METHODS; all are those that the data are for."""
+    for name in asked:
+        if name != "all" and data not in METHODS[name].views:
+            p.error(f"argument --method: {name} does not train on {data}; use it with --data {' or '.join(METHODS[name].views)}")
+    return [m for m in METHODS.values() if m.name in asked or ("all" in asked and data in m.views)]
+
+
+def read_preset(p: argparse.ArgumentParser, options: argparse.Namespace, name: str, methods: Sequence[str]) -> Preset:
+    """The preset of that name as the other options change it."""
     preset = PRESETS[name]
     if options.data and options.data != preset.data:
         p.error(f"argument --data: preset {name} is for {preset.data}, not {options.data}")
@@ -171,7 +181,12 @@ def read_preset(p: argparse.ArgumentParser, options: argparse.Namespace, methods
             f"argument --batch-size: {preset.batch_size} images give {2 * preset.batch_size} keys a step and MoCo's "
             f"queue holds {preset.queue_size}; at most {preset.queue_size // 2} with --method moco"
         )
-    return name, preset
+    if "clip" in methods and preset.temperatures["clip"] < 1 / LARGEST_SCALE:
+        p.error(
+            f"argument --temperature: {options.temperature:g} is less than {1 / LARGEST_SCALE:g}, and clip keeps its logit scale, "
+            f"1 / temperature, at {LARGEST_SCALE:g} or below"
+        )
+    return preset
 
 
 def set_numerics(threads: int) -> None:

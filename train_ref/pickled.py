@@ -42,7 +42,7 @@ class ArrayUnpickler:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """What the pickle holds. Raises pickle.UnpicklingError for one that is damaged, or that holds anything else."""
+        """The content of the pickle. Raises pickle.UnpicklingError for one that is damaged, or that holds anything else."""
         try:
             for _ in range(LONGEST):
                 instruction = self.take(1)
@@ -138,7 +138,7 @@ class ArrayUnpickler:
         return found
 
     def keep(self, index: int) -> None:
-        """What is last on the stack. Python 2 counts what it keeps."""
+        """Remember the last thing on the stack under that number; Python 2 numbers them in order."""
         if index > LONGEST:
             raise pickle.UnpicklingError(f"it keeps something as number {index}, and a batch has not so much")
         self.memo[index] = self.stack[-1]

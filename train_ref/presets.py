@@ -11,7 +11,7 @@ class Preset:
 
     learning_rate  the highest; for sgd it holds for 256 images a batch and grows with them (Goyal et al. 2017, arXiv:1706.02677)
     warm_up        part of all steps in which it rises, before half a cosine takes it to zero
-    temperatures   by method
+    temperatures   by method, all that this recipe has; that of clip is the one at first, 1 / temperature being learned
     queue_size     keys that MoCo keeps, and momentum with which its key network follows
     bfloat16       autocast of the network in training; losses and evaluation are float32, without TF32
     """
@@ -38,7 +38,8 @@ class Preset:
 # Digits: chosen on 297 held-out training digits. kNN, linear, 1-shot: 98.1, 98.5, 88.1 % with 40 epochs at 4e-3 and width
 # 16; 98.1, 99.3, 89.2 % with 40 epochs at 2e-3 and width 32, in 2.6 times the time. 1-shot accuracy at temperature 0.2:
 # 78 % with SimCLR (83 at 0.5), 79 % with MoCo (81 at 0.5). SupCon's temperature is the one of its paper.
-DIGITS = Preset(data="digits", network="digits", epochs=40)
+# CLIP at 0.1, seed 0: 17.7 % of 300 held-out left halves find their right half first, and 17.0 % of the right ones their left half.
+DIGITS = Preset(data="digits", network="digits", epochs=40, temperatures={"simclr": 0.5, "supcon": 0.1, "moco": 0.5, "clip": 0.1})
 
 
 def gpu(data: str) -> Preset:

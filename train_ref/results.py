@@ -3,7 +3,7 @@
     python train_ref/results.py            # write them
     python train_ref/results.py --check    # write nothing; exit 1 when the page says something else
 
-A recorded run is a result.json as the scripts wrote it. Its "summary" becomes a table: a list of {"row": label, metric: {"mean",
+A recorded run is a result.json as train.py wrote it. Its "summary" becomes a table: a list of {"row": label, metric: {"mean",
 "sd"}, ...} with fractions between 0 and 1. Files without a summary are no runs and are left out.
 """
 
@@ -21,31 +21,19 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train_ref import files
+from train_ref.evaluate import FEATURES, RETRIEVAL
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "train_ref" / "results"
 PAGE = ROOT / "docs" / "reference-runs.md"
 BEGIN, END = "<!-- results:begin (generated) -->", "<!-- results:end -->"
 
-TITLES = {"knn_20": "kNN-20", "linear": "linear probe", "one_shot": "1-shot", "r1": "R@1", "r5": "R@5", "mrr": "MRR"}
-# Of a recipe, what a reader compares first; all of it is in the file.
+TITLES = FEATURES.metrics | RETRIEVAL.metrics
+# The part of a recipe that a reader compares first; all of it is in the file.
 SHOWN = [
-    "preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "temperature",
-    "queue_size", "momentum", "dropout", "hard_negatives", "one_of_each", "bfloat16", "loss", "backend", "training_pairs",
-    "candidates", "n_candidates", "device", "threads",
+    "preset", "network", "optimizer", "learning_rate", "weight_decay", "batch_size", "epochs", "temperatures", "queue_size", "momentum",
+    "bfloat16", "loss", "backend", "device", "threads",
 ]  # fmt: skip
-
-
-def title(metric: str, config: dict[str, Any]) -> str:
-    """left_to_right_r1 names the two sides that the run's configuration has; further_ are other pairs of training sentences."""
-    further = metric.startswith("further_")
-    metric = metric.removeprefix("further_")
-    for there, back in (("left", "right"), ("right", "left")):
-        direction = f"{there}_to_{back}_"
-        if metric.startswith(direction):
-            metric = metric.removeprefix(direction)
-            return f"{'further pairs, ' if further else ''}{config[there]} → {config[back]}, {TITLES.get(metric, metric)}"
-    return TITLES.get(metric, metric)
 
 
 def cell(value: dict[str, float | None] | None) -> str:
@@ -63,20 +51,19 @@ def setting(name: str, value: Any) -> str:
 
 
 def section(name: str, result: dict[str, Any]) -> str:
-    """Heading, what ran, and the table of one recorded run."""
-    config, summary = result["config"], result["summary"]
+    """Heading, recipe and table of one recorded run."""
+    data, config, summary = result["data"], result["config"], result["summary"]
     metrics = list(dict.fromkeys(key for row in summary for key in row if key != "row"))
-    described = result["data"]["described"] if "data" in result else setting("data", config["data"])
     settings = "; ".join(setting(key.replace("_", " "), config[key]) for key in SHOWN if config.get(key) is not None)
-    files = result.get("data", config).get("files", {})  # runs before the sha256 was recorded have none
-    hashes = "".join(f"; {file} sha256 {sha256}" for file, sha256 in files.items())
+    # Runs before the sha256 was recorded have none.
+    hashes = "".join(f"; {file} sha256 {sha256}" for file, sha256 in data.get("files", {}).items())
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
     lines = [
         f"### {name}",
         "",
-        f"{described}. In %, mean ± standard deviation; seeds {', '.join(map(str, config['seeds']))}.",
+        f"{data['described']}. In %, mean ± standard deviation; seeds {', '.join(map(str, config['seeds']))}.",
         "",
-        "| | " + " | ".join(title(metric, config) for metric in metrics) + " |",
+        "| | " + " | ".join(TITLES.get(metric, metric) for metric in metrics) + " |",
         "|---" + "|--:" * len(metrics) + "|",
         *("| " + " | ".join([row["row"], *(cell(row.get(metric)) for metric in metrics)]) + " |" for row in summary),
         "",

@@ -1,4 +1,4 @@
-"""What stops a run costs it one training at most: those that are finished are on the disk, and --resume goes on with the others."""
+"""A run that is stopped loses one training at most: finished ones are on the disk, and --resume goes on with the others."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def clocks() -> Clocks:
 class Unfinished:
     """The finished trainings of a run, in unfinished.json of its folder until its result is there.
 
-    about: all that decides the numbers, as result.json has it; a run that is resumed has to agree with it. read: what makes of an entry
-    of result.json a training again. began: clocks() at the start of the command.
+    about: all that decides the numbers, as result.json has it; a run that is resumed has to agree with it. read makes
+    an entry of result.json a training again. began: clocks() at the start of the command.
     Raises ValueError where `resume` is asked and the file is damaged or of another run.
     """
 
@@ -77,7 +77,7 @@ class Unfinished:
 
     @contextmanager
     def explained(self, total: int, arguments: Sequence[str]) -> Iterator[None]:
-        """Ctrl-C, what the system refuses, and a loss that is not finite end the command with a line that says what is kept.
+        """Ctrl-C, an error of the system and a loss that is not finite end the command with a line that names the kept trainings.
 
         total: trainings of the run; arguments: those of train.py that go on with it.
         """

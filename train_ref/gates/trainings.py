@@ -15,6 +15,7 @@ from train_ref.gates.subject import Subject, noise_control
 from train_ref.gates.verdict import raised
 from train_ref.implementations import dense_losses
 from train_ref.loop import History, train_network
+from train_ref.methods import SIMCLR
 from train_ref.model import Network, build_network
 
 TEMPERATURE = 0.5
@@ -85,7 +86,7 @@ class Trainings:
 
         try:
             network, history = train_network(
-                "simclr",
+                SIMCLR,
                 subject.trained(),
                 self.data,
                 seed=seed,
