@@ -80,7 +80,7 @@ def small(results: Results) -> str:
     losses = {n: [loss for loss in last if last[loss] == n] for n in sorted(set(last.values()))}
     where = " and ".join(f"{n:,} ({', '.join(names)})" for n, names in losses.items())
     most = max(times for *_, times in found)
-    return f"Another is faster up to N = {where}, at most {most:.1f} times: [where]({BENCHMARKS}#who-is-faster)."
+    return f"Another implementation is faster up to N = {where}, at most {most:.1f} times: [where]({BENCHMARKS}#who-is-faster)."
 
 
 def largest_of_both(compared: Comparison) -> int | None:

@@ -244,11 +244,13 @@ def main(arguments: list[str] | None = None) -> int:
     found = record(rows, version)
     if options.write:
         options.write.write_text(found)
-    elif options.check and (
-        moved := list(difflib.unified_diff(options.check.read_text().splitlines(), found.splitlines(), n=0, lineterm=""))
-    ):
-        print(f"{options.check} (-) differs from this library (+): run python tests/sass.py --write {options.check}", *moved[2:], sep="\n")
-        return 1
+    if options.check:
+        moved = list(difflib.unified_diff(options.check.read_text().splitlines(), found.splitlines(), n=0, lineterm=""))
+        if moved:
+            print(
+                f"{options.check} (-) differs from this library (+): run python tests/sass.py --write {options.check}", *moved[2:], sep="\n"
+            )
+            return 1
     return int(bool(wrong))
 
 

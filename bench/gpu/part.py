@@ -128,7 +128,7 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
         files.write(self.out / f"{self.part}.json", record.text(result))
         if self.dry and self.figures:
-            print("Dry run on the CPU: that it runs is shown, and nothing is measured.")
+            print("Dry run on the CPU: it shows that everything runs, and measures nothing.")
         print(table(self.rows, columns), flush=True)
         print(f"{self.part}: {seconds:.0f} s, {len(self.rows)} rows, {len(self.errors)} errors", *self.errors, sep="\n  ", flush=True)
         return 1 if self.errors else 0
