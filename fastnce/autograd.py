@@ -17,7 +17,6 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
 from fastnce import hardest as hardest_negatives
-from fastnce.backends._gpu import rows
 from fastnce.listed import Listed
 from fastnce.precision import compute_dtype, no_autocast, vector_dtype
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
@@ -38,8 +37,6 @@ _library.define(
 )
 _library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"hardest(int count, {PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
@@ -187,20 +184,6 @@ class _Listed(_Derivative):
         return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
-class _Log1pLoss(_Derivative):
-    """log(1 + exp(lse_neg - pos)) of every row, by one launch each way instead of three."""
-
-    @staticmethod
-    def forward(ctx: Any, below: _Below, lse_neg: Tensor, pos: Tensor) -> Tensor:
-        _Derivative.keep(ctx, lse_neg, pos)
-        return below(lse_neg, pos)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        found = torch.ops.fastnce.log1p_loss_backward(*_Derivative.kept(ctx), grad)
-        return None, found, -found
-
-
 class _Undifferentiated(_Derivative):
     """Of indices and of what is looked up by them: nothing has a gradient."""
 
@@ -272,14 +255,6 @@ def copy_of_queue(keys: Tensor) -> Tensor:
 def first_order_only(grad: Tensor) -> Tensor:
     """A gradient as it is; differentiating it once more raises."""
     return _FirstOrderOnly.apply(grad) if torch.is_grad_enabled() else grad
-
-
-def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
-    """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
-    # Of negatives that are listed pair by pair the statistics are plain torch, in float32.
-    precise = lse_neg.dtype == pos.dtype == torch.float64
-    served = precise and not torch.compiler.is_compiling() and rows.compiled(lse_neg)
-    return torch.ops.fastnce.log1p_loss(lse_neg, pos) if served else None
 
 
 def _forward(*flat: Any) -> list[Tensor]:
@@ -385,8 +360,6 @@ for _name, _run, _fake, _derivative in (
     ("listed", listed.forward, listed.fake, _Listed),
     ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
     ("hardest", _hardest, _fake_hardest, _Undifferentiated),
-    ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
-    ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):
     _operator = getattr(torch.ops.fastnce, _name)
     _library.impl(_name, _run, "CompositeExplicitAutograd")

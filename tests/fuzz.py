@@ -254,17 +254,6 @@ def scale_gradient() -> Arguments:
     return {"scalars": new(4, dtype=DOUBLE), "about": about, "divide": 2.0} | numbers
 
 
-def log1p_loss() -> Arguments:
-    rows = random.choice((0, 1, 5, 300))
-    return {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "pos", "value")}
-
-
-def log1p_loss_backward() -> Arguments:
-    rows = random.choice((0, 1, 5, 300))
-    upstream = random.choice((new(dtype=DOUBLE), new(rows, dtype=DOUBLE), new(2 * rows, dtype=DOUBLE)[::2]))
-    return {"upstream": upstream} | {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "pos", "d")}
-
-
 def tile() -> Arguments:
     kernel = random.choice(("forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block"))
     given = {"parts": random.choice((1, 2)), "depth": random.choice((0, 64, 128, 256, 512)), "architecture": random.choice((80, 90, 100))}
@@ -281,12 +270,12 @@ CUDA: dict[str, Callable[[], Arguments]] = {
     made.__name__: made
     for made in (
         forward_rows, forward_both, retrieval, backward_rows, weights_block, prepare, aligned, finish, statistics, coefficients,
-        scale_gradient, log1p_loss, log1p_loss_backward, tile,
+        scale_gradient, tile,
     )
 }  # fmt: skip
-CUDA |= {"emulated": dict, "runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
+CUDA |= {"runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
 # What there is little to say to.
-RARE = {"level", "emulated", "runs_on", "tile"}
+RARE = {"level", "runs_on", "tile"}
 
 
 # ---------------------------------------------------------------- what no longer fits

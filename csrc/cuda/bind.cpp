@@ -134,14 +134,6 @@ Integers tile(const std::string& kernel, const std::string& rules, int64_t parts
   return {size.rows, size.columns, size.family};
 }
 
-bool emulated() {
-#ifdef FASTNCE_EMULATED
-  return true;
-#else
-  return false;
-#endif
-}
-
 // Whether tensors of this device (-1: of the CPU) can be given to the operators.
 bool runs_on(int64_t device) {
 #ifdef FASTNCE_EMULATED
@@ -445,39 +437,10 @@ void scale_gradient(const Tensor& scalars, const Tensors& about, double divide, 
   call.run([&](Stream stream) { kernels::scale_gradient(g, stream); });
 }
 
-void log1p_loss(const Tensor& lse_neg, const Tensor& pos, const Tensor& value) {
-  const Call call(lse_neg);
-  const int64_t rows = lse_neg.numel();
-  const kernels::Log1p of{call.data<double>(lse_neg, rows, "lse_neg"),
-                          call.data<double>(pos, rows, "pos"),
-                          nullptr,
-                          0,
-                          call.data<double>(value, rows, "value"),
-                          rows};
-  Memory().reads(lse_neg, pos).writes(value).check();
-  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss(of, stream); });
-}
-
-void log1p_loss_backward(const Tensor& lse_neg, const Tensor& pos, const Tensor& upstream, const Tensor& d) {
-  const Call call(lse_neg);
-  const int64_t rows = lse_neg.numel();
-  STD_TORCH_CHECK(
-      upstream.scalar_type() == ScalarType::Double && (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.numel() == rows)),
-      "fastnce: upstream must be float64 and one number, or one for each row");
-  call.check(upstream, "upstream");
-  check_element(upstream, "upstream");
-  const kernels::Log1p of{
-      call.data<double>(lse_neg, rows, "lse_neg"),  call.data<double>(pos, rows, "pos"), static_cast<const double*>(upstream.data_ptr()),
-      upstream.dim() == 0 ? 0 : upstream.stride(0), call.data<double>(d, rows, "d"),     rows};
-  Memory().reads(lse_neg, pos, upstream).writes(d).check();
-  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss_backward(of, stream); });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
   m.def("tile(str kernel, str rules, int parts, int depth, int architecture) -> int[]");
-  m.def("emulated() -> bool");
   m.def("runs_on(int device) -> bool");
   m.def("prepare(Tensor x, Tensor(a!) operand, Tensor(b!) factor, Tensor(c!) inverse_norm, bool normalize) -> ()");
   m.def("aligned(Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor scale, int first_row, int first_column, Tensor(a!) t) -> ()");
@@ -502,8 +465,6 @@ STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
       "coefficients(Tensor[] grads, Tensor[] stats, Tensor[] factors, Tensor? bias, Tensor? pair_t, int[] pair_ends, bool in_tile, "
       "bool symmetric, Tensor(a!)[] vectors, Tensor(b!)? pair_weights, Tensor(c!) scalars) -> ()");
   m.def("scale_gradient(Tensor scalars, Tensor[] about, float divide, Tensor scale, Tensor(a!) dscale, Tensor(b!) dbias) -> ()");
-  m.def("log1p_loss(Tensor lse_neg, Tensor pos, Tensor(a!) value) -> ()");
-  m.def("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor upstream, Tensor(a!) d) -> ()");
 }
 
 #ifdef FASTNCE_EMULATED
@@ -526,12 +487,9 @@ IMPLEMENT(SERVED) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("coefficients", TORCH_BOX(&coefficients));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
-  m.impl("log1p_loss", TORCH_BOX(&log1p_loss));
-  m.impl("log1p_loss_backward", TORCH_BOX(&log1p_loss_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CompositeExplicitAutograd, m) {
   m.impl("tile", TORCH_BOX(&tile));
-  m.impl("emulated", TORCH_BOX(&emulated));
   m.impl("runs_on", TORCH_BOX(&runs_on));
 }

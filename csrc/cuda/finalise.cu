@@ -32,10 +32,4 @@ void coefficients(const Contributions& c, double* scratch, Stream stream) {
 
 void scale_gradient(const ScaleGradient& g, Stream stream) { launch(scale_gradient_kernel, 1, SUM_THREADS, sum_bytes(1), stream, g); }
 
-void log1p_loss(const Log1p& of, Stream stream) { launch(log1p_loss_kernel, blocks_over(of.count), VECTOR_THREADS, 0, stream, of); }
-
-void log1p_loss_backward(const Log1p& of, Stream stream) {
-  launch(log1p_loss_backward_kernel, blocks_over(of.count), VECTOR_THREADS, 0, stream, of);
-}
-
 }  // namespace fastnce::cuda

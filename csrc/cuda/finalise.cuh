@@ -235,21 +235,4 @@ FASTNCE_KERNEL(SUM_THREADS, 1) scale_gradient_kernel(const __grid_constant__ Sca
   *g.dbias = static_cast<float>(due);
 }
 
-// ---------------------------------------------------------------- loss of one positive
-
-// softplus(x) = log(1 + exp x), x = lse_neg - pos; beyond 80 the 1 is below float64's rounding, and beyond 709 exp x is infinite.
-FASTNCE_KERNEL(VECTOR_THREADS, 1) log1p_loss_kernel(const Log1p of) {
-  const int64_t i = int64_t{block_index()} * VECTOR_THREADS + thread_index();
-  if (i >= of.count) return;
-  const double x = of.lse_neg[i] - of.pos[i];
-  of.out[i] = x > 80.0 ? x : log1p(exp(x));
-}
-
-// d/dlse_neg = upstream * sigmoid(x),   d/dpos = -d/dlse_neg
-FASTNCE_KERNEL(VECTOR_THREADS, 1) log1p_loss_backward_kernel(const Log1p of) {
-  const int64_t i = int64_t{block_index()} * VECTOR_THREADS + thread_index();
-  if (i >= of.count) return;
-  of.out[i] = of.upstream[i * of.step] / (1.0 + exp(of.pos[i] - of.lse_neg[i]));
-}
-
 }  // namespace fastnce::cuda

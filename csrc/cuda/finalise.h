@@ -57,21 +57,11 @@ struct ScaleGradient {
   float *dscale, *dbias;
 };
 
-struct Log1p {
-  const double *lse_neg, *pos;
-  const double* upstream;  // `step` apart: 0 where all rows have the same
-  int64_t step;
-  double* out;
-  int64_t count;
-};
-
 // Doubles that coefficients() needs for the sums of its blocks: none where one block does all.
 int64_t scratch_of(const Contributions&);
 
 void statistics(const Statistics&, Stream);
 void coefficients(const Contributions&, double* scratch, Stream);
 void scale_gradient(const ScaleGradient&, Stream);
-void log1p_loss(const Log1p&, Stream);
-void log1p_loss_backward(const Log1p&, Stream);
 
 }  // namespace fastnce::cuda

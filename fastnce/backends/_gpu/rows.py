@@ -115,22 +115,6 @@ def nats(t: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s + bias
 
 
-def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
-    """log(1 + exp(lse_neg - pos)), of the library."""
-    value = torch.empty_like(lse_neg)
-    with on_device(value):
-        torch.ops.fastnce_cuda.log1p_loss(lse_neg.contiguous(), pos.contiguous(), value)
-    return value
-
-
-def log1p_loss_backward(lse_neg: Tensor, pos: Tensor, grad: Tensor) -> Tensor:
-    """Its gradient by lse_neg; that by pos is its negative."""
-    d = torch.empty_like(lse_neg)
-    with on_device(d):
-        torch.ops.fastnce_cuda.log1p_loss_backward(lse_neg.contiguous(), pos.contiguous(), grad, d)
-    return d
-
-
 # Backward -------------------------------------------------------------------------------------------------------------------------------
 
 
