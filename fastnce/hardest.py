@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.backends._tiled.gemm import product
-from fastnce.pairs import Tile
+from fastnce.pairs import TileRange
 from fastnce.precision import compute_dtype, inverse_norms, no_autocast
 from fastnce.problem import Problem
 from fastnce.tiles import CPU_TILE
@@ -25,7 +25,7 @@ def forward(problem: Problem, count: int) -> list[Tensor]:
         rows, columns = _Kept(x, count), _Kept(y, count) if problem.two_sided else None
         for i in range(0, len(x), CPU_TILE):
             for j in range(0, len(y), CPU_TILE):
-                tile = Tile(i, min(len(x), i + CPU_TILE), j, min(len(y), j + CPU_TILE))
+                tile = TileRange(i, min(len(x), i + CPU_TILE), j, min(len(y), j + CPU_TILE))
                 negatives = _negatives(problem, x, y, tile)
                 rows.see(i, negatives, j)
                 if columns is not None:
@@ -45,7 +45,7 @@ def _rows(x: Tensor, normalize: bool) -> Tensor:
     return x.to(dtype) * inverse_norms(x, exact=True).to(dtype)[:, None] if normalize else x.to(dtype)
 
 
-def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: Tile) -> Tensor:
+def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: TileRange) -> Tensor:
     """The similarities of a tile; -inf for pairs that are no negatives, and for nan."""
     # The order in which a product is summed depends on its shape: give it one shape, so that equal rows have equal similarities.
     parts = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x[tile.i0 : tile.i1], y[tile.j0 : tile.j1])]

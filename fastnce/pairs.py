@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 
-class Tile(NamedTuple):
+class TileRange(NamedTuple):
     """Half-open ranges of rows [i0, i1) and columns [j0, j1) of the (M, N) logits."""
 
     i0: int
@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
         """
         return not self.positives_by_content() and not (symmetric and self.offset is not None and 2 * self.offset < rows)
 
-    def may_be_positive(self, tile: Tile, symmetric: bool) -> bool:
+    def may_be_positive(self, tile: TileRange, symmetric: bool) -> bool:
         """False where no pair of the tile can be a positive."""
         return self.positives_by_content() or any(crosses(tile, diagonal) for diagonal in self.diagonals(symmetric)[1])
 
@@ -76,7 +76,7 @@ class Pairs(NamedTuple):
             return slice(0, 0), slice(0, 0)
         return slice(start, stop), slice(start + self.offset, stop + self.offset)
 
-    def classify(self, tile: Tile, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    def classify(self, tile: TileRange, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """(positive, excluded): two boolean (i1 - i0, j1 - j0) matrices for one tile; what is neither is negative."""
         shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
         excluded = _equal_ids(self.q_exclude, self.k_exclude, tile, shape, device)
@@ -98,21 +98,21 @@ class Pairs(NamedTuple):
 
     def dense(self, rows: int, columns: int, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """The meaning, materialised: classify() of the whole (M, N) matrix. For the reference backend only."""
-        return self.classify(Tile(0, rows, 0, columns), symmetric, device)
+        return self.classify(TileRange(0, rows, 0, columns), symmetric, device)
 
 
-def fill_diagonal(matrix: Tensor, tile: Tile, diagonal: int, value: float) -> None:
+def fill_diagonal(matrix: Tensor, tile: TileRange, diagonal: int, value: float) -> None:
     """Write value where j - i == diagonal, in the coordinates of the whole matrix, if that line crosses the tile."""
     if crosses(tile, diagonal):
         matrix.diagonal(diagonal - (tile.j0 - tile.i0)).fill_(value)
 
 
-def crosses(tile: Tile, diagonal: int) -> bool:
+def crosses(tile: TileRange, diagonal: int) -> bool:
     """Whether the line j - i == diagonal has a pair in the tile."""
     return tile.i0 + diagonal < tile.j1 and tile.j0 < tile.i1 + diagonal
 
 
-def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: Tile, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: TileRange, shape: tuple[int, int], device: torch.device) -> Tensor:
     if q_id is None:
         return torch.zeros(shape, dtype=torch.bool, device=device)
     rows, columns = q_id[tile.i0 : tile.i1], (q_id if k_id is None else k_id)[tile.j0 : tile.j1]

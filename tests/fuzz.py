@@ -136,7 +136,7 @@ def forward_rows() -> Arguments:
     given, rows, columns = tiles_of_cuda((64, 128, 320))
     (splits, per_split), in_tile = splits_of(columns), given["sizes"][9]
     count = new(splits, rows, dtype=INT) if in_tile else None
-    more = {"always": some(), "splits": splits, "per_split": per_split, "real": new(5 if in_tile else 2, splits, rows), "count": count}
+    more = {"always": some(), "splits": splits, "per_split": per_split, "sums": new(5 if in_tile else 2, splits, rows), "count": count}
     return given | more
 
 
@@ -158,8 +158,8 @@ def forward_both() -> Arguments:
 def retrieval() -> Arguments:
     given, rows, columns = tiles_of_cuda()
     splits, per_split = splits_of(columns)
-    real, whole = new(2, splits, rows), new(3, splits, rows, dtype=INT)
-    return given | {"bounds": new(2, rows), "splits": splits, "per_split": per_split, "real": real, "whole": whole}
+    largest, counts = new(2, splits, rows), new(3, splits, rows, dtype=INT)
+    return given | {"bounds": new(2, rows), "splits": splits, "per_split": per_split, "largest": largest, "counts": counts}
 
 
 def weights_of(given: Arguments) -> Arguments:
@@ -228,7 +228,7 @@ def statistics() -> Arguments:
     pairs = new(random.randint(0, rows)) if not in_tile else None
     ends = [0] if pairs is None else [random.randint(0, rows - len(pairs)) for _ in range(random.choice((1, 2)))]
     unshifted = new(3 if in_tile else 1, rows) if some() else None
-    given: Arguments = {"real": new(5 if in_tile else 2, splits, rows), "count": new(splits, rows, dtype=INT) if in_tile else None}
+    given: Arguments = {"sums": new(5 if in_tile else 2, splits, rows), "count": new(splits, rows, dtype=INT) if in_tile else None}
     given |= {"unshifted": unshifted, "unshifted_count": new(rows, dtype=INT) if in_tile and unshifted is not None else None}
     given |= {"pairs": pairs, "ends": ends, "bias": torch.tensor(1.0) if some() else None, "n_pos": new(rows, dtype=LONG)}
     return given | {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "lse_pos", "pos", "own_neg", "own_pos")}

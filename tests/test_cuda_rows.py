@@ -13,8 +13,8 @@ import torch
 from problems import PROBLEMS, Problem
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu import host, limits, rows
+from fastnce.backends._gpu import host, limits, rows, tiles
+from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.precision import EPS, LARGEST
 from fastnce.problem import Side, SideGrad
 from train_ref.truth import contract
@@ -50,8 +50,8 @@ def unaligned(x: Tensor) -> Tensor:
 
 def prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     count, columns = x.shape
-    padded = host.up(count, tiles.GPU_PADDED)
-    operand = x.new_empty((padded, limits.parts(x.dtype), tiles.gpu_depth(columns)), dtype=torch.float16)
+    padded = host.up(count, tiles.PADDED)
+    operand = x.new_empty((padded, limits.parts(x.dtype), tiles.padded_depth(columns)), dtype=torch.float16)
     factor, r = x.new_empty(padded, dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
     kernels().prepare(x, operand, factor, r, normalize)
     return operand, factor, r
@@ -233,7 +233,7 @@ def test_the_triton_backend_takes_them_too(p: Problem, monkeypatch: pytest.Monke
 
     from fastnce.backends.triton import launches
 
-    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(32, 32, depth, 1, 1))
+    monkeypatch.setattr(triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(32, 32, depth, 1, 1))
     names: list[str] = []
     launch = launches.launch
 

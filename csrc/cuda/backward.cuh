@@ -1,8 +1,8 @@
 // Weights of a tile of pairs, recomputed from its logits, and their products with the rows, by mma.sync.
 #pragma once
 
+#include "accumulate.cuh"
 #include "mma.cuh"
-#include "totals.cuh"
 
 namespace fastnce::cuda {
 
@@ -21,7 +21,7 @@ FASTNCE_DEVICE void prepare_columns(const Columns<BN>& columns, const W& weigher
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 backward_rows(const Problem p, const Grid grid, const Weights weights, const RowGradient out) {
-  static_assert(S::WHOLE && S::MT == 1);
+  static_assert(S::FITS && S::MT == 1);
   // Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. In
   // two parts only the sums of a tile are theirs.
   constexpr bool APART = S::PARTS == 2;
@@ -52,7 +52,7 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
               float g[2];
 #pragma unroll
               for (int e = 0; e < 2; ++e)
-                g[e] = c[0][nb + two][2 * h + e] * finite(columns.real(BETA, (nb + two) * 8 + fragment_column(lane, e)));
+                g[e] = c[0][nb + two][2 * h + e] * finite(columns.value(BETA, (nb + two) * 8 + fragment_column(lane, e)));
               halves(g[0], g[1], high[2 * two + h], low[2 * two + h]);
             }
         };
@@ -138,7 +138,7 @@ weights_block(const Problem p, const Weights weights, const Block out) {
           const int64_t to = static_cast<int64_t>(row) * out.pitch + (first - out.column0);
           if (out.for_rows)
             store_strip<S>(out.for_rows + to, out.pitch, c[mt],
-                           [&](int, int nb, int e) { return finite(columns.real(BETA, nb * 8 + fragment_column(lane, e))); });
+                           [&](int, int nb, int e) { return finite(columns.value(BETA, nb * 8 + fragment_column(lane, e))); });
           if (out.for_columns) {
             const float a[2] = {finite(p.a[rows[mt].i[0]]), finite(p.a[rows[mt].i[1]])};
             store_strip<S>(out.for_columns + to, out.pitch, c[mt], [&](int h, int, int) { return a[h]; });

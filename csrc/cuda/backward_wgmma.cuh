@@ -1,7 +1,7 @@
 // backward.cuh for sm_90a: while the products of one tile's weights with its rows are under way, the weights of the next are computed.
 #pragma once
 
-#include "totals.cuh"
+#include "accumulate.cuh"
 #include "wgmma_walk.cuh"
 
 namespace fastnce::cuda {
@@ -13,7 +13,7 @@ FASTNCE_DEVICE void to_operand(uint32_t (&g)[W::BN / 16][4], const Strip<W::NB>&
   for (int nb = 0; nb < W::NB; ++nb) {
     float beta[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) beta[e] = finite(columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)));
+    for (int e = 0; e < 2; ++e) beta[e] = finite(columns.value(BETA, nb * 8 + fragment_column(thread_index() % 32, e)));
 #pragma unroll
     for (int h = 0; h < 2; ++h) g[nb / 2][nb % 2 * 2 + h] = to_half2(w[nb][2 * h] * beta[0], w[nb][2 * h + 1] * beta[1]);
   }

@@ -1,21 +1,21 @@
 // Schemas, and checks of every argument. Schemas take what fastnce/backends/_gpu has prepared; results are written into tensors that it
 // made. No other unit includes torch.
 #include "call.h"
-#include "finalise.h"
 #include "index.h"
 #include "rows.h"
+#include "vectors.h"
 #include "wgmma_forms.h"
 
 namespace {
 
 // Named apart from the operators, which have the same names.
 namespace kernels = fastnce::cuda;
+using kernels::ElementType;
 using kernels::Grid;
 using kernels::Kernel;
 using kernels::Problem;
 using kernels::RawRows;
-using kernels::Real;
-using kernels::TileSize;
+using kernels::TileShape;
 using kernels::Weights;
 
 // ---------------------------------------------------------------- problems
@@ -102,7 +102,7 @@ Asked asked(const Call& call, Kernel kernel, PROBLEM_PARAMETERS) {
 }
 
 // The tile that a kernel takes for this problem.
-TileSize tile_of(Kernel kernel, const Problem& p, int family) {
+TileShape tile_of(Kernel kernel, const Problem& p, int family) {
   return kernels::tile_of(kernel, p.rules.by_content(), p.parts, p.depth, family == kernels::WGMMA ? 90 : 80);
 }
 
@@ -129,8 +129,8 @@ Kernel kernel_named(const std::string& name) {
 Integers tile(const std::string& kernel, const std::string& rules, int64_t parts, int64_t depth, int64_t architecture) {
   const bool content = rules == "ids" || rules == "mask";
   STD_TORCH_CHECK(content || rules == "index", "fastnce: rules must be index, ids or mask, got ", rules);
-  const TileSize size = kernels::tile_of(kernel_named(kernel), content, count_of(parts, 1, 3, "parts"),
-                                         count_of(depth, 0, MOST_ROWS, "depth"), count_of(architecture, 80, 1000, "architecture"));
+  const TileShape size = kernels::tile_of(kernel_named(kernel), content, count_of(parts, 1, 3, "parts"),
+                                          count_of(depth, 0, MOST_ROWS, "depth"), count_of(architecture, 80, 1000, "architecture"));
   return {size.rows, size.columns, size.family};
 }
 
@@ -145,16 +145,16 @@ bool runs_on(int64_t device) {
 
 // ---------------------------------------------------------------- tiles
 
-void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& real, const Optional& count) {
+void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& sums, const Optional& count) {
   const Call call(x);
   const Asked of = asked(call, Kernel::FORWARD_ROWS, PROBLEM);
   const Problem& p = of.problem;
   const Grid grid = grid_of(Kernel::FORWARD_ROWS, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
-  const kernels::RowSums out{call.data<float>(real, (p.rules.in_tile ? 5 : 2) * each, "real"), call.data<int>(count, each, "count"),
+  const kernels::RowSums out{call.data<float>(sums, (p.rules.in_tile ? 5 : 2) * each, "sums"), call.data<int>(count, each, "count"),
                              always};
   STD_TORCH_CHECK(!p.rules.in_tile || count, "fastnce: positives in the tiles must have a count");
-  Memory().reads(PROBLEM_TENSORS).writes(real, count).check();
+  Memory().reads(PROBLEM_TENSORS).writes(sums, count).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::forward_rows(p, grid, out, of.family, stream); });
 }
 
@@ -179,15 +179,15 @@ void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t pe
   if (rows > 0 && columns > 0) call.run([&](Stream stream) { kernels::forward_both(p, grid, out, of.family, stream); });
 }
 
-void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
+void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t per_split, const Tensor& largest, const Tensor& counts) {
   const Call call(x);
   const Asked of = asked(call, Kernel::RETRIEVAL, PROBLEM);
   const Problem& p = of.problem;
   const Grid grid = grid_of(Kernel::RETRIEVAL, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
-  const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"), call.data<float>(real, 2 * each, "real"),
-                               call.data<int>(whole, 3 * each, "whole")};
-  Memory().reads(PROBLEM_TENSORS, bounds).writes(real, whole).check();
+  const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"),
+                               call.data<float>(largest, 2 * each, "largest"), call.data<int>(counts, 3 * each, "counts")};
+  Memory().reads(PROBLEM_TENSORS, bounds).writes(largest, counts).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::retrieval(p, grid, out, stream); });
 }
 
@@ -230,7 +230,7 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
   out.down = count_of(down, 0, MOST_ROWS, "down");
   out.across = count_of(across, 0, MOST_ROWS, "across");
   out.pitch = count_of(pitch, 0, MOST_ROWS, "pitch");
-  const TileSize tile = tile_of(Kernel::WEIGHTS_BLOCK, p, kernels::MMA);
+  const TileShape tile = tile_of(Kernel::WEIGHTS_BLOCK, p, kernels::MMA);
   const int64_t height = down * tile.rows, width = across * tile.columns;
   STD_TORCH_CHECK(row0 + height <= p.row_padded && column0 + width <= p.column_padded && height <= pitch && width <= pitch,
                   "fastnce: ", down, " x ", across, " tiles of ", tile.rows, " x ", tile.columns, " from (", row0, ", ", column0,
@@ -244,12 +244,12 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
 
 // ---------------------------------------------------------------- single rows
 
-Real real_of(const Tensor& x, const char* name) {
+ElementType element_type_of(const Tensor& x, const char* name) {
   const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Half) return Real::HALF;
-  if (type == ScalarType::BFloat16) return Real::BFLOAT16;
+  if (type == ScalarType::Half) return ElementType::HALF;
+  if (type == ScalarType::BFloat16) return ElementType::BFLOAT16;
   STD_TORCH_CHECK(type == ScalarType::Float, "fastnce: ", name, " must be float32, float16 or bfloat16, got ", name_of(type));
-  return Real::FLOAT;
+  return ElementType::FLOAT;
 }
 
 // Of what need not be contiguous.
@@ -263,7 +263,8 @@ RawRows raw_rows(const Call& call, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "fastnce: ", name, " must have neighbours of a row next to each other");
   call.check(x, name);
   check_element(x, name);
-  return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name), real_of(x, name)};
+  return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name),
+          element_type_of(x, name)};
 }
 
 // Both sides of a product.
@@ -337,16 +338,16 @@ void finish(const Tensor& dx, const Tensor& x, const Tensor& y, const Tensor& r_
 
 // ---------------------------------------------------------------- vectors
 
-void statistics(const Tensor& real, const Optional& count, const Optional& unshifted, const Optional& unshifted_count,
+void statistics(const Tensor& sums, const Optional& count, const Optional& unshifted, const Optional& unshifted_count,
                 const Optional& pairs, const Integers& ends, const Optional& bias, const Tensor& lse_neg, const Tensor& lse_pos,
                 const Tensor& pos, const Tensor& n_pos, const Tensor& own_neg, const Tensor& own_pos) {
-  const Call call(real);
-  STD_TORCH_CHECK(real.dim() == 3 && (real.size(0) == 2 || real.size(0) == 5), "fastnce: real must be (2 or 5, splits, rows)");
+  const Call call(sums);
+  STD_TORCH_CHECK(sums.dim() == 3 && (sums.size(0) == 2 || sums.size(0) == 5), "fastnce: sums must be (2 or 5, splits, rows)");
   kernels::Statistics s{};
-  s.in_tile = real.size(0) == 5;
-  s.splits = count_of(real.size(1), 1, MOST_ROWS, "splits");
-  s.rows = count_of(real.size(2), 0, MOST_ROWS, "rows");
-  s.real = call.data<float>(real, real.numel(), "real");
+  s.in_tile = sums.size(0) == 5;
+  s.splits = count_of(sums.size(1), 1, MOST_ROWS, "splits");
+  s.rows = count_of(sums.size(2), 0, MOST_ROWS, "rows");
+  s.sums = call.data<float>(sums, sums.numel(), "sums");
   s.count = call.data<int>(count, int64_t{s.splits} * s.rows, "count");
   s.unshifted = call.data<float>(unshifted, (s.in_tile ? 3 : 1) * int64_t{s.rows}, "unshifted");
   s.unshifted_count = call.data<int>(unshifted_count, s.rows, "unshifted_count");
@@ -365,7 +366,7 @@ void statistics(const Tensor& real, const Optional& count, const Optional& unshi
   s.n_pos = call.data<int64_t>(n_pos, s.rows, "n_pos");
   s.own_neg = call.data<double>(own_neg, s.rows, "own_neg");
   s.own_pos = call.data<double>(own_pos, s.rows, "own_pos");
-  Memory().reads(real, count, unshifted, unshifted_count, pairs, bias).writes(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos).check();
+  Memory().reads(sums, count, unshifted, unshifted_count, pairs, bias).writes(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos).check();
   if (s.rows > 0) call.run([&](Stream stream) { kernels::statistics(s, stream); });
 }
 
@@ -447,11 +448,11 @@ STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
   m.def(
       "finish(Tensor dx, Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor pair, Tensor scale, Tensor lift, int up, int down, "
       "bool normalize, Tensor(a!) out) -> ()");
-  m.def("forward_rows(" PROBLEM_SCHEMA ", bool always, int splits, int per_split, Tensor(a!) real, Tensor(b!)? count) -> ()");
+  m.def("forward_rows(" PROBLEM_SCHEMA ", bool always, int splits, int per_split, Tensor(a!) sums, Tensor(b!)? count) -> ()");
   m.def("forward_both(" PROBLEM_SCHEMA
         ", bool symmetric, int splits, int per_split, Tensor(a!) row_sum, Tensor(b!)? row_count, "
         "Tensor(c!) column_sum, Tensor(d!)? column_count) -> ()");
-  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor bounds, int splits, int per_split, Tensor(a!) real, Tensor(b!) whole) -> ()");
+  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor bounds, int splits, int per_split, Tensor(a!) largest, Tensor(b!) counts) -> ()");
   m.def("backward_rows(" PROBLEM_SCHEMA
         ", Tensor row, Tensor column, Tensor center, bool of_rows, bool of_columns, int splits, "
         "int per_split, Tensor(a!) dx, Tensor(b!)? moment) -> ()");
@@ -459,7 +460,7 @@ STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
         ", Tensor row, Tensor column, Tensor center, bool of_columns, int row0, int column0, int down, "
         "int across, int pitch, Tensor(a!)? for_rows, Tensor(b!)? for_columns, Tensor(c!)? moment) -> ()");
   m.def(
-      "statistics(Tensor real, Tensor? count, Tensor? unshifted, Tensor? unshifted_count, Tensor? pairs, int[] ends, Tensor? bias, "
+      "statistics(Tensor sums, Tensor? count, Tensor? unshifted, Tensor? unshifted_count, Tensor? pairs, int[] ends, Tensor? bias, "
       "Tensor(a!) lse_neg, Tensor(b!) lse_pos, Tensor(c!) pos, Tensor(d!) n_pos, Tensor(e!) own_neg, Tensor(f!) own_pos) -> ()");
   m.def(
       "coefficients(Tensor[] grads, Tensor[] stats, Tensor[] factors, Tensor? bias, Tensor? pair_t, int[] pair_ends, bool in_tile, "

@@ -7,7 +7,7 @@
 namespace fastnce::cuda {
 
 // Whether rows of the operand fit into shared memory whole; weights_block reads all of them in chunks.
-constexpr bool whole(Kernel kernel, int parts, int depth) {
+constexpr bool fits(Kernel kernel, int parts, int depth) {
   return kernel != Kernel::WEIGHTS_BLOCK && depth * parts <= 256 && (depth == 64 || depth == 128 || depth == 256);
 }
 
@@ -31,7 +31,7 @@ using Form = Shape<DEPTH, PARTS, strips(KERNEL, CONTENT, PARTS, DEPTH), columns(
 // run(Form{}, content) for the form of this problem.
 template <Kernel KERNEL, bool CONTENT, class Run>
 void with_form(const Problem& p, const Run& run) {
-  if (!whole(KERNEL, p.parts, p.depth)) {
+  if (!fits(KERNEL, p.parts, p.depth)) {
     if constexpr (KERNEL != Kernel::BACKWARD_ROWS) {
       p.parts == 1 ? run(Form<KERNEL, CONTENT, 0, 1>{}) : run(Form<KERNEL, CONTENT, 0, 2>{});
       return;

@@ -5,7 +5,7 @@
 // time.
 #pragma once
 
-#include "totals.cuh"
+#include "accumulate.cuh"
 #include "wgmma_walk.cuh"
 
 namespace fastnce::cuda {
@@ -85,7 +85,7 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
   take_registers<CONSUMER_REGISTERS>();
   const float largest = valid(p.scale) * LOG2E;
   const Rows rows = Rows::load(p, i0 + consumer_row(warp), 1.0f);
-  RowTotals totals[2];
+  RowAccumulator accumulator[2];
   consume(
       walk, [&](int n) { walk.vectors().wait_full(n); },
       [&](int n, Strip<W::NB>& c, auto plain) {
@@ -93,17 +93,17 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
         to_logits<W::NB, false>(c, rows, columns, largest);
         if constexpr (plain.value) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) totals[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });
+          for (int h = 0; h < 2; ++h) accumulator[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });
         } else {
           const Kinds kinds = classify<W::NB, W::CONTENT>(r, rows, column_of(n), columns);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) totals[h].template add<W::NB>(c, h, kinds);
+          for (int h = 0; h < 2; ++h) accumulator[h].template add<W::NB>(c, h, kinds);
         }
         walk.vectors().release(n);
-        return totals[0].negative.total + totals[1].negative.total;
+        return accumulator[0].negative.total + accumulator[1].negative.total;
       });
 #pragma unroll
-  for (int h = 0; h < 2; ++h) totals[h].template store<W::CONTENT>(r, grid, out, split, rows.i[h]);
+  for (int h = 0; h < 2; ++h) accumulator[h].template store<W::CONTENT>(r, grid, out, split, rows.i[h]);
 }
 
 template <class W>
@@ -143,7 +143,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
   }
   take_registers<CONSUMER_REGISTERS>();
   const Rows rows = Rows::load(p, i0 + consumer_row(warp), valid(p.scale) * LOG2E);
-  BothTotals totals;
+  BothAccumulator accumulator;
   consume(
       walk,
       [&](int n) {
@@ -156,7 +156,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
         const auto at = [&](int which, int column) -> float& { return walk.sum(n, which, warp - PRODUCER_WARPS, column); };
         if constexpr (plain.value) {
           float by_column[2 * W::NB] = {};
-          totals.add<W::NB>(c, [](int, int) { return true; }, by_column);
+          accumulator.add<W::NB>(c, [](int, int) { return true; }, by_column);
           store_columns<W::NB>(by_column, [&](int column) -> float& { return at(0, column); });
         } else {
           // Half of the columns at a time: what is known of all of them would not fit into the registers.
@@ -167,17 +167,17 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
             Strip<HALF>& t = reinterpret_cast<Strip<HALF>&>(c[half * HALF]);
             const Kinds kinds = classify<HALF, W::CONTENT>(r, rows, column_of(n) + from, Columns<W::BN>{columns.at + from});
             float sums[2 * HALF] = {};
-            totals.add<HALF>(t, [&](int h, int k) { return has(kinds.negative[h], k); }, sums);
+            accumulator.add<HALF>(t, [&](int h, int k) { return has(kinds.negative[h], k); }, sums);
             store_columns<HALF>(sums, [&](int column) -> float& { return at(0, from + column); });
             if constexpr (W::CONTENT)
-              totals.add_positives<HALF>(t, kinds, [&](int which, int column) -> float& { return at(which, from + column); });
+              accumulator.add_positives<HALF>(t, kinds, [&](int which, int column) -> float& { return at(which, from + column); });
           }
         }
         walk.vectors().release(n);
         walk.sums().fill(n);
-        return totals.total[0] + totals.total[1];
+        return accumulator.total[0] + accumulator.total[1];
       });
-  totals.template store<W::CONTENT>(r, out, rows);
+  accumulator.template store<W::CONTENT>(r, out, rows);
 }
 
 }  // namespace fastnce::cuda

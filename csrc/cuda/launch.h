@@ -13,12 +13,12 @@ enum class Kernel { FORWARD_ROWS, FORWARD_BOTH, RETRIEVAL, BACKWARD_ROWS, WEIGHT
 enum Family { MMA = 0, WGMMA = 1 };
 
 // Rows and columns of the tile that a kernel walks in, and which family of kernels that is.
-struct TileSize {
+struct TileShape {
   int rows, columns, family;
 };
 
 // depth: of the operand, 0 where rows do not fit into shared memory whole. by_content: labels, exclude ids or a mask are looked at.
-TileSize tile_of(Kernel kernel, bool by_content, int parts, int depth, int architecture);
+TileShape tile_of(Kernel kernel, bool by_content, int parts, int depth, int architecture);
 
 // All throw std::runtime_error with CUDA's own words where a launch fails.
 void forward_rows(const Problem&, const Grid&, const RowSums&, int family, Stream);

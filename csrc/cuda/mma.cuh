@@ -1,6 +1,6 @@
 // Tiles by mma.sync, for every GPU from sm_80 on: a block of four warps holds BM rows of x~ and walks over the columns, BN at a time, two
-// stages of which are in shared memory. A stage is a whole row of y~ where it fits (WHOLE), and x~ then stays; of longer rows it is a chunk
-// of both.
+// stages of which are in shared memory. A stage is a whole row of y~ where it fits , S::FITS, and x~ then stays; of longer rows it is a
+// chunk of both.
 #pragma once
 
 #include "tile.cuh"
@@ -14,8 +14,8 @@ constexpr int WARPS = THREADS / 32;
 template <int DEPTH_, int PARTS_, int MT_, int BN_>
 struct Shape {
   static constexpr int DEPTH = DEPTH_, PARTS = PARTS_, MT = MT_;
-  static constexpr bool WHOLE = DEPTH > 0;
-  static constexpr int CHUNK = WHOLE ? DEPTH : GROUP;
+  static constexpr bool FITS = DEPTH > 0;
+  static constexpr int CHUNK = FITS ? DEPTH : GROUP;
   static constexpr int BM = 16 * WARPS * MT, BN = BN_, NB = BN / 8;
   static constexpr int X_BYTES = BM * CHUNK * PARTS * 2, Y_BYTES = BN * CHUNK * PARTS * 2;
 };
@@ -23,7 +23,7 @@ struct Shape {
 template <class S, int FIELDS>
 struct Shared {
   static constexpr int STAGES = 2;
-  static constexpr int X_STAGES = S::WHOLE ? 1 : STAGES;
+  static constexpr int X_STAGES = S::FITS ? 1 : STAGES;
   static constexpr int COLUMNS = FIELDS * S::BN;  // floats
   static constexpr int BYTES = X_STAGES * S::X_BYTES + STAGES * (S::Y_BYTES + 4 * COLUMNS);
 
@@ -107,11 +107,11 @@ template <class S, int FIELDS, class ColumnOf, class Body, class After>
 FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vectors, char* memory, int i0, int count,
                                   const ColumnOf& column_of, const Body& body, const After& after) {
   const Shared<S, FIELDS> shared{memory};
-  const int chunks = S::WHOLE ? 1 : p.depth / S::CHUNK, depth = S::WHOLE ? S::DEPTH : p.depth, stages = count * chunks;
+  const int chunks = S::FITS ? 1 : p.depth / S::CHUNK, depth = S::FITS ? S::DEPTH : p.depth, stages = count * chunks;
   if (stages == 0) return;
   const auto load = [&](int stage) {
     const int tile = stage / chunks, chunk = stage % chunks, j0 = column_of(tile);
-    if (!S::WHOLE || stage == 0) load_rows<S::BM, S::CHUNK, S::PARTS>(shared.x(stage), p.x, i0, chunk * S::CHUNK, depth);
+    if (!S::FITS || stage == 0) load_rows<S::BM, S::CHUNK, S::PARTS>(shared.x(stage), p.x, i0, chunk * S::CHUNK, depth);
     load_rows<S::BN, S::CHUNK, S::PARTS>(shared.y(stage), p.y, j0, chunk * S::CHUNK, depth);
     if (chunk == 0) load_columns<S::BN>(shared.columns(tile), vectors, j0);
     copy_commit();
@@ -126,7 +126,7 @@ FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vecto
       copy_wait<0>();
     }
     sync_block();
-    if constexpr (S::WHOLE) {
+    if constexpr (S::FITS) {
       multiply<S>(c, shared.x(stage), shared.y(stage));
     } else {
       // Tensor cores round every sum towards zero: of two rows that are alike, in two parts, they take some 2^-28 D, which at a thousand

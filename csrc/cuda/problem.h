@@ -41,7 +41,7 @@ struct Grid {
 
 // (2 or 5, splits, rows): top and total of the negatives; in_tile: of the positives, and their sum of t.   count: (splits, rows)
 struct RowSums {
-  float* real;
+  float* sums;
   int* count;
   bool always;  // otherwise only where forward_both must not run
 };
@@ -57,8 +57,8 @@ struct BothSums {
 
 struct Retrieval {
   const float* bounds;  // (2, rows): low, high; neither is nan
-  float* real;          // (2, splits, rows): largest t of the negatives, of the positives
-  int* whole;           // (3, splits, rows): negatives unless t <= high, and with low <= t <= high; column of the largest negative
+  float* largest;       // (2, splits, rows): largest t of the negatives, of the positives
+  int* counts;          // (3, splits, rows): negatives unless t <= high, and with low <= t <= high; column of the largest negative
 };
 
 // w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive, and the same of column j.

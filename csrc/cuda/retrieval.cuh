@@ -80,11 +80,11 @@ retrieval(const Problem p, const Grid grid, const Retrieval out) {
       row.merge_quad();
       if (!first_of_quad() || rows[mt].i[h] >= r.rows) continue;
       const int64_t at = static_cast<int64_t>(split) * r.rows + rows[mt].i[h];
-      out.real[at] = row.best;
-      out.real[at + field] = row.best_pos;
-      out.whole[at] = row.above;
-      out.whole[at + field] = row.ties;
-      out.whole[at + 2 * field] = row.where;
+      out.largest[at] = row.best;
+      out.largest[at + field] = row.best_pos;
+      out.counts[at] = row.above;
+      out.counts[at + field] = row.ties;
+      out.counts[at + 2 * field] = row.where;
     }
 }
 

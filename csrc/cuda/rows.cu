@@ -5,8 +5,8 @@ namespace fastnce::cuda {
 
 // run(T{}) for the type of the rows.
 template <class Run>
-static void with_type(Real type, const Run& run) {
-  type == Real::FLOAT ? run(float{}) : type == Real::HALF ? run(Half{}) : run(BFloat16{});
+static void with_type(ElementType type, const Run& run) {
+  type == ElementType::FLOAT ? run(float{}) : type == ElementType::HALF ? run(Half{}) : run(BFloat16{});
 }
 
 #ifndef FASTNCE_EMULATED

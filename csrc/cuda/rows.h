@@ -5,14 +5,14 @@
 
 namespace fastnce::cuda {
 
-enum class Real { FLOAT, HALF, BFLOAT16 };
+enum class ElementType { FLOAT, HALF, BFLOAT16 };
 
 // Rows as the caller has them: neighbours in a row are neighbours in memory, rows are `stride` elements apart.
 struct RawRows {
   const void* data;
   int64_t stride;
   int rows, columns;
-  Real type;
+  ElementType type;
 };
 
 // What prepare makes of them, for the tiles and for the other two.

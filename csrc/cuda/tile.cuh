@@ -39,7 +39,7 @@ struct Columns {
   float* at;
 
   FASTNCE_DEVICE float* field(Field f) const { return at + f * BN; }
-  FASTNCE_DEVICE float real(Field f, int column) const { return at[f * BN + column]; }
+  FASTNCE_DEVICE float value(Field f, int column) const { return at[f * BN + column]; }
   FASTNCE_DEVICE int id(Field f, int column) const { return reinterpret_cast<const int*>(at)[f * BN + column]; }
 };
 
@@ -165,7 +165,7 @@ FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& col
   for (int nb = 0; nb < NB; ++nb)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float beta = columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), alpha = rows.alpha[e / 2];
+      const float beta = columns.value(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), alpha = rows.alpha[e / 2];
       s[nb][e] = QUICK ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
     }
 }
@@ -249,9 +249,9 @@ FASTNCE_DEVICE Coefficients row_coefficients(const float* vectors, int64_t padde
 
 template <class Columns>
 FASTNCE_DEVICE Coefficients column_coefficients(const Columns& columns, int column, bool in_tile) {
-  if (!in_tile) return {columns.real(BASE, column), columns.real(FACTOR, column), 0.0f, 0.0f, 0.0f};
-  return {columns.real(BASE, column), columns.real(FACTOR, column), columns.real(BASE_POS, column), columns.real(FACTOR_POS, column),
-          columns.real(SHARE, column)};
+  if (!in_tile) return {columns.value(BASE, column), columns.value(FACTOR, column), 0.0f, 0.0f, 0.0f};
+  return {columns.value(BASE, column), columns.value(FACTOR, column), columns.value(BASE_POS, column), columns.value(FACTOR_POS, column),
+          columns.value(SHARE, column)};
 }
 
 FASTNCE_DEVICE float one_side(float t, const Coefficients& of, bool positive) {
@@ -312,7 +312,7 @@ struct Weigher {
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, at = nb * 8 + fragment_column(thread_index() % 32, e);
         const bool positive = CONTENT && has(kinds.positive[h], 2 * nb + e % 2);
-        const float beta = columns.real(BETA, at);
+        const float beta = columns.value(BETA, at);
         const float alpha = rows.alpha[h];
         const float t = PARTS == 1 && ONE_EXPONENTIAL ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
         Coefficients column{};

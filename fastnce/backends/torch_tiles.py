@@ -23,7 +23,7 @@ from fastnce.backends._tiled.gemm import product
 from fastnce.backends._tiled.gradients import Parts, Weights
 from fastnce.backends._tiled.operands import Work
 from fastnce.backends._tiled.sums import LogSum, Sums
-from fastnce.pairs import Tile, fill_diagonal
+from fastnce.pairs import TileRange, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_TILE
 
@@ -83,12 +83,12 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     return parts.result()
 
 
-def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[Tile, Tensor]]:
+def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[TileRange, Tensor]]:
     """positives: only tiles in which some pair may be one."""
     rows, columns, symmetric = len(work.x), len(work.y), work.problem.symmetric
     for i in range(0, rows, CPU_TILE):
         for j in range(i if symmetric else 0, columns, CPU_TILE):
-            tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
+            tile = TileRange(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
             if not positives or work.problem.pairs.may_be_positive(tile, symmetric):
                 yield tile, _logits(work.problem, work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
 
@@ -115,7 +115,7 @@ class _Classes(NamedTuple):
             self.positive.exp2_()
 
 
-def _classify(work: Work, tile: Tile, t: Tensor) -> _Classes:
+def _classify(work: Work, tile: TileRange, t: Tensor) -> _Classes:
     pairs, symmetric = work.problem.pairs, work.problem.symmetric
     if not work.in_tile and pairs.q_exclude is None:
         for diagonal in sum(pairs.diagonals(symmetric), []):
@@ -139,7 +139,7 @@ class _View(NamedTuple):
         return matrix.T if self.flip else matrix
 
 
-def _views(problem: Problem, tile: Tile) -> list[_View]:
+def _views(problem: Problem, tile: TileRange) -> list[_View]:
     i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
     views = [_View(0, False, i, j)]
     if problem.two_sided:
@@ -162,7 +162,7 @@ def _find_best_positives(work: Work, sums: list[Sums]) -> None:
         side.compare()
 
 
-def _see_aligned(work: Work, sums: list[Sums], tile: Tile, t: Tensor) -> None:
+def _see_aligned(work: Work, sums: list[Sums], tile: TileRange, t: Tensor) -> None:
     """The logits of the aligned pairs that lie in this tile; where k is q, of those with j above i."""
     i, j = work.aligned()
     offset = j.start - i.start

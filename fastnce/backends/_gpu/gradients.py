@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import tiles
+from fastnce.backends._gpu import tiles
 from fastnce.backends._gpu.host import NONE, View, Work
 from fastnce.backends._gpu.rows import Coefficients, coefficients, on_device, row_kernels, scalar_gradients
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
@@ -24,7 +24,7 @@ def backward(problem: Problem, kernels: ModuleType, grads: list[SideGrad], stats
         if output:
             found = _from_output(run, grads[0], stats[0])
         elif wanted.q or wanted.k or wanted.scale:
-            found = _whole(run) if work.whole else _blocked(run)
+            found = _in_tiles(run) if work.fits else _in_blocks(run)
         dscale = dbias = None
         if wanted.scale or wanted.bias:
             dscale, dbias = scalar_gradients(run.weights.scalars, found.about, found.divide, problem.scale)
@@ -53,7 +53,7 @@ class _Found(NamedTuple):
     divide: float
 
 
-def _whole(run: _Run) -> _Found:
+def _in_tiles(run: _Run) -> _Found:
     """Rows that fit into a tile: one pass over the logits per gradient, sums in registers."""
     work, wanted = run.work, run.wanted
     problem = work.problem
@@ -82,12 +82,12 @@ def _pass(run: _Run, view: View, row: Tensor, column: Tensor, rows: bool, column
     return dx, about
 
 
-def _blocked(run: _Run) -> _Found:
+def _in_blocks(run: _Run) -> _Found:
     """Long rows: weights of one block of pairs at a time in a fixed workspace, then plain matrix products, in a fixed order."""
     work, wanted = run.work, run.wanted
     problem = work.problem
     view = View(work, work.x, work.y, False)
-    tile, block = view.tile("block"), tiles.GPU_BLOCK
+    tile, block = view.tile("block"), tiles.BLOCK
     x, y, symmetric = work.x, work.y, problem.symmetric
     new, (_, parts, depth) = x.raw.new_zeros, x.tiles.shape
     row, column = run.weights.vectors[0], run.weights.vectors[-1]
@@ -123,13 +123,13 @@ def _blocked(run: _Run) -> _Found:
 def _accumulate(out: Tensor, w: Tensor, rows: Tensor) -> None:
     """out += w rows; (parts, m, n) by (n, parts, depth). The product of the two low halves is below float32's rounding.
 
-    In two parts tensor cores sum GPU_SUM columns at a time: they round towards zero, which over thousands is more than float32 may lose.
+    In two parts tensor cores sum tiles.SUM columns at a time: they round towards zero, which over thousands is more than float32 may lose.
     """
     if len(w) == 2:
         out += _product(w[1], rows[:, 0])
         out += _product(w[0], rows[:, 1])
     columns = w.shape[2]
-    step = columns if len(w) == 1 else tiles.GPU_SUM
+    step = columns if len(w) == 1 else tiles.SUM
     for n in range(0, columns, step):
         out += _product(w[0, :, n : n + step], rows[n : n + step, 0])
 

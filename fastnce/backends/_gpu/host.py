@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu import limits
+from fastnce.backends._gpu import limits, tiles
 from fastnce.backends._gpu.rows import row_kernels
 from fastnce.problem import Problem
 
@@ -51,7 +50,7 @@ class Operand(NamedTuple):
         raw = x if x.stride(1) == 1 else x.contiguous()
         count, columns = raw.shape
         parts = limits.parts(x.dtype)
-        depth, padded = tiles.gpu_depth(columns), up(count, tiles.GPU_PADDED)
+        depth, padded = tiles.padded_depth(columns), up(count, tiles.PADDED)
         operand = raw.new_empty((padded, parts, depth), dtype=torch.float16)
         factor, r = (raw.new_empty(length, dtype=torch.float32) for length in (padded, count))
         row_kernels(kernels, raw).prepare(raw, operand, factor, r, normalize)
@@ -90,8 +89,8 @@ class Work(NamedTuple):
         return Work(problem, kernels, x, x, (None, None), (None, None), problem.scale, False)
 
     @property
-    def whole(self) -> bool:
-        return limits.whole(self.problem)
+    def fits(self) -> bool:
+        return limits.fits(self.problem)
 
     def views(self) -> list[View]:
         """The rows, and where two_sided the columns: the same problem with the sides exchanged."""
@@ -103,11 +102,11 @@ class Work(NamedTuple):
         return (slice(0, 0), slice(0, 0)) if self.in_tile else self.problem.pairs.aligned(self.x.rows, self.y.rows)
 
 
-class Sums(NamedTuple):
-    """Unshifted sums of the tiles per row."""
+class UnshiftedSums(NamedTuple):
+    """Sums of the tiles per row, without a running maximum: see forward_both in triton/kernels.py."""
 
-    real: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
-    n_pos: Tensor | None
+    sums: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
+    n_pos: Tensor | None  # (rows,)
 
 
 class Walk(NamedTuple):
@@ -156,7 +155,7 @@ class View(NamedTuple):
         if half:
             steps = steps // 2 + 1
         blocks = -(-self.x.rows // tile.rows)
-        wanted = -(-tiles.GPU_PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
+        wanted = -(-tiles.PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
         per_split = -(-steps // max(1, min(wanted, steps)))
         return Walk(tile, blocks, max(1, -(-steps // max(per_split, 1))), per_split)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastnce import tiles
+from fastnce.backends._gpu import tiles
 from fastnce.problem import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +42,6 @@ def parts(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
 
 
-def whole(problem: Problem) -> bool:
-    """Whether a row fits into a tile."""
-    return tiles.gpu_depth(problem.q.shape[1]) * parts(problem.q.dtype) <= tiles.GPU_WHOLE
+def fits(problem: Problem) -> bool:
+    """Whether a tile holds whole rows."""
+    return tiles.held_depth(parts(problem.q.dtype), tiles.padded_depth(problem.q.shape[1])) > 0

@@ -49,7 +49,7 @@ def row_kernels(kernels: Any, x: Tensor) -> Any:
 
 
 def close(
-    real: Tensor,
+    sums: Tensor,
     count: Tensor | None,
     unshifted: Tensor | None,
     unshifted_count: Tensor | None,
@@ -59,26 +59,26 @@ def close(
 ) -> Side:
     """Statistics of the rows from what the tiles left.
 
-    real, unshifted   (2 or 5, splits, rows), (1 or 3, rows) or None: see forward_rows and forward_both in triton/kernels.py
+    sums, unshifted   (2 or 5, splits, rows), (1 or 3, rows) or None: see forward_rows and forward_both in triton/kernels.py
     count             (splits, rows), unshifted_count (rows,): number of positives; where they are kept out of the tiles None, and
     pairs             (pairs,) t of the aligned pairs, of which each of `ends` says in which rows they are
     """
-    rows = real.shape[2]
-    if compiled(real):
-        lse_neg, lse_pos, pos, own_neg, own_pos = (real.new_empty(rows, dtype=torch.float64) for _ in range(5))
-        n_pos = real.new_empty(rows, dtype=torch.int64)
-        given = (real, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
+    rows = sums.shape[2]
+    if compiled(sums):
+        lse_neg, lse_pos, pos, own_neg, own_pos = (sums.new_empty(rows, dtype=torch.float64) for _ in range(5))
+        n_pos = sums.new_empty(rows, dtype=torch.int64)
+        given = (sums, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
         torch.ops.fastnce_cuda.statistics(*given, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
         return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
-    own_neg = _log_sum(real[0], real[1], None if unshifted is None else unshifted[0])
+    own_neg = _log_sum(sums[0], sums[1], None if unshifted is None else unshifted[0])
     lse_neg = nats(own_neg, bias)
     if pairs is not None:
         pos, n_pos = _at_ends(rows, ends, pairs)
         own_pos = pos
     else:
         assert count is not None
-        own_pos = _log_sum(real[2], real[3], None if unshifted is None else unshifted[1])
-        pos, n_pos = real[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
+        own_pos = _log_sum(sums[2], sums[3], None if unshifted is None else unshifted[1])
+        pos, n_pos = sums[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
         if unshifted is not None:
             assert unshifted_count is not None
             pos, n_pos = pos + unshifted[2], n_pos + unshifted_count

@@ -188,14 +188,14 @@ def _running(u, alpha, top, total):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_rows(
-    X, Y, A, B, scale, bound, real, count, out, moment, lift,
+    X, Y, A, B, scale, bound, sums, count, out, moment, lift,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, row_padded, splits, per_split, always,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Row statistics with a running maximum, in any range; unless `always`, only where the unshifted kernel must not run.
 
-    real   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
+    sums   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
     count  (splits, rows) int32: number of positives, IN_TILE only
     out    (splits, padded rows, DP) or None: lift sum_j 2^(t - top) beta_j y~_j, and moment (splits, rows): sum_j 2^(t - top) t
     """
@@ -247,7 +247,7 @@ def forward_rows(
             mean = mean * shrink + tl.sum(tl.where(e > 0.0, e * u, 0.0), 1) * alpha
     inside = i < rows
     field = splits.to(tl.int64) * rows
-    place = real + split.to(tl.int64) * rows + i
+    place = sums + split.to(tl.int64) * rows + i
     tl.store(place, top, mask=inside)
     tl.store(place + field, total, mask=inside)
     if IN_TILE:
@@ -340,7 +340,7 @@ def forward_both(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def retrieval(
-    X, Y, A, B, scale, bounds, real, whole,
+    X, Y, A, B, scale, bounds, largest, counts,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, splits, per_split,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -348,8 +348,8 @@ def retrieval(
     """What ranks are made of. nan is none of the largest, and not <= a bound.
 
     bounds (2, rows): low, high; neither is nan
-    real   (2, splits, rows): largest t of the negatives, of the positives
-    whole  (3, splits, rows) int32: number of negatives unless t <= high, and with low <= t <= high; column of the largest negative
+    largest   (2, splits, rows): largest t of the negatives, of the positives
+    counts  (3, splits, rows) int32: number of negatives unless t <= high, and with low <= t <= high; column of the largest negative
     """
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -387,8 +387,8 @@ def retrieval(
         best = tl.maximum(best, highest)
     place = split.to(tl.int64) * rows + i
     field = splits.to(tl.int64) * rows
-    tl.store(real + place, best, mask=inside)
-    tl.store(real + field + place, best_pos, mask=inside)
-    tl.store(whole + place, above, mask=inside)
-    tl.store(whole + field + place, ties, mask=inside)
-    tl.store(whole + 2 * field + place, where, mask=inside)
+    tl.store(largest + place, best, mask=inside)
+    tl.store(largest + field + place, best_pos, mask=inside)
+    tl.store(counts + place, above, mask=inside)
+    tl.store(counts + field + place, ties, mask=inside)
+    tl.store(counts + 2 * field + place, where, mask=inside)

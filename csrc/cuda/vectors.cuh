@@ -8,8 +8,8 @@
 #include <cfloat>
 #include <cmath>
 
-#include "finalise.h"
 #include "tile.cuh"
+#include "vectors.h"
 
 namespace fastnce::cuda {
 
@@ -40,16 +40,16 @@ FASTNCE_KERNEL(VECTOR_THREADS, 1) statistics_kernel(const __grid_constant__ Stat
   const int i = block_index() * VECTOR_THREADS + thread_index();
   if (i >= s.rows) return;
   const int64_t step = s.rows, field = s.splits * step;
-  const float* real = s.real + i;
+  const float* sums = s.sums + i;
   const double bias = s.bias ? *s.bias : 0.0;
   const auto unshifted = [&](int which) { return s.unshifted ? s.unshifted + which * step + i : nullptr; };
-  const double own_neg = log_sum(real, real + field, step, s.splits, unshifted(0));
+  const double own_neg = log_sum(sums, sums + field, step, s.splits, unshifted(0));
   double own_pos = 0.0, pos = 0.0;
   int64_t n_pos = 0;
   if (s.in_tile) {
-    own_pos = log_sum(real + 2 * field, real + 3 * field, step, s.splits, unshifted(1));
+    own_pos = log_sum(sums + 2 * field, sums + 3 * field, step, s.splits, unshifted(1));
     for (int n = 0; n < s.splits; ++n) {
-      pos += real[4 * field + n * step];
+      pos += sums[4 * field + n * step];
       n_pos += s.count[n * step + i];
     }
     if (s.unshifted) {
@@ -112,13 +112,13 @@ struct RowGradients {
 };
 
 // The largest of both sides' |w|, of the factors; sums of w, of the rows' pos, and over the aligned pairs of w t and of w.
-enum Total { PEAK, PEAK_OF_COLUMNS, FACTORS, DUE, POS, PAIR_MOMENT, PAIR_WEIGHT, TOTALS };
+enum Quantity { PEAK, PEAK_OF_COLUMNS, FACTORS, DUE, POS, PAIR_MOMENT, PAIR_WEIGHT, QUANTITIES };
 
 struct Sums {
-  double of[TOTALS] = {};
+  double of[QUANTITIES] = {};
 
-  FASTNCE_DEVICE static double merge(int total, double a, double b) { return total <= FACTORS ? fmax(a, b) : a + b; }
-  FASTNCE_DEVICE void add(int total, double value) { of[total] = merge(total, of[total], value); }
+  FASTNCE_DEVICE static double merge(int quantity, double a, double b) { return quantity <= FACTORS ? fmax(a, b) : a + b; }
+  FASTNCE_DEVICE void add(int quantity, double value) { of[quantity] = merge(quantity, of[quantity], value); }
   FASTNCE_DEVICE void over_all_threads() { over_block(of, merge); }
 };
 
@@ -186,9 +186,9 @@ FASTNCE_DEVICE void store_vectors(const Contributions& c, const SideOf& s, int i
   to[4 * field] = static_cast<float>(row.share(s, i) * lift);
 }
 
-// One block does all of it; many leave their sums in `scratch` (blocks, TOTALS) first, and read them when they are launched again: a lift
-// is known only after the last row, and factors without it may be too small for float32.
-enum class Phase { WHOLE, SUMS, VECTORS };
+// One block does all of it; many leave their sums in `scratch` (blocks, QUANTITIES) first, and read them when they are launched again: a
+// lift is known only after the last row, and factors without it may be too small for float32.
+enum class Phase { AT_ONCE, SUMS, VECTORS };
 
 template <Phase PHASE>
 FASTNCE_KERNEL(SUM_THREADS, 1)
@@ -199,13 +199,13 @@ coefficients_kernel(const __grid_constant__ Contributions c, double* scratch) {
     sums = sums_of(c, first, step);
   } else if (thread_index() < block_count()) {
 #pragma unroll
-    for (int n = 0; n < TOTALS; ++n) sums.of[n] = scratch[thread_index() * TOTALS + n];
+    for (int n = 0; n < QUANTITIES; ++n) sums.of[n] = scratch[thread_index() * QUANTITIES + n];
   }
   sums.over_all_threads();
   if (PHASE == Phase::SUMS) {
     if (thread_index() == 0)
 #pragma unroll
-      for (int n = 0; n < TOTALS; ++n) scratch[block_index() * TOTALS + n] = sums.of[n];
+      for (int n = 0; n < QUANTITIES; ++n) scratch[block_index() * QUANTITIES + n] = sums.of[n];
     return;
   }
   // Where the keys are the queries, a pair has the weights of both of its ends.

@@ -6,7 +6,7 @@
 namespace fastnce::cuda {
 
 // Of a row, with a running maximum, in one split of its columns.
-struct RowTotals {
+struct RowAccumulator {
   LogSum negative, positive;
   float pos = 0.0f;  // sum of t over the positives
   int n_pos = 0;
@@ -29,17 +29,17 @@ struct RowTotals {
     const int64_t field = static_cast<int64_t>(grid.splits) * r.rows, at = static_cast<int64_t>(split) * r.rows + i;
     const bool writes = first_of_quad() && i < r.rows;
     if (writes) {
-      out.real[at] = negative.top;
-      out.real[at + field] = negative.total;
+      out.sums[at] = negative.top;
+      out.sums[at + field] = negative.total;
     }
     if (!CONTENT || !r.in_tile) return;
     positive.merge_quad();
     const float all_pos = quad_sum(pos);
     const int all_n_pos = quad_sum(n_pos);
     if (writes) {
-      out.real[at + 2 * field] = positive.top;
-      out.real[at + 3 * field] = positive.total;
-      out.real[at + 4 * field] = all_pos;
+      out.sums[at + 2 * field] = positive.top;
+      out.sums[at + 3 * field] = positive.total;
+      out.sums[at + 4 * field] = all_pos;
       out.count[at] = all_n_pos;
     }
   }
@@ -62,7 +62,7 @@ FASTNCE_DEVICE void store_columns(float (&sums)[2 * NB], const At& at) {
 }
 
 // Of the two rows of a strip, where 2^t is summed as it is.
-struct BothTotals {
+struct BothAccumulator {
   float total[2] = {}, total_pos[2] = {}, pos[2] = {};
   int n_pos[2] = {};
 

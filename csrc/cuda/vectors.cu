@@ -1,7 +1,7 @@
 #include <algorithm>
 
-#include "finalise.cuh"
 #include "launch.cuh"
+#include "vectors.cuh"
 
 namespace fastnce::cuda {
 
@@ -16,16 +16,16 @@ static int blocks_of(const Contributions& c) {
 
 static int64_t blocks_over(int64_t rows) { return (rows + VECTOR_THREADS - 1) / VECTOR_THREADS; }
 
-constexpr size_t sum_bytes(int totals) { return totals * SUM_WARPS * sizeof(double); }
+constexpr size_t sum_bytes(int sums) { return sums * SUM_WARPS * sizeof(double); }
 
-int64_t scratch_of(const Contributions& c) { return blocks_of(c) == 1 ? 0 : blocks_of(c) * TOTALS; }
+int64_t scratch_of(const Contributions& c) { return blocks_of(c) == 1 ? 0 : blocks_of(c) * QUANTITIES; }
 
 void statistics(const Statistics& s, Stream stream) { launch(statistics_kernel, blocks_over(s.rows), VECTOR_THREADS, 0, stream, s); }
 
 void coefficients(const Contributions& c, double* scratch, Stream stream) {
   const int blocks = blocks_of(c);
-  const auto run = [&](auto kernel) { launch(kernel, blocks, SUM_THREADS, sum_bytes(TOTALS), stream, c, scratch); };
-  if (blocks == 1) return run(coefficients_kernel<Phase::WHOLE>);
+  const auto run = [&](auto kernel) { launch(kernel, blocks, SUM_THREADS, sum_bytes(QUANTITIES), stream, c, scratch); };
+  if (blocks == 1) return run(coefficients_kernel<Phase::AT_ONCE>);
   run(coefficients_kernel<Phase::SUMS>);
   run(coefficients_kernel<Phase::VECTORS>);
 }

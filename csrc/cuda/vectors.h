@@ -1,4 +1,4 @@
-// Vectors of statistics, O(N) in float64, as bind.cpp asks for them: one launch instead of some 40 small ones. finalise.cuh has the
+// Vectors of statistics, O(N) in float64, as bind.cpp asks for them: one launch instead of some 40 small ones. vectors.cuh has the
 // formulas.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace fastnce::cuda {
 
 // From the sums of the tiles of one side. The aligned pairs, where they are kept out of the tiles, have one or two ends in its rows.
 struct Statistics {
-  const float* real;  // (2 or 5, splits, rows), see RowSums; in_tile: 5
+  const float* sums;  // (2 or 5, splits, rows), see RowSums; in_tile: 5
   const int* count;
   const float* unshifted;  // (1 or 3, rows), see BothSums, or null
   const int* unshifted_count;
