@@ -54,7 +54,7 @@ class _Found(NamedTuple):
 
 
 def _in_tiles(run: _Run) -> _Found:
-    """Rows that fit into a tile: one pass over the logits per gradient, sums in registers."""
+    """Tiles hold whole rows: one pass over the logits for each gradient, which adds up in registers."""
     work, wanted = run.work, run.wanted
     problem = work.problem
     rows = View(work, work.x, work.y, False)
@@ -70,7 +70,7 @@ def _in_tiles(run: _Run) -> _Found:
         columns = View(work, work.y, work.x, True)
         dx, _ = _pass(run, columns, column, row, problem.two_sided, True, False)
         dk = _finish(run, columns, dx)
-    # Where k is q each pair is met from both of its ends.
+    # Where k is q, each pair is met from both of its ends: `about` is twice the sum.
     return _Found(dq, dk, [] if about is None else [about], 2.0 if problem.symmetric else 1.0)
 
 
@@ -83,7 +83,7 @@ def _pass(run: _Run, view: View, row: Tensor, column: Tensor, rows: bool, column
 
 
 def _in_blocks(run: _Run) -> _Found:
-    """Long rows: weights of one block of pairs at a time in a fixed workspace, then plain matrix products, in a fixed order."""
+    """Long rows: the weights of one block of pairs at a time go into a workspace, then into plain matrix products, in a fixed order."""
     work, wanted = run.work, run.wanted
     problem = work.problem
     view = View(work, work.x, work.y, False)
@@ -121,9 +121,10 @@ def _in_blocks(run: _Run) -> _Found:
 
 
 def _accumulate(out: Tensor, w: Tensor, rows: Tensor) -> None:
-    """out += w rows; (parts, m, n) by (n, parts, depth). The product of the two low halves is below float32's rounding.
+    """out += w rows, of shapes (parts, m, n) and (n, parts, depth).
 
-    In two parts tensor cores sum tiles.SUM columns at a time: they round towards zero, which over thousands is more than float32 may lose.
+    In two parts, the product of both low halves is left out: it is below float32's rounding. Tensor cores then sum tiles.SUM columns at a
+    time: they round towards zero, and over thousands of columns would lose more than float32 may.
     """
     if len(w) == 2:
         out += _product(w[1], rows[:, 0])
@@ -140,7 +141,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _from_output(run: _Run, grad: SideGrad, rows: Side) -> _Found:
-    """The forward pass already summed the keys by their weights."""
+    """No tiles: the forward pass has summed the keys by their weights."""
     view, mean, factor = View(run.work, run.work.x, run.work.y, False), rows.own_pos, grad.of_some(rows).dlse_neg
     dx = (mean[:, :-1] * (factor * run.lift).to(mean.dtype)[:, None])[None] if run.wanted.q else None
     run.weights.scalars[3] += (factor * (mean[:, -1].to(factor.dtype) - run.center)).sum()
@@ -158,7 +159,8 @@ def _finish(run: _Run, view: View, dx: Tensor) -> Tensor:
         pair = torch.zeros_like(x.r)
         for own in ends:
             pair[own] = w  # type: ignore[assignment]
-    # The kernel writes the dtype that it reads. It reads rows of y on these diagonals only: one row stands for keys it does not read.
+    # The kernel writes the dtype that it reads. It reads rows of y on these diagonals alone: without one, a single row stands for all keys
+    # and need not be converted.
     dtype, diagonals = problem.gradient_dtypes[1 if view.flip else 0], view.diagonals()[1:]
     rows, read = x.raw.to(dtype), diagonals != (NONE, NONE) or dtype == y.raw.dtype
     partners = y.raw.to(dtype) if read else rows.new_zeros(1, rows.shape[1]).expand(y.raw.shape)

@@ -1,4 +1,4 @@
-"""What the kernels can run, from metadata alone: what is the same for every backend with the operands of host.py."""
+"""Problems that GPU kernels can run, by metadata alone: the limits that all backends with the operands of host.py have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = 2**30 - 2**16  # rows: differences of indices are int32, and the last 
 
 
 def of_operands(problem: Problem) -> list[str]:
-    """What is wrong with dtype and sizes."""
+    """Objections to dtype and sizes."""
     q, reasons = problem.q, []
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {str(q.dtype)[6:]} (supports float32, float16, bfloat16)")
@@ -26,7 +26,7 @@ def of_operands(problem: Problem) -> list[str]:
 
 
 def of_gpu(device: torch.device, amd: str) -> list[str]:
-    """What is wrong with a "cuda" device; amd says it of AMD's."""
+    """Objections to a device of type cuda; amd: the objection to AMD's GPUs."""
     if not torch.cuda.is_available():
         return ["no CUDA device is available"]
     if torch.version.hip is not None:

@@ -18,7 +18,7 @@ def forward(problem: Problem, kernels: ModuleType) -> list[Side]:
     with on_device(problem.q):
         work = Work.of(problem, kernels)
         views = work.views()
-        # Sums from both sides of a tile meet in memory in any order: not where the same bits are asked for every time.
+        # forward_both adds to memory in any order, so it does not run where torch is asked for the same bits every time.
         both = (problem.symmetric or problem.two_sided) and not torch.are_deterministic_algorithms_enabled()
         unshifted = _both(work, views) if both else [None] * len(views)
         pairs = _aligned(work)
@@ -55,7 +55,8 @@ def _side(view: View, unshifted: UnshiftedSums | None, pairs: Tensor | None) -> 
     if output:
         out = new((walk.splits, view.x.padded, view.depth), dtype=torch.float32)
         moment = new((walk.splits, rows), dtype=torch.float32)
-        # Weights are at most 1, and float16 has 24 bits below 2^14 for the smaller ones.
+        # The kernel rounds weight * factor to float16. Weights are at most 1, so `largest` bounds the product. A power of two brings the
+        # bound just below 2^14: two bits under float16's limit.
         largest = view.y.factor.nan_to_num(0.0).amax() if view.y.rows else view.x.factor.new_ones(())
         lift = torch.exp2((14 - largest.log2().ceil()).clamp(-100, 100))
         kernels.forward_output(view, walk, sums, out, moment, lift)
@@ -72,7 +73,7 @@ def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tenso
     """(rows, D + 1): sum_j p_ij k^_j and sum_j p_ij t_ij with p = 2^(t - log2), for a backward without tiles."""
     rows, columns = view.x.raw.shape
     found = out.new_empty((rows, columns + 1))
-    # Of each split, whose sums are over 2^(t - top).
+    # The sums of a split are over 2^(t - top): its share is their part of the row.
     shares = torch.exp2(tops.to(log2.dtype) - log2.masked_fill(log2 == -torch.inf, 0.0))
     factors = (shares / lift).to(out.dtype)
     torch.mul(out[0, :rows, :columns], factors[0, :, None], out=found[:, :columns])
@@ -83,13 +84,14 @@ def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tenso
 
 
 def _with_metrics(view: View, side: Side) -> Side:
-    """Ranks and hardest negatives take passes of their own: training does not ask for them."""
+    """With ranks and hardest negatives, which take passes of their own over the tiles."""
     problem = view.work.problem
-    # Aligned pairs too are looked for in the tiles: the same product gives the same bits for equal rows.
+    # Aligned pairs are looked for in the tiles too, because the same product gives equal rows the same bits.
     view = view._replace(work=view.work._replace(in_tile=True))
     best = torch.zeros_like(side.pos)
     if problem.threshold is None:
-        # The best positive must be known before the negatives above it are counted. A kernel's largest is never nan, the mean is.
+        # The best positive must be known before the negatives above it are counted. The kernel passes over a positive that is nan; the mean
+        # of the positives tells.
         best = _retrieve(view, best, best)[0][1].masked_fill(side.pos.isnan(), torch.nan)
     (hardest_logit, best), (rank, ties), hardest = _retrieve(view, *problem.tied(best, LOG2E))
     pos_max = nats(best.masked_fill(side.pos.isnan(), torch.nan), problem.bias)
@@ -104,6 +106,6 @@ def _retrieve(view: View, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Te
     counts = torch.empty((3, walk.splits, rows), dtype=torch.int32, device=largest.device)
     view.work.kernels.retrieval(view, walk, torch.stack([low, high]).to(torch.float32), largest, counts)
     best, split = largest.max(1)
-    # max() takes the first of equal splits, as the kernel takes the first of equal columns.
+    # Of equal splits max() takes the first, as the kernel takes the first of equal columns.
     hardest = counts[2].gather(0, split[:1])[0]
     return best.to(vector_dtype(best)), counts[:2].sum(1), hardest.to(torch.int64)

@@ -1,4 +1,4 @@
-"""Every launch over the tiles, as the library's operators want it. Passes over single rows are its operators themselves: _gpu/rows.py."""
+"""Every launch over the tiles, with the arguments of the library's operators. Its passes over single rows are called by _gpu/rows.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _tile(kernel: str, rules: str, parts: int, depth: int, architecture: int) ->
 
 
 def keeps_output(problem: Problem) -> bool:
-    """The library has no kernel that would."""
+    """Never: the library has no such kernel."""
     return False
 
 
