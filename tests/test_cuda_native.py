@@ -126,7 +126,7 @@ FAULTS = (
     Fault("columns of fragments", "index.h", "lane % 4 * 2 + e % 2;", "lane % 4 * 2 + e / 2;", *FORWARD),
     Fault("copies not waited for", "mma.cuh", "copy_wait<1>();", "copy_wait<2>();", *FORWARD),
     Fault("copies of others not waited for", "mma.cuh", "    }\n    sync_block();", "    }", *FORWARD),
-    Fault("stage overwritten while it is read", "mma.cuh", "is loaded into.\n    sync_block();", "is loaded into.", *FORWARD),
+    Fault("stage overwritten while it is read", "mma.cuh", "reads its memory.\n    sync_block();", "reads its memory.", *FORWARD),
     Fault("columns of others not waited for", "backward.cuh", "  }\n  sync_block();", "  }", *BACKWARD),
     Fault("diagonal forgotten", "tile.cuh", "meets(i0, j0, rows, columns, r.up) ||", "", *FORWARD),
     Fault("last tile taken to be plain", "index.h", "  if (columns % width) insert(across - 1);\n", "", *FORWARD_90),

@@ -1,4 +1,4 @@
-// Statistics of rows, and of rows and columns from one tile, by mma.sync.
+// Statistics by mma.sync: of rows, and of rows and columns from the same tiles.
 #pragma once
 
 #include "accumulate.cuh"
@@ -6,7 +6,7 @@
 
 namespace fastnce::cuda {
 
-// Row statistics with a running maximum, in any range.
+// Row statistics with a running maximum, for logits of any size.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 forward_rows(const Problem p, const Grid grid, const RowSums out) {
@@ -43,8 +43,8 @@ constexpr size_t both_bytes() {
   return Shared<S, FORWARD_FIELDS<CONTENT>>::BYTES + BOTH_SUMS<CONTENT> * WARPS * S::BN * sizeof(float);
 }
 
-// Unshifted sums of rows and of columns from one tile, added in memory, where every |logit| <= 40. Tiles are BM x BM: where the keys are
-// the queries one of them also stands for its mirror image, and half of them are visited.
+// Sums of rows and of columns from the same tiles, added in memory. It runs where every |logit| <= 40: no maximum is needed. Tiles are
+// BM x BM: where the keys are the queries, a tile also stands for its mirror image, and half of them are visited.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 forward_both(const Problem p, const Grid grid, const BothSums out) {
@@ -56,7 +56,7 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
   if (!(*p.bound <= UNSHIFTED)) return;
   float* by_warp = reinterpret_cast<float*>(shared_memory() + Shared<S, FIELDS>::BYTES);
   const auto place = [&](int which, int warp, int column) -> float& { return by_warp[(which * WARPS + warp) * S::BN + column]; };
-  // Where the keys are the queries a tile on the diagonal holds its own mirror image.
+  // Where the keys are the queries, a tile on the diagonal holds its own mirror image: it adds to rows alone.
   const auto counts_columns = [&](int n) { return !(out.symmetric && steps.begin + n / PARTS_OF_TILE == 0); };
   Rows rows[S::MT];
   constexpr bool QUICK = S::PARTS == 1;

@@ -1,11 +1,11 @@
-// What ranks are made of, by mma.sync: asked for now and then, never in training.
+// Ranks, ties and the hardest negative of every row, by mma.sync. Training does not ask for them.
 #pragma once
 
 #include "mma.cuh"
 
 namespace fastnce::cuda {
 
-// Of one row. A nan is none of the largest, and not <= a bound.
+// Those of one row. A t that is nan is never the largest, and is not <= a bound.
 struct Ranking {
   float best, best_pos, low, high;
   int above, ties, where;
@@ -15,7 +15,7 @@ struct Ranking {
     if (!negative) return;
     above += !(t <= high);
     ties += t >= low && t <= high;
-    // Columns come in ascending order: the first of equals stays.
+    // `>`: of equal negatives the one in the lowest column stays, because columns come in ascending order.
     if (t > best) {
       best = t;
       where = j;

@@ -13,7 +13,7 @@ static void with_type(ElementType type, const Run& run) {
 bool has_code() {
   cudaFuncAttributes attributes;
   if (cudaFuncGetAttributes(&attributes, prepare<float>) == cudaSuccess) return true;
-  cudaGetLastError();  // it would be the next launch's
+  cudaGetLastError();  // clears the error: otherwise the next launch would report it
   return false;
 }
 #endif

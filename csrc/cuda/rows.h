@@ -1,4 +1,4 @@
-// Passes over single rows, O(N D), as bind.cpp asks for them. rows.cuh has the formulas.
+// Passes over single rows, O(N D), for bind.cpp. rows.cuh has the formulas.
 #pragma once
 
 #include "launch.h"
@@ -15,7 +15,7 @@ struct RawRows {
   ElementType type;
 };
 
-// What prepare makes of them, for the tiles and for the other two.
+// The results of prepare, which tiles, aligned and finish read.
 struct Operand {
   uint16_t* tiles;      // (padded, parts, depth) float16
   float* factor;        // (padded,)

@@ -7,7 +7,7 @@ namespace {
 template <Kernel KERNEL>
 TileShape of_kernel(bool content, int parts, int depth) {
   const int rows = 16 * WARPS * strips(KERNEL, content, parts, depth);
-  // Where a tile also stands for its mirror image it is a square.
+  // forward_both has square tiles: one may also stand for its mirror image.
   return {rows, KERNEL == Kernel::FORWARD_BOTH ? rows : columns(KERNEL, content, parts, depth), MMA};
 }
 

@@ -5,12 +5,12 @@
 
 namespace fastnce::cuda {
 
-// Rows of a side up to which one block is faster than two launches of many.
+// Up to this many rows one block is faster than two launches of many.
 constexpr int ROWS_OF_ONE_BLOCK = 2048;
 
 static int blocks_of(const Contributions& c) {
   const int rows = std::max(c.factors[0], c.factors[1]);
-  // Every thread takes the sums of at most one block.
+  // At most as many blocks as a block has threads: in the second launch a thread reads the sums of one.
   return rows <= ROWS_OF_ONE_BLOCK ? 1 : std::min(ceil_div(rows, SUM_THREADS), SUM_THREADS);
 }
 
