@@ -1,4 +1,4 @@
-// What both bind.cpp ask of a tensor before a kernel gets its pointer. Stable ABI, so one library serves torch 2.11 and later.
+// Checks of a tensor before a kernel gets its pointer, for both bind.cpp. By torch's stable ABI: one library serves torch 2.11 and later.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-// Internal: one unit of each library includes this.
+// In an anonymous namespace, because one unit of each library includes this.
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -61,7 +61,8 @@ T* contiguous(const Tensor& tensor, int64_t count, const char* name, size_t alig
   return static_cast<T*>(at);
 }
 
-// The memory of an operator's arguments. Threads of a kernel read and write in any order: what is written may be part of no other argument.
+// The memory of an operator's arguments. Threads of a kernel read and write in any order, so memory that is written may be part of no other
+// argument.
 class Memory {
  public:
   template <class... T>

@@ -1,9 +1,11 @@
-"""torch.library operators and their derivatives. No arithmetic.
+"""The operators of torch.library, with their fakes, vmap rules and derivatives. No arithmetic.
 
-The operators themselves are differentiable: whoever calls one, in a traced graph or by hand, gets its gradient or an error, never a silent
-zero. The construction refuses every derivative it cannot give: a second derivative raises instead of dropping terms (which a plain
-autograd.Function, or once_differentiable, would do) and forward mode raises instead of returning zeros (which custom_op with
-register_autograd would do).
+The operators themselves are differentiable. A call of one, in a traced graph or by hand, gives a gradient or an error, never a silent zero:
+
+    second derivative   raises. A plain autograd.Function, or once_differentiable, would drop terms
+    forward mode        raises. custom_op with register_autograd would return zeros
+
+The table at the end registers every operator: its implementation, its fake, its derivative.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from torch.autograd.function import FunctionCtx, _SingleLevelFunction
 
 from fastnce import backends, listed
 from fastnce import hardest as hardest_negatives
-from fastnce.backends._gpu import rows
 from fastnce.listed import Listed
 from fastnce.precision import compute_dtype, no_autocast, vector_dtype
 from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Side, SideGrad, Wanted, sides
@@ -38,27 +39,27 @@ _library.define(
 )
 _library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(f"hardest(int count, {PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("log1p_loss(Tensor lse_neg, Tensor pos) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor grad) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
-    # Where no gradient is recorded nobody will ask for one; elsewhere the operator finds out who will.
+    # `frozen` here: a gradient may be asked for. The operator finds out whether it is that of q alone.
     arguments = Arguments.of(problem._replace(frozen=torch.is_grad_enabled()), backend)
     flat = torch.ops.fastnce.forward(*arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
 
 
 def hardest(problem: Problem, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Indices and similarities of the hardest negatives, see hardest.py: rows, then columns where two_sided. No gradient, and no backend:
-    its name is an argument of every problem, and is not read."""
+    """Indices and similarities of the hardest negatives, see hardest.py: rows, then columns where two_sided. They have no gradient.
+
+    Every problem has the name of a backend among its arguments; this operator does not read it.
+    """
     flat = torch.ops.fastnce.hardest(count, *Arguments.of(problem, "torch"))
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def wide(x: Tensor) -> Tensor:
-    """A number expanded to the shape of x, in the inner precision. Its gradient, cast to the dtype of x, is that of x: see wide.py."""
+    """A stand-in for x (wide.py): a number expanded to its shape, in the inner precision. Its gradient, cast to the dtype of x, is x's."""
     found: Tensor = torch.ops.fastnce.wide(x)
     return found
 
@@ -72,13 +73,13 @@ def listed_logits(arguments: Listed) -> Tensor:
 # Derivatives ----------------------------------------------------------------------------------------------------------------------------
 #
 # An operator's Autograd kernel runs wherever the operator runs: in eager mode, in each level of torch.func's transforms, and where AOT
-# autograd traces what Dynamo has left alone. It applies a Function, whose forward hands the call to the next level below. (Called by
-# Dynamo, a Function would have to trust requires_grad, which is False there for tensors of a torch.func transform.)
+# autograd traces the graph that Dynamo left. It applies a Function, whose forward hands the call to the next level below. Dynamo itself
+# never calls a Function here: that one would have to trust requires_grad, which Dynamo reports as False under a torch.func transform.
 
 
 class _Below(NamedTuple):
-    """The rest of a dispatch: the operator's kernels under this one, with the modes that this level was called in. A Function turns those
-    off for its own level, and the levels below would lose their derivatives."""
+    """The rest of a dispatch: the operator's kernels below this one, called in the modes of this level. A Function turns its own modes off;
+    without them the levels below would lose their derivatives."""
 
     operator: Any
     keys: Any
@@ -95,7 +96,7 @@ class _Below(NamedTuple):
 
 
 class _Derivative(_SingleLevelFunction):
-    """A Function of one level, below the torch.func transforms that autograd.Function.apply would look for. forward mode raises."""
+    """A Function of one level: it does not look for torch.func transforms, as autograd.Function.apply does. Forward mode raises."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -103,13 +104,17 @@ class _Derivative(_SingleLevelFunction):
 
     @staticmethod
     def keep(ctx: Any, *tensors: Tensor | None) -> None:
-        """Save tensors for backward. save_for_backward watches for changes by their version; tensors of inference mode have none, and it
-        refuses them: the context holds those as they are."""
+        """Save tensors for backward.
+
+        save_for_backward watches for changes by a tensor's version. Tensors of inference mode have no version, and it refuses them: the
+        context holds these as they are.
+        """
         ctx.unwatched = [t if t is not None and t.is_inference() else None for t in tensors]
         ctx.save_for_backward(*(None if u is not None else t for t, u in zip(tensors, ctx.unwatched, strict=True)))
 
     @staticmethod
     def kept(ctx: Any) -> list[Any]:
+        """The tensors of keep."""
         try:
             saved = ctx.saved_tensors
         except RuntimeError as error:
@@ -127,7 +132,7 @@ class _Statistics(_Derivative):
     def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, ...]:
         args = Arguments(*flat)
         if below.backward_mode:
-            # Under a transform the levels below may ask for the gradient of k too.
+            # Under a transform a level below may ask for the gradient of k, which this level does not see.
             alone = args.k is not None and args.q.requires_grad and not args.k.requires_grad
             args = args._replace(frozen=args.frozen and alone and not torch._C._are_functorch_transforms_active())
         output = tuple(below(*args))
@@ -154,7 +159,7 @@ class _Statistics(_Derivative):
 
 
 class _Wide(_Derivative):
-    """Of what has the value of x, or stands in for it: the gradient as it is, in the dtype of x."""
+    """Derivative of an operator that returns x, or a stand-in for it: the gradient is passed on in the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, below: _Below, x: Tensor) -> Tensor:
@@ -187,22 +192,8 @@ class _Listed(_Derivative):
         return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
-class _Log1pLoss(_Derivative):
-    """log(1 + exp(lse_neg - pos)) of every row, by one launch each way instead of three."""
-
-    @staticmethod
-    def forward(ctx: Any, below: _Below, lse_neg: Tensor, pos: Tensor) -> Tensor:
-        _Derivative.keep(ctx, lse_neg, pos)
-        return below(lse_neg, pos)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        found = torch.ops.fastnce.log1p_loss_backward(*_Derivative.kept(ctx), grad)
-        return None, found, -found
-
-
 class _Undifferentiated(_Derivative):
-    """Of indices and of what is looked up by them: nothing has a gradient."""
+    """Derivative of an operator whose results have no gradient: indices, and numbers that are looked up by them."""
 
     @staticmethod
     def forward(ctx: Any, below: _Below, *args: Any) -> tuple[Tensor, ...]:
@@ -216,7 +207,7 @@ class _Undifferentiated(_Derivative):
 
 
 class _Gradients(_Derivative):
-    """What an operator for a gradient returns; differentiating it once more raises."""
+    """Derivative of an operator that returns gradients: it raises."""
 
     @staticmethod
     def forward(ctx: Any, below: _Below, *args: Any) -> Any:
@@ -225,8 +216,8 @@ class _Gradients(_Derivative):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Raised by an operator, which a traced graph meets when it runs: AOT autograd traces the second derivative of every gradient that
-        # leaves the graph, whether or not somebody will ask for it.
+        # An operator raises, and not this line: AOT autograd traces the second derivative of every gradient that leaves the graph, whether
+        # or not it is asked for. The operator is only met when the graph runs, and then knows.
         asked = torch.stack([(g != 0).any() for g in grads]).any()
         wanted = zip(_Derivative.kept(ctx), ctx.needs_input_grad[1:], strict=True)
         return (None, *(torch.ops.fastnce.second_derivative(asked, x) if want else None for x, want in wanted))
@@ -237,7 +228,7 @@ def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[.
         below = _Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
         if not torch._C._are_functorch_transforms_active():
             return derivative.apply(below, *args)  # type: ignore[attr-defined]
-        # Under a transform torch wants to hear that somebody knows what a Function of a single level is.
+        # Under a transform torch refuses a Function of a single level unless it is told that one is meant.
         from torch._functorch.autograd_function import enable_single_level_autograd_function
 
         with enable_single_level_autograd_function():
@@ -274,14 +265,6 @@ def first_order_only(grad: Tensor) -> Tensor:
     return _FirstOrderOnly.apply(grad) if torch.is_grad_enabled() else grad
 
 
-def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor | None:
-    """log(1 + exp(lse_neg - pos)) (N,) from the compiled library, or None where that does not serve: the formula is the caller's."""
-    # Of negatives that are listed pair by pair the statistics are plain torch, in float32.
-    precise = lse_neg.dtype == pos.dtype == torch.float64
-    served = precise and not torch.compiler.is_compiling() and rows.compiled(lse_neg)
-    return torch.ops.fastnce.log1p_loss(lse_neg, pos) if served else None
-
-
 def _forward(*flat: Any) -> list[Tensor]:
     args = Arguments(*flat)
     with no_autocast(args.q):
@@ -311,7 +294,7 @@ def _fake_hardest(count: int, *flat: Any) -> list[Tensor]:
 
 
 def _copy_of_queue(keys: Tensor) -> Tensor:
-    # An operator, because a compiler may move a clone into the backward, where it would copy what has been written since.
+    # An operator and not clone(): a compiler may move a clone into the backward, and the queue has been written by then.
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             "MoCoLoss: a compiled call runs again inside backward (activation checkpointing), where its queue has been written; leave the "
@@ -321,7 +304,7 @@ def _copy_of_queue(keys: Tensor) -> Tensor:
 
 
 def _second_derivative(asked: Tensor, x: Tensor) -> Tensor:
-    """0 for x unless asked: what came down for a gradient that was not differentiated is 0, and so is what goes on. Otherwise it raises."""
+    """0 for x where no second derivative was asked for: then only zeros came down, and zeros go on. Otherwise it raises."""
     if not asked.is_meta and bool(asked):
         raise _no_second_derivative()
     return torch.zeros_like(x)
@@ -339,10 +322,10 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     problem, out = args.problem(), []
     output = backends.keeps_output(args.backend, problem)
     for x in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
-        real = x.new_empty(x.shape[0], dtype=vector_dtype(x))
+        vector = x.new_empty(x.shape[0], dtype=vector_dtype(x))
         count = x.new_empty(x.shape[0], dtype=torch.int64)
-        own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else real
-        kinds = (real, real, real, count, real, own_pos) + ((count, count, count, real, real) if args.metrics else ())
+        own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else vector
+        kinds = (vector, vector, vector, count, vector, own_pos) + ((count, count, count, vector, vector) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 
@@ -358,7 +341,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """vmap rule: the batch is a loop. A batched problem is no faster than its parts: each already fills the device."""
+    """A vmap rule that runs the problems of a batch one by one. Each fills the device already, so a batch would be no faster."""
 
     def pick(arg: Any, dim: Any, n: int) -> Any:
         if isinstance(arg, list | tuple):
@@ -385,8 +368,6 @@ for _name, _run, _fake, _derivative in (
     ("listed", listed.forward, listed.fake, _Listed),
     ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
     ("hardest", _hardest, _fake_hardest, _Undifferentiated),
-    ("log1p_loss", rows.log1p_loss, lambda lse_neg, pos: torch.empty_like(lse_neg), _Log1pLoss),
-    ("log1p_loss_backward", rows.log1p_loss_backward, lambda lse_neg, pos, grad: torch.empty_like(lse_neg), _Gradients),
 ):
     _operator = getattr(torch.ops.fastnce, _name)
     _library.impl(_name, _run, "CompositeExplicitAutograd")

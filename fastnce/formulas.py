@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce.precision import compute_dtype
-from fastnce.statistics import ContrastiveStats, log1p_loss, softplus
+from fastnce.precision import compute_dtype, softplus
+from fastnce.statistics import ContrastiveStats
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -21,7 +21,7 @@ def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
     eager float32 is 1.6e-2 off. InfoNCE, NT-Xent, CLIP and SupCon's L_out (Khosla et al. 2020, eq. 2) are all this line.
     """
     if one_positive:  # every row is known to have exactly one
-        return log1p_loss(found.lse_neg, found.pos)
+        return softplus(found.lse_neg - found.pos)
     several = found.n_pos > 1
     anchor = torch.where(several, found.lse_pos, found.pos)
     # Not anchor - pos: with one positive that is 0 in value, but its gradient, +1 - 1 beside -p, would round p away.

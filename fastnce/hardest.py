@@ -1,7 +1,8 @@
-"""The hardest negatives of every row, several of them: tiles of torch operations, whichever backend counts the ranks.
+"""The hardest negatives of every row, several of them, by tiles of torch operations. Every backend uses this module.
 
-For each tile: multiply the rows, fill all pairs but the negatives with -inf, and keep the largest of those kept so far and of the tile.
-The first of equals comes first, because tiles come in the order of their columns and the ones kept so far stand before the tile.
+For each tile: multiply the rows, set every pair that is no negative to -inf, put the tile beside the negatives that were kept so far, and
+keep the largest. Of equal negatives the one in the lowest column stays: tiles are visited in the order of their columns, and the kept
+negatives stand before the tile.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.backends._tiled.gemm import product
-from fastnce.pairs import Tile
+from fastnce.pairs import TileRange
 from fastnce.precision import compute_dtype, inverse_norms, no_autocast
 from fastnce.problem import Problem
 from fastnce.tiles import CPU_TILE
 
 
 def forward(problem: Problem, count: int) -> list[Tensor]:
-    """Indices (M, count) and similarities (M, count) of the hardest negatives of the rows, from the hardest on, -1 and -inf where there are
-    no more; then, where two_sided, those of the columns."""
+    """Indices (M, count) and similarities (M, count) of the hardest negatives of every row, the hardest first; then, where two_sided, those
+    of every column. A row with fewer negatives ends in -1 and -inf."""
     with no_autocast(problem.q):
         x, y = _rows(problem.q, problem.normalize), _rows(problem.keys, problem.normalize)
         rows, columns = _Kept(x, count), _Kept(y, count) if problem.two_sided else None
         for i in range(0, len(x), CPU_TILE):
             for j in range(0, len(y), CPU_TILE):
-                tile = Tile(i, min(len(x), i + CPU_TILE), j, min(len(y), j + CPU_TILE))
+                tile = TileRange(i, min(len(x), i + CPU_TILE), j, min(len(y), j + CPU_TILE))
                 negatives = _negatives(problem, x, y, tile)
                 rows.see(i, negatives, j)
                 if columns is not None:
@@ -40,14 +41,14 @@ def fake(problem: Problem, count: int) -> list[Tensor]:
 
 
 def _rows(x: Tensor, normalize: bool) -> Tensor:
-    """In the inner precision, normalised with one rounding per row."""
+    """The rows in the inner precision, normalised with one rounding per row."""
     dtype = compute_dtype(x.dtype)
     return x.to(dtype) * inverse_norms(x, exact=True).to(dtype)[:, None] if normalize else x.to(dtype)
 
 
-def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: Tile) -> Tensor:
+def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: TileRange) -> Tensor:
     """The similarities of a tile; -inf for pairs that are no negatives, and for nan."""
-    # The order in which a product is summed depends on its shape: give it one shape, so that equal rows have equal similarities.
+    # The order of the sums in a product depends on its shape. All tiles get one shape, so that equal rows have equal similarities.
     parts = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x[tile.i0 : tile.i1], y[tile.j0 : tile.j1])]
     s = product(*parts)[: tile.i1 - tile.i0, : tile.j1 - tile.j0]
     positive, excluded = problem.pairs.classify(tile, problem.symmetric, s.device)
@@ -55,7 +56,7 @@ def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: Tile) -> Tensor:
 
 
 class _Kept:
-    """The largest so far, (rows, count)."""
+    """The negatives that are kept, (rows, count)."""
 
     def __init__(self, like: Tensor, count: int) -> None:
         self.count = count
@@ -63,19 +64,20 @@ class _Kept:
         self.index = torch.full((len(like), count), -1, dtype=torch.int64, device=like.device)
 
     def see(self, start: int, negatives: Tensor, first: int) -> None:
-        """A tile whose rows begin at `start`, and whose columns at `first`."""
+        """Take in a tile whose rows begin at `start`, and whose columns at `first`."""
         own = slice(start, start + len(negatives))
         index = torch.arange(first, first + negatives.shape[1], device=negatives.device).expand(negatives.shape)
         similarity, index = torch.cat([self.similarity[own], negatives], 1), torch.cat([self.index[own], index], 1)
         best = _first_largest(similarity, self.count)
-        # At -inf the -1 of rows that have too few come before any column: there are always enough of them.
+        # The kept entries come first, and there are `count` of them: where only -inf is left, their index -1 is taken, never a column.
         self.similarity[own], self.index[own] = similarity.gather(1, best), index.gather(1, best)
 
 
 def _first_largest(s: Tensor, count: int) -> Tensor:
-    """Columns (rows, count) of the largest numbers of each row, in descending order, the first of equals first.
+    """Columns (rows, count) of the largest numbers of each row, in descending order; of equal numbers the lower column comes first.
 
-    torch.topk takes any of equals. It gives the smallest number that is kept; of those equal to it the first are kept.
+    torch.topk takes any of equal numbers. So it only says which is the smallest number to keep: all larger ones are kept, and of those
+    equal to it the first.
     """
     least = s.topk(count, 1).values[:, -1:]
     above, equal = s > least, s == least

@@ -1,14 +1,19 @@
-"""Logits of pairs that are listed one by one, so that there are no more of them than keys: explicit negatives of one query each, and the
-positives of MoCo. Forward and backward of
+"""Logits of pairs that are listed one by one: explicit negatives, each of which belongs to one query, and the positives of MoCo.
+
+There are no more pairs than keys, so nothing here needs tiles. Forward and backward of
 
     s_t = scale <q^_i, k^_t>       i: the query that key t is listed for;  x^ = r x,  r = 1 / |x|;  without normalize r = 1
 
     dq^_i = sum_t g_t scale k^_t        dk^_t = g_t scale q^_i        dx = r (dx^ - x^ <x^, dx^>)        dscale = sum_t g_t s_t / scale
 
-Keys are read a piece at a time: no float32 copy of half-precision keys, and no copy of keys that are one row of memory expanded to many,
-is larger than that. On a CPU the pairs of a piece are the entries of a sparse matrix, whose products torch computes in one pass over the
-keys, each of its sums in float32 or more. On a GPU a batch of matrix products is the fastest for many keys of a query, unless torch may
-round its factors (TF32): then, and for one key of each query, elements are multiplied and added up.
+Keys are read a piece at a time, so that a float32 copy of half-precision keys, or a copy of keys that are one row of memory expanded to
+many, is never larger than a piece. Products take one of three ways:
+
+    CPU                               the pairs of a piece are the entries of a sparse matrix, whose products torch computes in one pass
+                                      over the keys, with sums in float32 or more
+    GPU, several keys for a query     a batch of matrix products
+    GPU, one key for a query, or      elements are multiplied and added up
+    torch may round factors (TF32)
 """
 
 from __future__ import annotations
@@ -27,15 +32,17 @@ from fastnce.precision import compute_dtype, inverse, inverse_norms, no_autocast
 
 SCHEMA = "Tensor q, Tensor keys, Tensor? rows, Tensor scale, Tensor? q_wide, Tensor? keys_wide, bool normalize"
 
-# 1 / |k| squared may leave float32, with its derivative inside: a factor on the way.
+# The gradient by a key has a factor 1 / |k|^2, which may leave float32 where the gradient itself does not. It is multiplied by this number
+# first, and divided by it later.
 LIFT = 2.0**30
 
 
 class Listed(NamedTuple):
     """The arguments of the operator fastnce::listed, and the last ones of its backward.
 
-    q (M, D).  keys (M, K, D): query i against keys[i] -> (M, K).  keys (T, D) with rows (T,): query rows[t] against keys[t] -> (T,);
-    a key of row M is nobody's: its logit is 0
+    q (M, D)
+    keys (M, K, D)                  query i against keys[i]: logits (M, K)
+    keys (T, D) with rows (T,)      query rows[t] against keys[t]: logits (T,). A key of row M belongs to no query: its logit is 0
     """
 
     q: Tensor
@@ -48,7 +55,7 @@ class Listed(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the gradients are of: stand-ins (wide.py), where there are any."""
+        """The tensors that take the gradients: stand-ins (wide.py) where there are any."""
         return self.q if self.q_wide is None else self.q_wide, self.keys if self.keys_wide is None else self.keys_wide, self.scale
 
 
@@ -96,7 +103,7 @@ def _forward(problem: Listed) -> tuple[Tensor, Tensor]:
             norms[piece.at] = torch.linalg.vector_norm(piece.keys, dim=-1)
     r = inverse(norms, norms.dtype) if normalize else norms
     s.mul_(r if normalize else 1.0).mul_(scale)
-    # What belongs to nobody may be nan, and 0 times nan must not reach the others.
+    # A key of no query may be nan. masked_fill_ and not a product with 0: 0 * nan is nan.
     return s if rows is None else s.masked_fill_(rows == len(q), 0.0), r
 
 
@@ -108,7 +115,7 @@ def _backward(
     q_hat, r_q = _unit(q, normalize)
     due, moment = g * valid_scale(scale), g * s
     dscale = (moment.sum(dtype=vector_dtype(q)) / scale).to(scale.dtype) if wanted[2] else None
-    # Of a list: row M is nobody's, and a query's sums are in float64, because index_put adds its terms one by one.
+    # Where keys have `rows`, row M takes the keys of no query, and the sums of a query are in float64: index_put adds its terms one by one.
     dq_hat = q_hat.new_zeros(q.shape) if rows is None else q_hat.new_zeros((len(q) + 1, q.shape[1]), dtype=vector_dtype(q))
     dkeys = keys.new_empty(keys.shape, dtype=dtypes[1]) if wanted[1] else None
     if wanted[0] and dkeys is None and _shared(keys):
@@ -133,7 +140,7 @@ def _backward(
         return None, dkeys, dscale
     dq = dq_hat[: len(q)].to(q_hat.dtype)
     if r_q is not None:
-        # <q^, dq^> is the sum of g s.
+        # <q^, dq^> is the sum of g s over the keys of the query.
         if rows is None:
             along = moment.sum(1)
         else:
@@ -143,7 +150,7 @@ def _backward(
 
 
 class _Piece(NamedTuple):
-    """Some of the pairs: where their logits are, the keys, and with what these are multiplied."""
+    """Some of the pairs: where their logits are, their keys, and their queries."""
 
     at: tuple[slice, ...]
     keys: Tensor
@@ -175,33 +182,33 @@ class _Piece(NamedTuple):
             to += torch.bmm(weights[:, None], self.keys)[:, 0] if self.batched else self.times(weights[..., None]).sum(1)
 
     def own(self, x: Tensor) -> Tensor:
-        """Of rows of all queries, those that the piece counts from 0."""
+        """x has a row for every query: the rows of the queries that this piece counts from 0."""
         return x[self.at[0]] if self.rows is None else x
 
     @property
     def queries(self) -> Tensor:
-        """In a shape that multiplies with the keys."""
+        """The queries of the pairs, in a shape that multiplies with the keys."""
         return self.own(self.q_hat)[:, None] if self.rows is None else self.q_hat[self.rows]
 
     def times(self, factor: Tensor) -> Tensor:
-        """keys * factor, until the next product."""
+        """keys * factor; valid until the next product."""
         return torch.mul(self.keys, factor, out=self.place())
 
     def place(self) -> Tensor:
-        """Memory of the shape of the keys, until its next use."""
+        """Memory of the shape of the keys; valid until its next use."""
         return self.scratch[: self.keys.numel()].view(self.keys.shape)
 
 
 class _Runs(NamedTuple):
-    """A sparse matrix (S, keys) whose entries are pairs. A row: keys that follow each other and have one query, at most CPU_SUM of them."""
+    """A sparse matrix (S, keys) whose entries are pairs. A row: up to CPU_SUM keys of one query that follow each other."""
 
-    begin: Tensor  # (S + 1,): with the end of the last
-    columns: Tensor  # one for each entry
-    query: Tensor | None  # (S,), counted as the piece does; None: 0, 1, 2, ...
+    begin: Tensor  # (S + 1,): first entry of every row, and the end of the last
+    columns: Tensor  # of every entry
+    query: Tensor | None  # (S,): of every row, counted as the piece does; None: 0, 1, 2, ...
 
     @staticmethod
     def of_lists(queries: int, listed: int) -> _Runs:
-        """Those of `listed` keys for each of some queries."""
+        """`listed` keys for each of `queries` queries."""
         columns, parts = torch.arange(queries * listed, device="cpu"), -(-listed // tiles.CPU_SUM)
         begin = columns.view(queries, listed)[:, :: tiles.CPU_SUM].flatten()
         query = None if parts == 1 else torch.arange(queries, device="cpu").repeat_interleave(parts)
@@ -209,7 +216,7 @@ class _Runs(NamedTuple):
 
     @staticmethod
     def of_rows(rows: Tensor) -> _Runs:
-        """Those of keys in a row, key t for query rows[t]."""
+        """Key t for query rows[t]."""
         columns = torch.arange(len(rows), device="cpu")
         first = columns % tiles.CPU_SUM == 0
         first[1:] |= rows[1:] != rows[:-1]
@@ -217,7 +224,7 @@ class _Runs(NamedTuple):
         return _Runs(F.pad(begin, (0, 1), value=len(columns)), columns, rows[begin])
 
     def matrix(self, values: Tensor) -> Tensor:
-        """values of the pairs, as a matrix."""
+        """The matrix with these values of the pairs."""
         _accept_sparse()
         size = (len(self.begin) - 1, len(self.columns))
         return torch.sparse_csr_tensor(self.begin, self.columns, values.flatten(), size, check_invariants=False)
@@ -225,7 +232,7 @@ class _Runs(NamedTuple):
 
 @cache
 def _accept_sparse() -> None:
-    """torch warns the first time a process makes such a matrix. It would be a warning about nothing that the user wrote."""
+    """Make one sparse matrix with warnings off: torch warns at the first of a process, and the user wrote none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
         none = torch.zeros(1, dtype=torch.int64, device="cpu")
@@ -233,13 +240,13 @@ def _accept_sparse() -> None:
 
 
 def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> Iterator[_Piece]:
-    """place: place() will be called also where other products serve. Where no memory is needed all keys are one piece."""
+    """All pairs, piece by piece. place: the caller will use place() too. Where pieces need no memory, all keys are one piece."""
     sparse = _sparse(keys)
     batched = keys.dim() == 3 and keys.shape[1] > 1 and not _rounds(keys)
     copies, place = keys.dtype != q_hat.dtype or (sparse and not keys.is_contiguous()), place or not (sparse or batched)
     most = (tiles.CPU_LISTED if keys.device.type == "cpu" else tiles.GPU_LISTED) // keys.shape[-1]
     most = min(max(1, most), keys.shape[:-1].numel()) if copies or place else keys.shape[:-1].numel()
-    # Memory that is allocated anew for every piece costs more than the arithmetic: its pages have to be made.
+    # One allocation serves all pieces: the pages of a new one would cost more than the arithmetic.
     scratch, copy = (q_hat.new_empty(most * keys.shape[-1] if needed else 0) for needed in (place, copies))
 
     of_lists = cache(_Runs.of_lists)  # all pieces but the last have one shape
@@ -253,7 +260,7 @@ def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> It
         return _Piece(at, own, q_hat, its, scratch, runs, batched)
 
     if rows is not None:
-        # Row M, for keys that are nobody's.
+        # Row M, for keys of no query.
         q_hat = F.pad(q_hat, (0, 0, 0, 1))
         for start in range(0, len(keys), max(most, 1)):
             yield piece(slice(start, start + most))
@@ -267,7 +274,7 @@ def _pieces(q_hat: Tensor, keys: Tensor, rows: Tensor | None, place: bool) -> It
 
 
 def _unit(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Normalised rows in the inner precision, inverse norms; without normalize the rows as they are."""
+    """Rows in the inner precision, normalised, and their inverse norms; without normalize the rows as they are, and None."""
     x = x.to(compute_dtype(x.dtype))
     r = inverse_norms(x) if normalize else None
     return x if r is None else x * r[:, None], r
@@ -279,7 +286,7 @@ def _sparse(keys: Tensor) -> bool:
 
 
 def _shared(keys: Tensor) -> bool:
-    """Whether the lists of all queries are one list in memory: then its product with the queries is a matrix product."""
+    """Whether all queries have one list of keys in memory: then one matrix product gives all logits."""
     return keys.dim() == 3 and len(keys) > 1 and keys.stride(0) == 0 and keys.shape[1] > 0 and not _rounds(keys)
 
 

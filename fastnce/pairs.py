@@ -1,4 +1,4 @@
-"""Which pairs are positive, negative or excluded: one rule, a few integer vectors, compared tile by tile.
+"""Which pairs are positive, negative or excluded: one rule over a few integer vectors, which are compared tile by tile.
 
 For query i (row of q) and key j (row of k), the first line that applies decides:
 
@@ -8,8 +8,8 @@ For query i (row of q) and key j (row of k), the first line that applies decides
     label     q_label[i] == k_label[j], both >= 0, or mask[i, j]             -> positive
     otherwise                                                                -> negative
 
-An aligned pair is kept whatever its exclude ids say: a query and its own document carry the same document id, and it is the *other*
-copies of that document that must not count as negatives. A negative label or id matches nothing.
+An aligned pair is kept whatever its exclude ids say. A query and its own document have the same document id; only the other copies of
+that document must not count as negatives. A negative label or id matches nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 
-class Tile(NamedTuple):
+class TileRange(NamedTuple):
     """Half-open ranges of rows [i0, i1) and columns [j0, j1) of the (M, N) logits."""
 
     i0: int
@@ -30,10 +30,10 @@ class Tile(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The rules above. The vectors are (M,) for q_*, (N,) for k_*; where k is q, k_* stay None and q_* serve both sides.
+    """The rules above. q_* are vectors (M,), k_* vectors (N,); where k is q, k_* stay None and q_* serve both sides.
 
-    mask is the one exception to "vectors only": a caller who already holds a boolean matrix of positives may pass it. It is (Bq, Bk) and
-    row i of q meets mask row i % Bq, so that V stacked views share one (B, B) matrix. It is read tile by tile, never expanded.
+    mask is a boolean matrix (Bq, Bk), for callers who hold one already. Row i of q meets mask row i % Bq, so that V stacked views share one
+    (B, B) matrix. It is read tile by tile, never expanded.
     """
 
     exclude_self: bool = False
@@ -45,22 +45,22 @@ class Pairs(NamedTuple):
     mask: Tensor | None = None
 
     def positives_by_content(self) -> bool:
-        """True where positives depend on labels or a mask, so that only looking at a tile tells."""
+        """Whether positives depend on labels or a mask: then they are found by looking at every tile."""
         return self.q_label is not None or self.mask is not None
 
     def one_positive_at_most(self, rows: int, symmetric: bool) -> bool:
-        """True where positives are the aligned pairs alone and no row has two: they then need no tile, only O(M D) dot products.
+        """Whether positives are the aligned pairs alone, and no row has two: then they need O(M D) dot products and no tile.
 
-        With k = q a row has the partners i - offset and i + offset; both exist for some row unless 2 * offset >= rows.
+        Where k is q, row i has the partners i - offset and i + offset. Some row has both unless 2 * offset >= rows.
         """
         return not self.positives_by_content() and not (symmetric and self.offset is not None and 2 * self.offset < rows)
 
-    def may_be_positive(self, tile: Tile, symmetric: bool) -> bool:
-        """False where no pair of the tile can be a positive."""
+    def may_be_positive(self, tile: TileRange, symmetric: bool) -> bool:
+        """Whether some pair of the tile can be a positive."""
         return self.positives_by_content() or any(crosses(tile, diagonal) for diagonal in self.diagonals(symmetric)[1])
 
     def diagonals(self, symmetric: bool) -> tuple[list[int], list[int]]:
-        """Diagonals j - i of the whole matrix that are (excluded, positive) by index alone."""
+        """Diagonals j - i of the matrix whose pairs are (excluded, positive) by their index alone."""
         excluded = [0] if self.exclude_self else []
         if self.offset is None:
             return excluded, []
@@ -76,8 +76,8 @@ class Pairs(NamedTuple):
             return slice(0, 0), slice(0, 0)
         return slice(start, stop), slice(start + self.offset, stop + self.offset)
 
-    def classify(self, tile: Tile, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(positive, excluded): two boolean (i1 - i0, j1 - j0) matrices for one tile; what is neither is negative."""
+    def classify(self, tile: TileRange, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Two boolean matrices (positive, excluded) of a tile, (i1 - i0, j1 - j0); a pair that is neither is negative."""
         shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
         excluded = _equal_ids(self.q_exclude, self.k_exclude, tile, shape, device)
         positive = _equal_ids(self.q_label, self.k_label, tile, shape, device)
@@ -97,24 +97,24 @@ class Pairs(NamedTuple):
         return positive, excluded
 
     def dense(self, rows: int, columns: int, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The meaning, materialised: classify() of the whole (M, N) matrix. For the reference backend only."""
-        return self.classify(Tile(0, rows, 0, columns), symmetric, device)
+        """classify() of the (M, N) matrix. For the reference backend only."""
+        return self.classify(TileRange(0, rows, 0, columns), symmetric, device)
 
 
-def fill_diagonal(matrix: Tensor, tile: Tile, diagonal: int, value: float) -> None:
-    """Write value where j - i == diagonal, in the coordinates of the whole matrix, if that line crosses the tile."""
+def fill_diagonal(matrix: Tensor, tile: TileRange, diagonal: int, value: float) -> None:
+    """Write value where j - i == diagonal, in the coordinates of the matrix, if that line crosses the tile."""
     if crosses(tile, diagonal):
         matrix.diagonal(diagonal - (tile.j0 - tile.i0)).fill_(value)
 
 
-def crosses(tile: Tile, diagonal: int) -> bool:
+def crosses(tile: TileRange, diagonal: int) -> bool:
     """Whether the line j - i == diagonal has a pair in the tile."""
     return tile.i0 + diagonal < tile.j1 and tile.j0 < tile.i1 + diagonal
 
 
-def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: Tile, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: TileRange, shape: tuple[int, int], device: torch.device) -> Tensor:
     if q_id is None:
         return torch.zeros(shape, dtype=torch.bool, device=device)
     rows, columns = q_id[tile.i0 : tile.i1], (q_id if k_id is None else k_id)[tile.j0 : tile.j1]
-    # Negative ids must match nothing, not even each other: -2 on one side and -1 on the other keeps it to a single comparison per pair.
+    # A negative id matches nothing, not even itself. It becomes -2 on one side and -1 on the other: one comparison per pair is enough.
     return rows.where(rows >= 0, -2)[:, None] == columns.where(columns >= 0, -1)

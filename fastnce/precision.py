@@ -1,4 +1,8 @@
-"""Precision of the arithmetic: dtypes, and the norms of rows with what a zero row and an overflowing row mean."""
+"""The precision that fastnce computes in.
+
+Dtypes: products are float32 (float64 for float64 features), statistics of rows are float64. Norms of rows: a zero row has similarity 0, a
+row longer than 1e18 gives nan. Then the two functions by which log-sums are added: softplus and logaddexp.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-12  # torch.nn.functional.normalize's threshold: a shorter row counts as zero
@@ -55,3 +60,18 @@ def inverse(norm: Tensor, dtype: torch.dtype) -> Tensor:
     short = norm < EPS
     r = norm.masked_fill(short, 1.0).reciprocal().masked_fill(short, 0.0)
     return r if dtype == torch.float64 else r.masked_fill(norm > LARGEST, math.nan)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x). The loss of a row with one positive is softplus(lse_neg - pos).
+
+    torch takes x itself above a threshold. Its own, 20, is off by 2e-9, which float64 sees. At 80 the difference is below float64's
+    rounding, and exp(80) is still a float32 number.
+    """
+    return F.softplus(x, threshold=80.0)
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b). Where both are -inf it is -inf, and its gradient is finite; the gradient of torch.logaddexp is nan there."""
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    return high + softplus((low - high).masked_fill(high == -torch.inf, -torch.inf))

@@ -1,4 +1,5 @@
-"""What a backend is asked, and what it answers."""
+"""The interface of the backends: Problem, the question of forward, and Side, its answer; SideGrad and Wanted, the question of backward, and
+Gradients, its answer."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from fastnce.pairs import Pairs
 from fastnce.precision import compute_dtype
 
-# Cosines that are no further apart are a tie, by the dtype of the products: 3 u of float32, u = 2^-24, and 16 u of float64. The threshold
-# and the logits that are compared with it come from one routine: equal rows have equal bits, whatever the order of the sums. Rows that
-# differ in length alone have not: either logit is rounded, by up to u, and so is either length. Together that is 0.8 u (rms); of such
-# pairs, of 8 to 2,048 columns, 1 in 200 is more than 3 u apart. In float64 there are bits to spare, and all such pairs are inside.
+# Two cosines are a tie where they are no further apart than this, by the dtype of the products: 3 u of float32, u = 2^-24, and 16 u of
+# float64. Equal rows have equal bits, because the threshold and the logits come from one routine. Rows that differ in length alone differ
+# by roundings: of both logits and of both lengths, each by up to u, 0.8 u together (root mean square). With 8 to 2,048 columns, 1 in 200 of
+# such pairs is more than 3 u apart in float32. In float64 there are bits to spare, and no such pair is.
 TIE = {torch.float32: 3 * 2.0**-24, torch.float64: 2.0**-49}
 
 
@@ -54,17 +55,19 @@ class Problem(NamedTuple):
 
     @property
     def gradient_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of dq and dk."""
+        """The dtypes of dq and dk."""
         q, k = self.q if self.q_wide is None else self.q_wide, self.keys if self.k_wide is None else self.k_wide
         return q.dtype, k.dtype
 
     def tied(self, best: Tensor, unit: float) -> tuple[Tensor, Tensor]:
-        """(low, high) of the rows: where low <= logit <= high, a negative ties with the threshold; unless logit <= high, it is above.
+        """Bounds (low, high) of every row, around the threshold that ranks count from. A negative ties with the threshold where
+        low <= logit <= high, and is above it unless logit <= high.
 
-        best: the largest positive logits without the bias, in a unit of which a nat has `unit`; the logits and bounds are in it, too.
-        Where rows are not normalised logits have any size, and the band is the same fraction of the threshold itself. A threshold that is
-        nan has every negative above it, and so has -inf, a row without a positive, with which nothing ties. A negative that is nan is above
-        any threshold: it is not <= high.
+        best: the largest positive logit of every row, without the bias. A nat has `unit` of its units: 1, or log2(e) in base 2. The bounds
+        are in the same unit, and without the bias too.
+        Logits of rows that are not normalised have any size: there the band is the same fraction of the threshold itself.
+        A negative that is nan is above any threshold, because it is not <= high. A threshold that is nan, or -inf (a row without a
+        positive), has every negative above it, and nothing ties with it.
         """
         given, bias, threshold = self.threshold, self.bias, best
         if given is not None:
@@ -109,14 +112,14 @@ class Side(NamedTuple):
 
 
 class SideGrad(NamedTuple):
-    """dL/d of the differentiable fields of a Side."""
+    """dL/d of the differentiable fields of a Side, in the same order."""
 
     dlse_neg: Tensor
     dlse_pos: Tensor
     dpos: Tensor
 
     def of_some(self, side: Side) -> SideGrad:
-        """0 for the log-sum and the mean of nothing, whatever came down for them."""
+        """With 0 where a row has no negative, or no positive: its log-sum and mean are constants, whatever gradient came down for them."""
         no_negative, no_positive = side.empty()
         return SideGrad(
             self.dlse_neg.masked_fill(no_negative, 0.0),

@@ -1,4 +1,4 @@
-"""What the operators take: their schemas, and the same arguments by name."""
+"""The arguments of the operators in autograd.py: their schemas, and the same arguments by name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ PROBLEM = (
 )
 TENSORS = 12  # of the arguments above, the first are tensors
 WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
-# One argument per vector, not lists of them: for the batched gradients of torch.autograd (is_grads_batched), torch repeats an operator by
-# itself where no argument is a list of tensors.
+# One argument per vector, and no lists. Under the batched gradients of torch.autograd (is_grads_batched) torch repeats an operator for
+# every gradient, but only one without lists of tensors among its arguments.
 GRADS, STATS = (
     ", ".join(f"Tensor? {side}_{field}" for side in ("rows", "columns") for field in fields)
     for fields in (SideGrad._fields, Side._fields[:WITHOUT_METRICS])
@@ -62,12 +62,12 @@ class Arguments(NamedTuple):
 
     @property
     def differentiable(self) -> tuple[Tensor, Tensor | None]:
-        """What the gradients of the features are of: their stand-ins, where there are any."""
+        """The tensors that take the gradients of the features: their stand-ins where there are any."""
         return self.q if self.q_wide is None else self.q_wide, self.k if self.k_wide is None else self.k_wide
 
 
 class Request(NamedTuple):
-    """What backward is asked: vectors of the rows, then of the columns, which are None where not two_sided."""
+    """The arguments of backward. Vectors are those of the rows, then those of the columns, which are None where not two_sided."""
 
     grads: Sequence[Tensor]
     stats: Sequence[Tensor]

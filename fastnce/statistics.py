@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce import arguments, autograd, backends, hints, relations
 from fastnce.pairs import Pairs
-from fastnce.precision import compute_dtype
+from fastnce.precision import compute_dtype, logaddexp
 from fastnce.problem import Problem, Side
 from fastnce.wide import shared
 
@@ -195,21 +194,3 @@ def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> Contrasti
         hardest_logit=torch.maximum(a.hardest_logit, b.hardest_logit),
         pos_max=torch.maximum(a.pos_max, b.pos_max),
     )
-
-
-def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp a + exp b), whose value is -inf and whose gradient is finite where both are -inf (torch.logaddexp: nan)."""
-    high, low = torch.maximum(a, b), torch.minimum(a, b)
-    return high + softplus((low - high).masked_fill(high == -torch.inf, -torch.inf))
-
-
-def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp x). torch's default turns into x above 20, an error of 2e-9 that float64 sees; at 80 it is below float64's rounding
-    and exp(80) is still a float32 number."""
-    return F.softplus(x, threshold=80.0)
-
-
-def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
-    """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
-    found = autograd.log1p_loss(lse_neg, pos)
-    return softplus(lse_neg - pos) if found is None else found

@@ -19,9 +19,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 import emulated
 from named import widest
 
-from fastnce import tiles
 from fastnce.backends import torch_tiles
+from fastnce.backends._gpu import tiles
 from fastnce.backends._tiled import gemm
+from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.compiled import build, find
 
 torch.set_num_threads(1)
@@ -95,7 +96,7 @@ def emulated_cuda(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
     monkeypatch.setattr(find, "library_path", lambda kind: emulated_library if kind == "cuda" else others(kind))
     find.objection.cache_clear()
-    assert find.objection("cuda") is None and torch.ops.fastnce_cuda.emulated()
+    assert find.objection("cuda") is None and torch.ops.fastnce_cuda.runs_on(-1)
     yield
     find.objection.cache_clear()
 
@@ -104,10 +105,10 @@ def emulated_cuda(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="triton" takes tensors of the CPU, for one test, in small tiles."""
     pytest.importorskip("interpreter")
-    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, depth, 1, 1))
-    monkeypatch.setattr(tiles, "GPU_DEPTHS", (16, 32, 64))
-    monkeypatch.setattr(tiles, "GPU_PADDED", 16)
-    monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
+    monkeypatch.setattr(triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(16, 16, depth, 1, 1))
+    monkeypatch.setattr(tiles, "DEPTHS", (16, 32, 64))
+    monkeypatch.setattr(tiles, "PADDED", 16)
+    monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
 
 
 # What a backend needs where tests name it, beside the device that it is for.

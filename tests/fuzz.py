@@ -136,7 +136,7 @@ def forward_rows() -> Arguments:
     given, rows, columns = tiles_of_cuda((64, 128, 320))
     (splits, per_split), in_tile = splits_of(columns), given["sizes"][9]
     count = new(splits, rows, dtype=INT) if in_tile else None
-    more = {"always": some(), "splits": splits, "per_split": per_split, "real": new(5 if in_tile else 2, splits, rows), "count": count}
+    more = {"always": some(), "splits": splits, "per_split": per_split, "sums": new(5 if in_tile else 2, splits, rows), "count": count}
     return given | more
 
 
@@ -158,8 +158,8 @@ def forward_both() -> Arguments:
 def retrieval() -> Arguments:
     given, rows, columns = tiles_of_cuda()
     splits, per_split = splits_of(columns)
-    real, whole = new(2, splits, rows), new(3, splits, rows, dtype=INT)
-    return given | {"bounds": new(2, rows), "splits": splits, "per_split": per_split, "real": real, "whole": whole}
+    largest, counts = new(2, splits, rows), new(3, splits, rows, dtype=INT)
+    return given | {"bounds": new(2, rows), "splits": splits, "per_split": per_split, "largest": largest, "counts": counts}
 
 
 def weights_of(given: Arguments) -> Arguments:
@@ -228,7 +228,7 @@ def statistics() -> Arguments:
     pairs = new(random.randint(0, rows)) if not in_tile else None
     ends = [0] if pairs is None else [random.randint(0, rows - len(pairs)) for _ in range(random.choice((1, 2)))]
     unshifted = new(3 if in_tile else 1, rows) if some() else None
-    given: Arguments = {"real": new(5 if in_tile else 2, splits, rows), "count": new(splits, rows, dtype=INT) if in_tile else None}
+    given: Arguments = {"sums": new(5 if in_tile else 2, splits, rows), "count": new(splits, rows, dtype=INT) if in_tile else None}
     given |= {"unshifted": unshifted, "unshifted_count": new(rows, dtype=INT) if in_tile and unshifted is not None else None}
     given |= {"pairs": pairs, "ends": ends, "bias": torch.tensor(1.0) if some() else None, "n_pos": new(rows, dtype=LONG)}
     return given | {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "lse_pos", "pos", "own_neg", "own_pos")}
@@ -254,17 +254,6 @@ def scale_gradient() -> Arguments:
     return {"scalars": new(4, dtype=DOUBLE), "about": about, "divide": 2.0} | numbers
 
 
-def log1p_loss() -> Arguments:
-    rows = random.choice((0, 1, 5, 300))
-    return {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "pos", "value")}
-
-
-def log1p_loss_backward() -> Arguments:
-    rows = random.choice((0, 1, 5, 300))
-    upstream = random.choice((new(dtype=DOUBLE), new(rows, dtype=DOUBLE), new(2 * rows, dtype=DOUBLE)[::2]))
-    return {"upstream": upstream} | {name: new(rows, dtype=DOUBLE) for name in ("lse_neg", "pos", "d")}
-
-
 def tile() -> Arguments:
     kernel = random.choice(("forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block"))
     given = {"parts": random.choice((1, 2)), "depth": random.choice((0, 64, 128, 256, 512)), "architecture": random.choice((80, 90, 100))}
@@ -281,12 +270,12 @@ CUDA: dict[str, Callable[[], Arguments]] = {
     made.__name__: made
     for made in (
         forward_rows, forward_both, retrieval, backward_rows, weights_block, prepare, aligned, finish, statistics, coefficients,
-        scale_gradient, log1p_loss, log1p_loss_backward, tile,
+        scale_gradient, tile,
     )
 }  # fmt: skip
-CUDA |= {"emulated": dict, "runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
+CUDA |= {"runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
 # What there is little to say to.
-RARE = {"level", "emulated", "runs_on", "tile"}
+RARE = {"level", "runs_on", "tile"}
 
 
 # ---------------------------------------------------------------- what no longer fits

@@ -129,7 +129,7 @@ def described(name: str) -> tuple[str, str]:
         terms = zip((m[4] or "").split(", "), ("rows", "columns", "one exponential"), strict=False)
         words = [f"D={m[1]}", content[m[2]], *(word for on, word in terms if on == "true")]
     elif m := re.match(r"\(Phase\)(\d)$", arguments):
-        words = [("whole", "sums", "vectors")[int(m[1])]]
+        words = [("at once", "sums", "vectors")[int(m[1])]]
     else:
         words = [{"": "", "float": "float32", "Half": "float16", "BFloat16": "bfloat16"}[arguments]]
     return kernel, " ".join(filter(None, words))

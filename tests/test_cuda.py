@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
 import fastnce
-from fastnce import contrastive_stats, tiles
-from fastnce.backends._gpu import host
+from fastnce import contrastive_stats
+from fastnce.backends._gpu import host, tiles
 from fastnce.backends.cuda import launches
 from train_ref.truth import contract
 
@@ -76,10 +76,10 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, emul
 def use(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launches, "architecture", lambda device: 80 if family == "mma" else 90)
     if family == "long":
-        monkeypatch.setattr(tiles, "GPU_DEPTHS", ())
-        monkeypatch.setattr(tiles, "GPU_DEPTH", 192)
-        monkeypatch.setattr(tiles, "GPU_WHOLE", 0)
-        monkeypatch.setattr(tiles, "GPU_BLOCK", 128)
+        monkeypatch.setattr(tiles, "DEPTHS", ())
+        monkeypatch.setattr(tiles, "STEP", 192)
+        monkeypatch.setattr(tiles, "LONGEST_HELD", 0)
+        monkeypatch.setattr(tiles, "BLOCK", 128)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_long_sums_keep_their_last_bits(p: Problem, dtype: torch.dtype, family: 
     """Tensor cores round every sum towards zero, here too: 375 times in a row that is twice the budget of a gradient, and along 1,024
     columns of rows that are alike twice that of a logit."""
     monkeypatch.setattr(host, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
     whole_suite.check(p, dtype, "cuda")
 
 
@@ -321,6 +321,6 @@ def test_every_tile_fits_the_padding(architecture: int, emulated_cuda: None) -> 
                 if kernel == ("backward_rows" if depth == 0 else "weights_block"):
                     continue
                 rows, columns, family = torch.ops.fastnce_cuda.tile(kernel, rules, parts, depth, architecture)
-                assert tiles.GPU_PADDED % rows == tiles.GPU_PADDED % columns == tiles.GPU_BLOCK % rows == tiles.GPU_BLOCK % columns == 0
+                assert tiles.PADDED % rows == tiles.PADDED % columns == tiles.BLOCK % rows == tiles.BLOCK % columns == 0
                 assert kernel != "forward_both" or rows == columns
                 assert family == (architecture == 90 and parts == 1 and depth > 0 and kernel in WGMMA_KERNELS)

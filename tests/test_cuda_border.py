@@ -15,21 +15,18 @@ pytestmark = pytest.mark.usefixtures("emulated_cuda")
 # What each operator writes.
 WRITES = {
     "tile": set(),
-    "emulated": set(),
     "runs_on": set(),
     "prepare": {"operand", "factor", "inverse_norm"},
     "aligned": {"t"},
     "finish": {"out"},
-    "forward_rows": {"real", "count"},
+    "forward_rows": {"sums", "count"},
     "forward_both": {"row_sum", "row_count", "column_sum", "column_count"},
-    "retrieval": {"real", "whole"},
+    "retrieval": {"largest", "counts"},
     "backward_rows": {"dx", "moment"},
     "weights_block": {"for_rows", "for_columns", "moment"},
     "statistics": {"lse_neg", "lse_pos", "pos", "n_pos", "own_neg", "own_pos"},
     "coefficients": {"vectors", "pair_weights", "scalars"},
     "scale_gradient": {"dscale", "dbias"},
-    "log1p_loss": {"value"},
-    "log1p_loss_backward": {"d"},
 }
 
 
@@ -40,7 +37,7 @@ def test_schemas() -> None:
         space, _, name = schema.name.partition("::")
         if space == "fastnce_cuda":
             found[name] = {argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write}
-            assert bool(schema.returns) == (name in ("tile", "emulated", "runs_on"))
+            assert bool(schema.returns) == (name in ("tile", "runs_on"))
     assert found == WRITES
 
 
@@ -73,12 +70,12 @@ CALLS: dict[str, dict[str, Any]] = {
         "r_y": vector(50), "pair": vector(100), "scale": vector(1), "lift": vector(1), "up": 0, "down": NONE, "normalize": True,
         "out": vector(600).view(100, 6),
     },
-    "forward_rows": {**TILES, "always": False, "splits": 2, "per_split": 2, "real": vector(400), "count": None},
+    "forward_rows": {**TILES, "always": False, "splits": 2, "per_split": 2, "sums": vector(400), "count": None},
     "forward_both": {
         **TILES, "symmetric": False, "splits": 2, "per_split": 1, "row_sum": vector(100), "row_count": None, "column_sum": vector(200),
         "column_count": None,
     },
-    "retrieval": {**TILES, "bounds": vector(200), "splits": 2, "per_split": 2, "real": vector(400), "whole": vector(600, INT)},
+    "retrieval": {**TILES, "bounds": vector(200), "splits": 2, "per_split": 2, "largest": vector(400), "counts": vector(600, INT)},
     "backward_rows": {
         **TILES, "row": vector(256), "column": vector(512), "center": vector(1), "of_rows": True, "of_columns": True, "splits": 2,
         "per_split": 2, "dx": vector(2 * 128 * 64), "moment": None,
@@ -88,7 +85,7 @@ CALLS: dict[str, dict[str, Any]] = {
         "across": 1, "pitch": 128, "for_rows": matrix(128, 128), "for_columns": None, "moment": None,
     },
     "statistics": {
-        "real": matrix(2, 3, 100, dtype=torch.float32), "count": None, "unshifted": None, "unshifted_count": None, "pairs": vector(40),
+        "sums": matrix(2, 3, 100, dtype=torch.float32), "count": None, "unshifted": None, "unshifted_count": None, "pairs": vector(40),
         "ends": [60], "bias": None, **{name: vector(100, DOUBLE) for name in ("lse_neg", "lse_pos", "pos", "own_neg", "own_pos")},
         "n_pos": vector(100, LONG),
     },
@@ -100,8 +97,6 @@ CALLS: dict[str, dict[str, Any]] = {
     "scale_gradient": {
         "scalars": vector(4, DOUBLE), "about": [vector(7)], "divide": 1.0, "scale": vector(1), "dscale": vector(1), "dbias": vector(1),
     },
-    "log1p_loss": {"lse_neg": vector(9, DOUBLE), "pos": vector(9, DOUBLE), "value": vector(9, DOUBLE)},
-    "log1p_loss_backward": {name: vector(9, DOUBLE) for name in ("lse_neg", "pos", "upstream", "d")},
 }  # fmt: skip
 
 
@@ -144,7 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("forward_rows", {"sizes": sizes(6, -(2**31))}, "own must be from"),
     ("forward_rows", {"sizes": sizes(9, 2)}, "in_tile must be from 0 to 1, got 2"),
     ("forward_rows", {"sizes": sizes(10, 2)}, "family must be from 0 to 1, got 2"),
-    ("forward_rows", {"sizes": sizes(9, 1), "real": vector(1000)}, "positives in the tiles must have a count"),
+    ("forward_rows", {"sizes": sizes(9, 1), "sums": vector(1000)}, "positives in the tiles must have a count"),
     ("forward_rows", {"y": matrix(256, 1, 128)}, "operands must have the same form, got 1 x 64 and 1 x 128"),
     ("forward_rows", {"a": vector(132)[1:129]}, "factor a must be aligned to 16 bytes"),
     ("forward_rows", {"q_label": vector(128, INT)}, "ids must be given for both sides or for none"),
@@ -153,20 +148,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("forward_rows", {"mask": torch.ones(2, 1, dtype=torch.bool)}, "sizes must hold the shape and the strides of mask"),
     ("forward_rows", {"splits": 0}, "splits must be from 1"),
     ("forward_rows", {"per_split": 0}, "per_split must be from 1"),
-    ("forward_rows", {"real": vector(401)}, "real must have 400 elements, got 401"),
+    ("forward_rows", {"sums": vector(401)}, "sums must have 400 elements, got 401"),
     ("forward_both", {"symmetric": True}, "a symmetric problem must have as many columns as rows"),
     ("forward_both", {"column_sum": vector(100)}, "column_sum must have 200 elements, got 100"),
-    ("retrieval", {"whole": vector(600, LONG)}, "whole must be int32, got int64"),
+    ("retrieval", {"counts": vector(600, LONG)}, "counts must be int32, got int64"),
     ("retrieval", {"bounds": vector(100)}, "bounds must have 200 elements, got 100"),
     ("backward_rows", {"of_rows": False, "of_columns": False}, "the weights must be of rows, of columns, or of both"),
     ("backward_rows", {"column": vector(256)}, "column must have 512 elements, got 256"),
     ("backward_rows", {"moment": vector(100)}, "moment must have 200 elements, got 100"),
     ("weights_block", {"column0": 256}, "leave a block of 128 or operands of 128 and 256 rows"),
     ("weights_block", {"for_columns": matrix(128, 64)}, "for_columns must have 16384 elements, got 8192"),
-    ("statistics", {"real": matrix(3, 3, 100, dtype=torch.float32)}, "real must be .2 or 5, splits, rows."),
+    ("statistics", {"sums": matrix(3, 3, 100, dtype=torch.float32)}, "sums must be .2 or 5, splits, rows."),
     ("statistics", {"pairs": None}, "positives must be counted in the tiles, or given as pairs"),
     ("statistics", {"ends": [1, 2, 3]}, "ends must have 1 or 2 entries, got 3"),
     ("statistics", {"ends": [61]}, "ends must be from 0 to 60, got 61"),
+    ("statistics", {"pos": vector(100)}, "pos must be float64, got float32"),
     ("statistics", {"n_pos": vector(100, INT)}, "n_pos must be int64, got int32"),
     ("coefficients", {"grads": SIDE[0][:2]}, "1 sides must have 3 grads, 6 stats and 2 factors, got 2, 6 and 2"),
     ("coefficients", {"pair_weights": None}, "pairs must have both t and weights"),
@@ -174,8 +170,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("coefficients", {"scalars": vector(5, DOUBLE)}, "scalars must have 4 elements, got 5"),
     ("coefficients", {"vectors": [vector(100)]}, "vectors must have 256 elements, got 100"),
     ("scale_gradient", {"about": [vector(7)] * 5}, "parts of about must be from 0 to 4, got 5"),
-    ("log1p_loss", {"pos": vector(9)}, "pos must be float64, got float32"),
-    ("log1p_loss_backward", {"upstream": vector(8, DOUBLE)}, "upstream must be float64 and one number, or one for each row"),
 ]
 
 

@@ -67,7 +67,7 @@ def test_index_arithmetic(tmp_path: Path, emulator: str) -> None:
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Object files of the kernels over tiles, for a program and for a library."""
     into = tmp_path_factory.mktemp("kernels")
-    units = sorted(path for path in find.sources("cuda").glob("*.cu") if path.stem not in ("rows", "finalise"))
+    units = sorted(path for path in find.sources("cuda").glob("*.cu") if path.stem not in ("rows", "vectors"))
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda unit: compiled(unit, into, KERNELS), units))
 
@@ -76,7 +76,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
     """Lengths, dtypes, devices, depths, sizes, one side without the other, memory twice: every call of every operator raises or runs."""
     headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
-    todo = [("bind.cpp", ["-O0", *SANITIZERS, *headers]), ("rows.cu", KERNELS), ("finalise.cu", KERNELS)]
+    todo = [("bind.cpp", ["-O0", *SANITIZERS, *headers]), ("rows.cu", KERNELS), ("vectors.cu", KERNELS)]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda unit: compiled(find.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
     library = tmp_path / "library.so"
@@ -128,7 +128,7 @@ FAULTS = (
     Fault("columns of fragments", "index.h", "lane % 4 * 2 + e % 2;", "lane % 4 * 2 + e / 2;", *FORWARD),
     Fault("copies not waited for", "mma.cuh", "copy_wait<1>();", "copy_wait<2>();", *FORWARD),
     Fault("copies of others not waited for", "mma.cuh", "    }\n    sync_block();", "    }", *FORWARD),
-    Fault("stage overwritten while it is read", "mma.cuh", "is loaded into.\n    sync_block();", "is loaded into.", *FORWARD),
+    Fault("stage overwritten while it is read", "mma.cuh", "reads its memory.\n    sync_block();", "reads its memory.", *FORWARD),
     Fault("columns of others not waited for", "backward.cuh", "  }\n  sync_block();", "  }", *BACKWARD),
     Fault("diagonal forgotten", "tile.cuh", "meets(i0, j0, rows, columns, r.up) ||", "", *FORWARD),
     Fault("last tile taken to be plain", "index.h", "  if (columns % width) insert(across - 1);\n", "", *FORWARD_90),

@@ -13,8 +13,8 @@ import torch
 from problems import PROBLEMS, Problem
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu import host, limits, rows
+from fastnce.backends._gpu import host, limits, rows, tiles
+from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.precision import EPS, LARGEST
 from fastnce.problem import Side, SideGrad
 from train_ref.truth import contract
@@ -50,8 +50,8 @@ def unaligned(x: Tensor) -> Tensor:
 
 def prepared(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     count, columns = x.shape
-    padded = host.up(count, tiles.GPU_PADDED)
-    operand = x.new_empty((padded, limits.parts(x.dtype), tiles.gpu_depth(columns)), dtype=torch.float16)
+    padded = host.up(count, tiles.PADDED)
+    operand = x.new_empty((padded, limits.parts(x.dtype), tiles.padded_depth(columns)), dtype=torch.float16)
     factor, r = x.new_empty(padded, dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
     kernels().prepare(x, operand, factor, r, normalize)
     return operand, factor, r
@@ -212,50 +212,6 @@ def test_scale_gradient(parts: list[tuple[int, int]], monkeypatch: pytest.Monkey
         agree(a, b, rtol=U, atol=0.0)
 
 
-@pytest.mark.parametrize("count", [0, 1, 300])
-def test_loss_of_one_positive(count: int) -> None:
-    """softplus and its derivative, to the last place of float64 also where exp leaves it."""
-    lse_neg, pos = random(count) * 20, random(count, seed=1) * 20
-    if count > 6:
-        lse_neg[:6] = torch.tensor([800.0, -800.0, -torch.inf, torch.nan, 81.0, 40.0], dtype=torch.float64)
-        pos[:6] = 0.0
-    value, d = torch.empty(count, dtype=torch.float64), torch.empty(count, dtype=torch.float64)
-    kernels().log1p_loss(lse_neg, pos, value)
-    x = lse_neg - pos
-    exact = torch.where(x > 0, x, 0.0).masked_fill(x.isnan(), torch.nan) + (-x.abs()).exp().log1p()
-    agree(value, exact, rtol=4e-16, atol=0.0)
-    every = random(2 * count, seed=2)
-    for upstream in (every[:count], every[::2], torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.3).double().expand(count)):
-        kernels().log1p_loss_backward(lse_neg, pos, upstream, d)
-        agree(d, upstream * torch.sigmoid(x), rtol=1e-15, atol=0.0)
-
-
-def test_loss_of_one_positive_differentiated() -> None:
-    """The operator over it: backward, torch.func and batched gradients give softplus's derivative; what has no derivative is refused."""
-    loss = torch.ops.fastnce.log1p_loss
-    lse_neg, pos = random(5).requires_grad_(), random(5, seed=1).requires_grad_()
-    x = (lse_neg - pos).detach()
-    p = torch.sigmoid(x)
-    value = loss(lse_neg, pos)
-    agree(value.detach(), torch.nn.functional.softplus(x), rtol=1e-15, atol=0.0)
-    d, minus_d = torch.autograd.grad(value.sum(), (lse_neg, pos), create_graph=True)
-    agree(d.detach(), p, rtol=1e-15, atol=0.0)
-    agree(minus_d.detach(), -p, rtol=1e-15, atol=0.0)
-    agree(torch.func.jacrev(loss)(lse_neg.detach(), pos.detach()), p.diag(), rtol=1e-15, atol=0.0)
-    agree(
-        torch.func.vmap(loss)(torch.stack([lse_neg, pos]), torch.stack([pos, lse_neg]))[1].detach(),
-        value.detach() - x,
-        rtol=1e-14,
-        atol=1e-15,
-    )
-    (batched,) = torch.autograd.grad(value, lse_neg, torch.eye(5, dtype=torch.float64), is_grads_batched=True, retain_graph=True)
-    agree(batched, p.diag(), rtol=1e-15, atol=0.0)
-    with pytest.raises(RuntimeError, match="second derivative of this loss is not implemented"):
-        d.sum().backward()
-    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
-        torch.func.jvp(loss, (x, x), (x, x))
-
-
 # In a loss ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +233,7 @@ def test_the_triton_backend_takes_them_too(p: Problem, monkeypatch: pytest.Monke
 
     from fastnce.backends.triton import launches
 
-    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(32, 32, depth, 1, 1))
+    monkeypatch.setattr(triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(32, 32, depth, 1, 1))
     names: list[str] = []
     launch = launches.launch
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from named import ON_CPU
 
-from fastnce import tiles
+from fastnce.backends.triton import tiles
 from fastnce.tiles import CPU_TILE
 from train_ref import validate
 from train_ref.gates import cases, limits
@@ -29,7 +29,7 @@ def test_sizes_reach_behind_tiles_and_paddings() -> None:
         assert {128, 129, 257, 520} <= {case.d for case in found}
         assert max(rows) > CPU_TILE
         interpreted = [case for case in validate.INTERPRETED.cases() if case.loss == loss]
-        assert max(case.rows for case in interpreted) > max(tile.rows for tile in tiles._TRITON.values())
+        assert max(case.rows for case in interpreted) > max(tile.rows for tile in tiles.TILES.values())
         assert {128, 129, 257, 520} <= {case.d for case in interpreted} and 1e15 in {case.length for case in interpreted}
         assert {"random", "aligned", "solved", "identical", "orthogonal"} == {case.kind for case in interpreted}
         assert {case.option for case in interpreted} == {case.option for case in found}

@@ -38,7 +38,6 @@ NAMES = {
     "_ZN7fastnce4cuda6finishINS0_8BFloat16EEEvNS0_7RawRowsES3_NS0_6FinishE": "finish bfloat16",
     "_ZN7fastnce4cuda7prepareIfEEvNS0_7RawRowsENS0_7OperandEb": "prepare float32",
     "_ZN7fastnce4cuda19coefficients_kernelILNS0_5PhaseE2EEEvNS0_13ContributionsEPd": "coefficients vectors",
-    "_ZN7fastnce4cuda17log1p_loss_kernelENS0_5Log1pE": "log1p_loss",
 }
 PRODUCT, EXPONENTIAL, WAIT = "HGMMA.64x128x16.F32 R24, gdesc[UR8], R24", "MUFU.EX2 R5, R5", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 COPY, BACK = "UTMALDG.2D [UR8], [UR6]", "@P0 BRA 0x10"
@@ -198,18 +197,15 @@ OPERATORS = {
     "prepare": ["operand", "factor", "inverse_norm"],
     "aligned": ["t"],
     "finish": ["out"],
-    "forward_rows": ["real", "count"],
+    "forward_rows": ["sums", "count"],
     "forward_both": ["row_sum", "row_count", "column_sum", "column_count"],
-    "retrieval": ["real", "whole"],
+    "retrieval": ["largest", "counts"],
     "backward_rows": ["dx", "moment"],
     "weights_block": ["for_rows", "for_columns", "moment"],
     "statistics": ["lse_neg", "lse_pos", "pos", "n_pos", "own_neg", "own_pos"],
     "coefficients": ["vectors", "pair_weights", "scalars"],
     "scale_gradient": ["dscale", "dbias"],
-    "log1p_loss": ["value"],
-    "log1p_loss_backward": ["d"],
     "tile": [],
-    "emulated": [],
     "runs_on": [],
 }
 LOADED = """
@@ -223,13 +219,16 @@ torch.ops.load_library(cuda.library_path())
 found = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastnce_cuda::")]
 writes = {s.name.split("::")[1]: [a.name for a in s.arguments if a.alias_info and a.alias_info.is_write] for s in found}
 x, refused = torch.ones(2, 4, dtype=torch.float64), []
-for run in (lambda: torch.ops.fastnce_cuda.log1p_loss(x[0], x[0], x[0]), lambda: fastnce.info_nce(x.float(), x.float(), backend="cuda")):
+for run in (
+    lambda: torch.ops.fastnce_cuda.scale_gradient(x[0], [], 1.0, x[0], x[0], x[0]),
+    lambda: fastnce.info_nce(x.float(), x.float(), backend="cuda"),
+):
     try:
         run()
     except NotImplementedError as error:
         refused.append(str(error))
 tiles = [torch.ops.fastnce_cuda.tile("forward_both", "index", 1, 128, architecture) for architecture in (80, 90, 100)]
-print(json.dumps([writes, refused, torch.ops.fastnce_cuda.emulated(), tiles, _compiled("cuda")]))
+print(json.dumps([writes, refused, torch.ops.fastnce_cuda.runs_on(-1), tiles, _compiled("cuda")]))
 """
 
 
@@ -264,13 +263,13 @@ def test_it_is_for_every_gpu(library: Path) -> None:
 
 
 def test_without_a_gpu_it_loads_and_refuses(library: Path) -> None:
-    writes, refused, emulated, tiles, state = json.loads(
+    writes, refused, runs_on_the_cpu, tiles, state = json.loads(
         output(sys.executable, "-c", LOADED, library, FASTNCE_CACHE_DIR=str(library.parent), FASTNCE_NATIVE="1")
     )
     assert writes == OPERATORS
-    assert "'fastnce_cuda::log1p_loss' with arguments from the 'CPU' backend" in refused[0]
+    assert "'fastnce_cuda::scale_gradient' with arguments from the 'CPU' backend" in refused[0]
     assert re.search(r"cuda: device cpu \(needs CUDA\)$", refused[1])
-    assert emulated is False and state == ", ".join(build.ARCHS)
+    assert runs_on_the_cpu is False and state == ", ".join(build.ARCHS)
     # Rows, columns, and which family of kernels: mma.sync, but on sm_90a wgmma.
     assert [tile[2] for tile in tiles] == [0, 1, 0] and all(tile[0] == tile[1] == 128 for tile in tiles)
 

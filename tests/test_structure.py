@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listed": {"precision", "tiles"},
     "schemas": {"pairs", "problem"},
     "hardest": {"backends._tiled.gemm", "precision", "pairs", "problem", "tiles"},
-    "autograd": {"backends", "backends._gpu.rows", "hardest", "listed", "precision", "problem", "schemas"},
+    "autograd": {"backends", "hardest", "listed", "precision", "problem", "schemas"},
     "wide": {"precision", "autograd"},
     "statistics": {"backends", "arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "wide"},
     "formulas": {"precision", "statistics"},

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
-from fastnce import contrastive_stats, precision, tiles
+from fastnce import contrastive_stats, precision
 from fastnce.backends import triton as backend
-from fastnce.backends._gpu import gradients, host
+from fastnce.backends._gpu import gradients, host, tiles
 from fastnce.backends.triton import kernels_rows, launches
+from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem as Asked
 from fastnce.problem import SideGrad, Wanted
@@ -31,21 +32,23 @@ from train_ref.truth import contract
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FAMILIES = ("whole", "long")
+FAMILIES = ("fits", "long")
 
 
 @pytest.fixture
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Tiles of 16 x 16, blocks of 32 x 32, several splits: problems of 70 rows then have every kind of tile. "long" rows fit into none."""
-    name = getattr(request, "param", "whole")
+    name = getattr(request, "param", "fits")
     depth_of = (lambda depth: 16) if name == "long" else (lambda depth: depth)
-    monkeypatch.setattr(tiles, "triton", lambda kernel, rules, architecture, parts, depth: tiles.Tile(16, 16, depth_of(depth), 1, 1))
-    monkeypatch.setattr(tiles, "GPU_DEPTHS", () if name == "long" else (16, 32, 64))
-    monkeypatch.setattr(tiles, "GPU_WHOLE", 0 if name == "long" else 256)
-    monkeypatch.setattr(tiles, "GPU_DEPTH", 16)
-    monkeypatch.setattr(tiles, "GPU_PADDED", 16)
-    monkeypatch.setattr(tiles, "GPU_BLOCK", 32)
-    monkeypatch.setattr(tiles, "TRITON_ROWS", (16, 16))
+    monkeypatch.setattr(
+        triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(16, 16, depth_of(depth), 1, 1)
+    )
+    monkeypatch.setattr(tiles, "DEPTHS", () if name == "long" else (16, 32, 64))
+    monkeypatch.setattr(tiles, "LONGEST_HELD", 0 if name == "long" else 256)
+    monkeypatch.setattr(tiles, "STEP", 16)
+    monkeypatch.setattr(tiles, "PADDED", 16)
+    monkeypatch.setattr(tiles, "BLOCK", 32)
+    monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
     monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
     return str(name)
 
@@ -77,7 +80,7 @@ def check(p: Problem, dtype: torch.dtype) -> None:
     assert not checked.races
 
 
-@pytest.mark.parametrize("family", ["whole", pytest.param("long", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("family", ["fits", pytest.param("long", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
 def test_values_and_gradients(p: Problem, dtype: torch.dtype, family: str) -> None:
@@ -119,10 +122,10 @@ def on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
 def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor cores round every sum towards zero, here too: 375 times in a row that is twice the budget of a gradient, and along 1,024
     columns of rows that are alike twice that of a logit."""
-    monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
     if blocks:
-        monkeypatch.setattr(tiles, "GPU_WHOLE", 0)
-        monkeypatch.setattr(tiles, "GPU_DEPTHS", ())
+        monkeypatch.setattr(tiles, "LONGEST_HELD", 0)
+        monkeypatch.setattr(tiles, "DEPTHS", ())
         monkeypatch.setattr(gradients, "_product", on_tensor_cores)
     whole_suite.check(p, torch.float32, "triton")
 
@@ -130,7 +133,7 @@ def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: p
 @pytest.mark.parametrize("family", ["long"], indirect=True)
 def test_tiles_of_a_block_are_taken_in_groups(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows of tiles than one group has, and some left for the last."""
-    monkeypatch.setattr(tiles, "GPU_BLOCK", 256)
+    monkeypatch.setattr(tiles, "BLOCK", 256)
     assert 16 * launches.GROUP < 180 < 256
     check(of("queue", m=180, n_keys=40, d=24), torch.float32)
 
@@ -230,7 +233,7 @@ def test_keys_without_gradient_need_no_second_pass(name: str, family: str, launc
 
 @pytest.mark.slow
 def test_long_sums_of_a_kept_output_keep_their_last_bits(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "GPU_PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "PROGRAMS", 1)
     check_kept_output(QUEUE._replace(m=50, n_keys=2000, d=64), (torch.float32,), launched)
 
 
@@ -356,7 +359,7 @@ WAITS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "maske
 def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most three times the inputs while a row fits into a tile, and the fixed workspace above that; vectors are counted in."""
     monkeypatch.setattr(launches, "launch", lambda *args, **kwargs: None)
-    monkeypatch.setattr(tiles, "GPU_BLOCK", 256)
+    monkeypatch.setattr(tiles, "BLOCK", 256)
     problem = asked(2048, d, **ASKED[name])
     wanted = Wanted(True, problem.k is not None and not problem.frozen, True, True)
     stats = backend.forward(problem)
@@ -368,7 +371,7 @@ def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monk
     assert forward.names and backward.names and not WAITS & (forward.names | backward.names)
     inputs = problem.q.nbytes * (1 if problem.k is None else 2)
     vectors = 2048 * 8 * 80
-    workspace = 2 * 256 * 256 * 2 + 256 * d * 4 if d > tiles.GPU_WHOLE else 0
+    workspace = 2 * 256 * 256 * 2 + 256 * d * 4 if d > tiles.LONGEST_HELD else 0
     gradients_themselves = sum(g.nbytes for g in (found.dq, found.dk) if g is not None)
     assert max(forward.peak, backward.peak - gradients_themselves) <= 3 * inputs + vectors + workspace
 
@@ -382,14 +385,14 @@ def test_every_tile_of_the_table_fits_the_padding(architecture: str) -> None:
     """Rows are padded to a multiple of every tile, a block is one too, and where k is q a tile is its own mirror image."""
     for rules in ("index", "ids", "mask"):
         for parts, depth in ((1, 64), (1, 128), (1, 256), (1, 512), (2, 64), (2, 128), (2, 256), (2, 8192)):
-            short = depth * parts <= tiles.GPU_WHOLE
+            short = depth * parts <= tiles.LONGEST_HELD
             with_output = ("output",) if short and rules != "mask" else ()
             for kernel in ("rows", "both", "gradient" if short else "block", "retrieval", *with_output):
-                tile = tiles.triton(kernel, rules, architecture, parts, depth)
-                assert tiles.GPU_PADDED % tile.rows == tiles.GPU_PADDED % tile.columns == 0
-                assert tiles.GPU_BLOCK % tile.rows == tiles.GPU_BLOCK % tile.columns == 0
+                tile = triton_tiles.tile(kernel, rules, architecture, parts, depth)
+                assert tiles.PADDED % tile.rows == tiles.PADDED % tile.columns == 0
+                assert tiles.BLOCK % tile.rows == tiles.BLOCK % tile.columns == 0
                 assert kernel != "both" or tile.rows == tile.columns
-                assert tile.depth == (depth if short else tiles.GPU_DEPTH)
+                assert tile.depth == (depth if short else tiles.STEP)
 
 
 def test_gradients_of_keys_are_as_exact_as_those_of_queries_at_a_low_temperature(family: str) -> None:

@@ -1,8 +1,9 @@
 """Part `tiles`: other tiles than the shipped ones, timed in the losses that ask for them.
 
-Every loss runs once to see which tiles it asks fastnce/tiles.py for. Variants of a tile have half or twice the rows or the columns, other
-warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler refuses (too much shared memory, say)
-is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every problem come first.
+Every loss runs once, and fastnce/backends/triton/tiles.py is watched for the tiles that it is asked for. Variants of a tile have half or
+twice the rows or the columns, other warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler
+refuses (too much shared memory, say) is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every
+problem come first.
 
 The dry run asks Triton's interpreter for a few of them, which needs TRITON_INTERPRET=1 before Triton is imported: run.sh sets it.
 """
@@ -29,7 +30,7 @@ LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1
 ROUNDS = 7
 ENOUGH = 1.02  # ratios below are noise
 
-Ask = tuple[Any, ...]  # the arguments of tiles.triton
+Ask = tuple[Any, ...]  # the arguments of tiles.tile
 
 
 class Case(NamedTuple):
@@ -51,15 +52,15 @@ DRY = (Case("nt_xent", 32, 8),)
 @contextmanager
 def tiles_asked(answers: Mapping[Ask, Any]) -> Iterator[dict[Ask, Any]]:
     """Collects what is asked for, and what is shipped for it; some are answered otherwise. The one place that touches the table."""
-    from fastnce import tiles
+    from fastnce.backends.triton import tiles
 
-    shipped, asked = tiles.triton, {}
+    shipped, asked = tiles.tile, {}
 
     def ask(*key: Any) -> Any:
         asked[key] = shipped(*key)
         return answers.get(key, asked[key])
 
-    with mock.patch.object(tiles, "triton", ask):
+    with mock.patch.object(tiles, "tile", ask):
         yield asked
 
 

@@ -1,5 +1,5 @@
-// Schemas, checks of every argument, and torch's threads. Schemas take what fastnce/backends/cpu.py has prepared; results are written
-// into tensors that it made. No other unit includes torch.
+// The operators of the library: their schemas, checks of every argument, and torch's threads. fastnce/backends/cpu.py prepares the
+// arguments, and makes the tensors that results are written into. No other unit includes torch.
 #include <limits>
 
 #include "../tensors.h"
@@ -63,7 +63,7 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
                   ", farther than any two rows are apart");
   p.rules.has_offset = offset.has_value();
   p.rules.offset = offset.value_or(0);
-  // Whether ids were given is not a matter of their data: those of no rows have none.
+  // has_value() and not a pointer says whether ids were given: an empty tensor has no data.
   const auto one_sided = [&](const Optional& q, const Optional& k) { return !p.symmetric && q.has_value() != k.has_value(); };
   STD_TORCH_CHECK(!one_sided(q_label, k_label) && !one_sided(q_exclude, k_exclude), "fastnce: ids of one side only");
   p.rules.q_label = data<int64_t>(q_label, m, "q_label");
@@ -82,7 +82,7 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
 int64_t rows_of(const Problem& p, int side) { return side ? p.n : p.m; }
 int sides_of(const Problem& p) { return p.two_sided ? 2 : 1; }
 
-// An entry of a list that may be empty: there it is not used.
+// The data of a tensor in a list; null for an empty one, which stands for none.
 template <class T>
 T* some(const Tensor& tensor, int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : data<T>(tensor, count, name);
@@ -125,7 +125,7 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& 
     found.hardest = some<int64_t>(at[11], rows, "hardest");
   }
   Memory().reads(x, y, q_label, k_label, q_exclude, k_exclude, mask).writes(sums).check();
-  if (p.m == 0 || p.n == 0) return;  // of which side nothing is collected only a row can tell
+  if (p.m == 0 || p.n == 0) return;  // without rows all tensors are empty, and would look as if they were not given
   for (int side = 0; side < sides_of(p); ++side) {
     const Sums& s = sides[side];
     const Metrics& found = s.metrics;

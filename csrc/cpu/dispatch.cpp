@@ -1,4 +1,4 @@
-// Which of the compiled levels serves this processor, decided once.
+// The choice among the compiled levels, made once for this processor.
 #include <cstdlib>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-// What a kernel is asked: raw pointers and sizes, no torch. The words are those of fastnce/problem.py and fastnce/pairs.py.
+// The arguments of the kernels: raw pointers and sizes, no torch. The words are those of fastnce/problem.py and fastnce/pairs.py.
 //
 //     t_ij = <x_i, y_j>, the logit in base 2 and without the bias: x and y are the normalised rows times sqrt(scale * log2 e)
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace fastnce {
 
-// Which pair is what; the first line of fastnce/pairs.py that applies decides.
+// The rules of the pairs: the first line of fastnce/pairs.py that applies decides.
 struct Rules {
   bool exclude_self = false;
   bool has_offset = false;
@@ -24,28 +24,28 @@ struct Rules {
 
 struct Problem {
   int64_t m, n, d;
-  int64_t pitch;   // floats from one row of x or y to the next; a multiple of PITCH, zeros behind column d
+  int64_t pitch;   // floats from one row of x or y to the next: a multiple of PITCH, with zeros from column d on
   const float* x;  // (m, pitch)
   const float* y;  // (n, pitch); x where symmetric
   bool symmetric, two_sided;
-  bool unshifted;  // |s| <= 40 nats throughout: sums of 2^t need no running maximum
-  bool in_tile;    // positives are found by content; otherwise they are aligned, and of a kernel's business only by their logit
+  bool unshifted;  // no |s| is above 40 nats: sums of 2^t need no running maximum
+  bool in_tile;    // positives are found in the tiles; otherwise they are aligned, and forward only says their logit
   Rules rules;
 };
 
 constexpr int PITCH = 16;  // floats: one vector of the widest unit
 
-// What forward finds per row of one side where metrics are asked for; null pointers where not.
+// Results of forward for every row of one side, where metrics are asked for; otherwise null pointers.
 struct Metrics {
-  const float* low;   // a negative whose t is in [low, high] ties with the threshold; unless t <= high it is above. Never nan:
-  const float* high;  // fastnce/problem.py, tied()
+  const float* low;   // never nan. A negative ties with the threshold where low <= t <= high, and is above it unless t <= high:
+  const float* high;  // tied() in fastnce/problem.py
   int64_t* rank;
   int64_t* ties;
   float* hardest_t;
   int64_t* hardest;
 };
 
-// What forward adds up per row of one side. top_* stay untouched where unshifted; the positives', and n_pos, where !in_tile.
+// Sums of forward for every row of one side. Where unshifted, top_* are not touched; where !in_tile, those of the positives and n_pos.
 struct Sums {
   double* negative;
   float* top_negative;
@@ -56,8 +56,8 @@ struct Sums {
   Metrics metrics;
 };
 
-// w_ij = negative_i 2^(t - base_negative_i) for a negative, positive_i 2^(t - base_positive_i) + mean_i for a positive; where unshifted the
-// bases are inside the coefficients.
+// w_ij = negative_i 2^(t - base_negative_i) for a negative, positive_i 2^(t - base_positive_i) + mean_i for a positive. Where unshifted,
+// 2^-base is inside the coefficient.
 struct Weights {
   const float* negative;
   const float* base_negative;

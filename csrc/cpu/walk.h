@@ -1,5 +1,6 @@
-// In which order the blocks of the logits are visited: in rounds, whose blocks share neither rows nor columns. Every row then gets its
-// additions in the order of the rounds, whoever computes them: results are the same bits for any number of threads, without a lock.
+// The order in which the blocks of the logits are visited. It has rounds, and the blocks of a round share neither rows nor columns. So
+// every row gets its additions in the order of the rounds, whichever thread computes them: results have the same bits for any number of
+// threads, without a lock.
 #pragma once
 
 #include <algorithm>
@@ -10,24 +11,23 @@ namespace fastnce {
 
 struct Block {
   int64_t row, column;  // in blocks
-  int64_t group;        // whose own sums its shorter side is added to
+  int64_t group;        // the sums of its shorter side go to those of this group
 };
 
-// A walk over rows x columns blocks, in rounds of places that run side by side.
-//
-// Threads get equal runs of places, so that a place without a block would be a thread without work: there is none.
+// A walk over rows x columns blocks. A round has places, whose blocks are computed at the same time. Threads get equal runs of places, and
+// every place has a block, so that no thread is without work.
 struct Walk {
   int64_t rows, columns;
   bool symmetric;
   int64_t groups;
 
-  // Where k is q, a tournament: round 0 has the blocks on the diagonal, and in each other round every block row meets one other; of an odd
-  // number of them one rests.
+  // Where k is q, a tournament. Round 0 has the blocks on the diagonal. In every other round each block row meets one other; of an odd
+  // number of block rows one rests.
   //
-  // Elsewhere every block of the shorter side takes its own one of the longer side, and the next one in the next round. Where the shorter
-  // side has few blocks, as a batch has against a queue, that is too little for several threads: the longer side is cut into groups, and
-  // each keeps sums of its own for the shorter side, added in their order at the end. Never by the number of threads: the order of
-  // additions depends on it. `apart`: whether the caller has such sums.
+  // Elsewhere every block of the shorter side has a block of the longer side, and the next one in the next round. A batch against a queue
+  // has few blocks on its shorter side, too few for several threads. There the longer side is cut into groups: each has its own sums of the
+  // shorter side, which are added in their order at the end. The number of groups never depends on the number of threads, because the order
+  // of the additions depends on it. `apart`: whether the caller has sums for every group.
   static Walk of(int64_t rows, int64_t columns, bool symmetric, bool apart) {
     const int64_t few = std::min(rows, columns), many = std::max(rows, columns);
     return {rows, columns, symmetric, symmetric || !apart ? 1 : std::max<int64_t>(1, std::min(PLACES, many) / few)};
@@ -53,8 +53,8 @@ struct Walk {
       return rows <= columns ? Block{own, other, group} : Block{other, own, group};
     }
     if (round == 0) return {place, place, 0};
-    // The circle method: one team stays, the others turn by one place a round. Where their number is odd, the one that would stay is not
-    // there: place 0 is left out.
+    // The circle method: one team stays, the others turn by one place a round. With an odd number of teams the one that stays does not
+    // exist, and place 0 is left out.
     const int64_t n = teams(), turn = round - 1, at = place + rows % 2;
     int64_t a = at == 0 ? n - 1 : (turn + at) % (n - 1);
     int64_t b = at == 0 ? turn : (turn - at + n - 1) % (n - 1);
@@ -63,11 +63,12 @@ struct Walk {
   }
 
  private:
-  static constexpr int64_t PLACES = 16;  // from here on, enough for the cores of most machines
+  static constexpr int64_t PLACES = 16;  // enough for the cores of most machines
 };
 
-// Rows and columns of a block: a multiple of the panel's 64 and of the register block's 6 rows. Smaller ones where there would be too few
-// to keep threads busy. Never by the number of threads: the order of additions depends on it.
+// Rows and columns of a block: a multiple of the 64 columns of a panel and, from 192 on, of the 6 rows of a register block. Small problems
+// have smaller blocks, so that there are enough for several threads. The size never depends on the number of threads, because the order of
+// the additions depends on it.
 constexpr int64_t block_size(int64_t m, int64_t n) {
   const int64_t rows = std::max(m, n);
   return rows >= 6144 ? 384 : rows >= 1536 ? 192 : 64;

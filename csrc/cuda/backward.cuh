@@ -1,12 +1,12 @@
-// Weights of a tile of pairs, recomputed from its logits, and their products with the rows, by mma.sync.
+// The gradient by mma.sync: compute the logits of a tile again, turn them into weights, multiply the weights with the rows.
 #pragma once
 
+#include "accumulate.cuh"
 #include "mma.cuh"
-#include "totals.cuh"
 
 namespace fastnce::cuda {
 
-// The columns' part of unshifted(), once per tile and not once per pair. All threads must come here.
+// unshifted() for the coefficients of the columns: once for a tile, not for every pair. All threads must come here.
 template <int BN, class W>
 FASTNCE_DEVICE void prepare_columns(const Columns<BN>& columns, const W& weigher) {
   if (!weigher.one_exponential) return;
@@ -17,13 +17,13 @@ FASTNCE_DEVICE void prepare_columns(const Columns<BN>& columns, const W& weigher
   sync_block();
 }
 
-// dx = sum_j w_ij beta_j y~_j over the tiles of a split, for rows that are whole in shared memory.
+// dx = sum_j w_ij beta_j y~_j over the tiles of a split. Rows fit into shared memory.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 backward_rows(const Problem p, const Grid grid, const Weights weights, const RowGradient out) {
-  static_assert(S::WHOLE && S::MT == 1);
-  // Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. In
-  // two parts only the sums of a tile are theirs.
+  static_assert(S::FITS && S::MT == 1);
+  // Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. So in
+  // two parts they sum one tile, and the tile is added to dx.
   constexpr bool APART = S::PARTS == 2;
   const Rules& r = p.rules;
   const int block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * S::BM;
@@ -38,12 +38,13 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
       [&](int, int j0, Strip<S::NB>(&c)[1], const Columns<S::BN>& columns, const char* y) {
         const int lane = thread_index() % 32;
         prepare_columns(columns, weigher);
-        // Again for every tile: the products below have no room for what is known of the rows.
+        // The rows are loaded again for every tile: the products below need all registers.
         const Rows rows = Rows::load(p, first, weigher.row_multiplier());
         weigher.load_rows(p, weights, rows);
         const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows, i0, S::BM, j0, columns);
         weigher.template weigh<S::NB>(AnyTerms{}, c[0], rows, columns, kinds, moment);
-        // The accumulators of two neighbouring blocks are the left operand of the next product: its registers 0, 1 and 2, 3.
+        // The left operand of the second product: registers 0, 1 of it are the accumulators of one block of columns, 2, 3 those of the
+        // next.
         const auto operand = [&](int nb, uint32_t (&high)[4], uint32_t (&low)[4]) {
 #pragma unroll
           for (int two = 0; two < 2; ++two)
@@ -52,7 +53,7 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
               float g[2];
 #pragma unroll
               for (int e = 0; e < 2; ++e)
-                g[e] = c[0][nb + two][2 * h + e] * finite(columns.real(BETA, (nb + two) * 8 + fragment_column(lane, e)));
+                g[e] = c[0][nb + two][2 * h + e] * finite(columns.value(BETA, (nb + two) * 8 + fragment_column(lane, e)));
               halves(g[0], g[1], high[2 * two + h], low[2 * two + h]);
             }
         };
@@ -98,7 +99,7 @@ backward_rows(const Problem p, const Grid grid, const Weights weights, const Row
   store_gradient(p, out, split, first, dx, moment);
 }
 
-// A strip times a factor per pair, as float16, to rows of a block that starts at `to`.
+// Stores a strip, times a factor for every pair, as float16 into a block that starts at `to`.
 template <class S, class Factor>
 FASTNCE_DEVICE void store_strip(uint16_t* to, int64_t pitch, const Strip<S::NB>& w, const Factor& factor) {
 #pragma unroll
@@ -114,7 +115,7 @@ FASTNCE_DEVICE void store_strip(uint16_t* to, int64_t pitch, const Strip<S::NB>&
   }
 }
 
-// Weights of a block of pairs, a tile per program, for rows of any length.
+// The weights of a block of pairs, one tile for each program. Rows have any length.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 weights_block(const Problem p, const Weights weights, const Block out) {
@@ -138,7 +139,7 @@ weights_block(const Problem p, const Weights weights, const Block out) {
           const int64_t to = static_cast<int64_t>(row) * out.pitch + (first - out.column0);
           if (out.for_rows)
             store_strip<S>(out.for_rows + to, out.pitch, c[mt],
-                           [&](int, int nb, int e) { return finite(columns.real(BETA, nb * 8 + fragment_column(lane, e))); });
+                           [&](int, int nb, int e) { return finite(columns.value(BETA, nb * 8 + fragment_column(lane, e))); });
           if (out.for_columns) {
             const float a[2] = {finite(p.a[rows[mt].i[0]]), finite(p.a[rows[mt].i[1]])};
             store_strip<S>(out.for_columns + to, out.pitch, c[mt], [&](int h, int, int) { return a[h]; });

@@ -11,7 +11,7 @@ void run(const Problem& p, const Grid& grid, const Weights& weights, const RowGr
 
 template <int DEPTH>
 void of_depth(const Problem& p, const Grid& grid, const Weights& weights, const RowGradient& out, Stream stream) {
-  // Where ids are looked at nothing overlaps, and one kernel has all the terms.
+  // With ids nothing overlaps, and one kernel serves all terms.
   if (p.rules.by_content()) return run<Walk<Kernel::BACKWARD_ROWS, DEPTH, true>, AnyTerms>(p, grid, weights, out, stream);
   using W = Walk<Kernel::BACKWARD_ROWS, DEPTH, false>;
   if (weights.of_rows && weights.of_columns) {

@@ -1,7 +1,7 @@
-// backward.cuh for sm_90a: while the products of one tile's weights with its rows are under way, the weights of the next are computed.
+// The gradient for sm_90a. While the weights of one tile are multiplied with its rows, the weights of the next tile are computed.
 #pragma once
 
-#include "totals.cuh"
+#include "accumulate.cuh"
 #include "wgmma_walk.cuh"
 
 namespace fastnce::cuda {
@@ -13,20 +13,21 @@ FASTNCE_DEVICE void to_operand(uint32_t (&g)[W::BN / 16][4], const Strip<W::NB>&
   for (int nb = 0; nb < W::NB; ++nb) {
     float beta[2];
 #pragma unroll
-    for (int e = 0; e < 2; ++e) beta[e] = finite(columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)));
+    for (int e = 0; e < 2; ++e) beta[e] = finite(columns.value(BETA, nb * 8 + fragment_column(thread_index() % 32, e)));
 #pragma unroll
     for (int h = 0; h < 2; ++h) g[nb / 2][nb % 2 * 2 + h] = to_half2(w[nb][2 * h] * beta[0], w[nb][2 * h + 1] * beta[1]);
   }
 }
 
-// TERMS: those of every tile, where pairs are told apart by index.
+// TERMS: of the weights of every tile, where pairs are told apart by index.
 template <class W, class TERMS>
 FASTNCE_KERNEL(WGMMA_THREADS, 1)
 wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map, const Problem p, const Grid grid,
                     const Weights weights, const RowGradient out) {
   const Rules& r = p.rules;
   auto weigher = Weigher<W::CONTENT, 1>::load(p, weights);
-  // Both kernels of two-sided weights are launched, and the range of the logits decides here which of them has something to do.
+  // Weights of rows and columns have two kernels, with one exponential and with two. Both are launched, and the range of the logits decides
+  // here which of them runs.
   if (!weigher.serves(TERMS{})) return;
   const int warp = thread_index() / 32, block = block_index() / grid.splits, split = block_index() % grid.splits, i0 = block * W::BM;
   const W walk{shared_memory()};
@@ -100,7 +101,7 @@ wgmma_backward_rows(const __grid_constant__ TensorMap x_map, const __grid_consta
     wgmma_wait<0>();
     settle<W::NB>(s);
     const Columns<W::BN> columns = walk.columns(n);
-    // Again for every tile: with ids to look at, the products have no room for what is known of the rows.
+    // With ids the rows are loaded again for every tile: the products need all registers.
     if (W::CONTENT) {
       rows = Rows::load(p, first, weigher.row_multiplier());
       weigher.load_rows(p, weights, rows);

@@ -1,121 +1,16 @@
-// Schemas, and checks of every argument. Schemas take what fastnce/backends/_gpu has prepared; results are written into tensors that it
-// made. No other unit includes torch.
-#include "call.h"
-#include "finalise.h"
-#include "index.h"
+// The operators of the library: their schemas, and checks of every argument. fastnce/backends/_gpu prepares the arguments, and makes the
+// tensors that results are written into. No other unit includes torch.
+#include "asked.h"
 #include "rows.h"
-#include "wgmma_forms.h"
+#include "vectors.h"
 
 namespace {
 
-// Named apart from the operators, which have the same names.
-namespace kernels = fastnce::cuda;
-using kernels::Grid;
-using kernels::Kernel;
-using kernels::Problem;
+using kernels::ElementType;
 using kernels::RawRows;
-using kernels::Real;
-using kernels::TileSize;
 using kernels::Weights;
 
-// ---------------------------------------------------------------- problems
-
-// What every kernel over tiles takes.
-#define PROBLEM_SCHEMA                                                                                                                \
-  "Tensor x, Tensor y, Tensor a, Tensor b, Tensor scale, Tensor bound, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? " \
-  "k_exclude, Tensor? mask, int[] sizes"
-#define PROBLEM_PARAMETERS                                                                                                               \
-  const Tensor &x, const Tensor &y, const Tensor &a, const Tensor &b, const Tensor &scale, const Tensor &bound, const Optional &q_label, \
-      const Optional &k_label, const Optional &q_exclude, const Optional &k_exclude, const Optional &mask, const Integers &sizes
-#define PROBLEM_TENSORS x, y, a, b, scale, bound, q_label, k_label, q_exclude, k_exclude, mask
-#define PROBLEM PROBLEM_TENSORS, sizes
-
-// Rows of tiles that every kernel may read, and columns of float16 that it copies together.
-constexpr int64_t PADDED = 128;
-
-int padded(const Tensor& operand, const char* name) {
-  STD_TORCH_CHECK(operand.dim() == 3, "fastnce: ", name, " must be (padded rows, parts, depth)");
-  const int rows = count_of(operand.size(0), 0, MOST_ROWS, name);
-  STD_TORCH_CHECK(rows % PADDED == 0, "fastnce: ", name, " must have a multiple of ", PADDED, " rows, got ", rows);
-  STD_TORCH_CHECK(operand.size(1) == 1 || operand.size(1) == 2, "fastnce: ", name, " must have 1 or 2 parts, got ", operand.size(1));
-  const int64_t depth = operand.size(2);
-  STD_TORCH_CHECK(depth > 0 && depth % kernels::GROUP == 0 && depth < MOST_ROWS, "fastnce: ", name, " must have a multiple of ",
-                  kernels::GROUP, " columns, got ", depth);
-  return rows;
-}
-
-struct Asked {
-  Problem problem;
-  int family;
-};
-
-Asked asked(const Call& call, Kernel kernel, PROBLEM_PARAMETERS) {
-  STD_TORCH_CHECK(sizes.size() == 11, "fastnce: sizes must have 11 entries, got ", sizes.size());
-  Problem p{};
-  p.row_padded = padded(x, "operand x");
-  p.column_padded = padded(y, "operand y");
-  STD_TORCH_CHECK(x.size(1) == y.size(1) && x.size(2) == y.size(2), "fastnce: operands must have the same form, got ", x.size(1), " x ",
-                  x.size(2), " and ", y.size(1), " x ", y.size(2));
-  p.parts = static_cast<int>(x.size(1));
-  p.depth = static_cast<int>(x.size(2));
-  p.x = call.data<uint16_t>(x, x.numel(), "operand x", WIDE);
-  p.y = call.data<uint16_t>(y, y.numel(), "operand y", WIDE);
-  p.a = call.data<float>(a, p.row_padded, "factor a", WIDE);
-  p.b = call.data<float>(b, p.column_padded, "factor b", WIDE);
-  p.scale = call.data<float>(scale, 1, "scale");
-  p.bound = call.data<float>(bound, 1, "bound");
-  kernels::Rules& r = p.rules;
-  r.q_label = call.data<int>(q_label, p.row_padded, "q_label", WIDE);
-  r.k_label = call.data<int>(k_label, p.column_padded, "k_label", WIDE);
-  r.q_exclude = call.data<int>(q_exclude, p.row_padded, "q_exclude", WIDE);
-  r.k_exclude = call.data<int>(k_exclude, p.column_padded, "k_exclude", WIDE);
-  // Whether ids were given is not a matter of their data: those of no rows have none.
-  const bool both = q_label.has_value() == k_label.has_value() && q_exclude.has_value() == k_exclude.has_value();
-  STD_TORCH_CHECK(both, "fastnce: ids must be given for both sides or for none");
-  r.mask_rows = count_of(sizes[0], 1, MOST_ROWS, "mask_rows");
-  r.mask_columns = count_of(sizes[1], 1, MOST_ROWS, "mask_columns");
-  r.mask_row = sizes[2];
-  r.mask_column = sizes[3];
-  if (mask) {
-    const ScalarType type = mask->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Bool || type == ScalarType::Byte, "fastnce: mask must be bool or uint8, got ", name_of(type));
-    call.check(*mask, "mask");
-    STD_TORCH_CHECK(mask->dim() == 2, "fastnce: mask must be a matrix");
-    // As it is, or seen from its columns.
-    const auto is = [&](int rows, int columns) {
-      return sizes[0] == mask->size(rows) && sizes[1] == mask->size(columns) && sizes[2] == mask->stride(rows) &&
-             sizes[3] == mask->stride(columns);
-    };
-    STD_TORCH_CHECK(is(0, 1) || is(1, 0), "fastnce: sizes must hold the shape and the strides of mask");
-    r.mask = static_cast<const uint8_t*>(mask->data_ptr());
-  }
-  r.rows = count_of(sizes[4], 0, int64_t{p.row_padded} + 1, "rows");
-  r.columns = count_of(sizes[5], 0, int64_t{p.column_padded} + 1, "columns");
-  r.own = diagonal(sizes[6], "own");
-  r.up = diagonal(sizes[7], "up");
-  r.down = diagonal(sizes[8], "down");
-  r.in_tile = count_of(sizes[9], 0, 2, "in_tile");
-  const int family = count_of(sizes[10], 0, 2, "family");
-  STD_TORCH_CHECK(family == kernels::MMA || kernels::wgmma_serves(kernel, p.parts, p.depth), "fastnce: family ", family,
-                  " has no such kernel for operands of ", p.parts, " x ", p.depth);
-  return {p, family};
-}
-
-// The tile that a kernel takes for this problem.
-TileSize tile_of(Kernel kernel, const Problem& p, int family) {
-  return kernels::tile_of(kernel, p.rules.by_content(), p.parts, p.depth, family == kernels::WGMMA ? 90 : 80);
-}
-
-// symmetric: half of the tiles are visited, see index.h.
-Grid grid_of(Kernel kernel, const Asked& of, int64_t splits, int64_t per_split, bool symmetric = false) {
-  const Problem& p = of.problem;
-  const Grid grid{count_of(splits, 1, MOST_ROWS, "splits"), count_of(per_split, p.rules.columns > 0, MOST_ROWS, "per_split")};
-  const int across = kernels::ceil_div(p.rules.columns, tile_of(kernel, p, of.family).columns), steps = symmetric ? across / 2 + 1 : across;
-  // A split without a tile computes nothing, and a million of them take their time.
-  STD_TORCH_CHECK(splits <= steps || splits == 1, "fastnce: ", splits, " splits are more than ", steps, " tiles");
-  STD_TORCH_CHECK(splits * per_split >= steps || across == 0, "fastnce: ", splits, " splits of ", per_split, " tiles do not cover ", steps);
-  return grid;
-}
+// ---------------------------------------------------------------- the library
 
 Kernel kernel_named(const std::string& name) {
   if (name == "forward_rows") return Kernel::FORWARD_ROWS;
@@ -129,20 +24,12 @@ Kernel kernel_named(const std::string& name) {
 Integers tile(const std::string& kernel, const std::string& rules, int64_t parts, int64_t depth, int64_t architecture) {
   const bool content = rules == "ids" || rules == "mask";
   STD_TORCH_CHECK(content || rules == "index", "fastnce: rules must be index, ids or mask, got ", rules);
-  const TileSize size = kernels::tile_of(kernel_named(kernel), content, count_of(parts, 1, 3, "parts"),
-                                         count_of(depth, 0, MOST_ROWS, "depth"), count_of(architecture, 80, 1000, "architecture"));
+  const TileShape size = kernels::tile_of(kernel_named(kernel), content, count_of(parts, 1, 3, "parts"),
+                                          count_of(depth, 0, MOST_ROWS, "depth"), count_of(architecture, 80, 1000, "architecture"));
   return {size.rows, size.columns, size.family};
 }
 
-bool emulated() {
-#ifdef FASTNCE_EMULATED
-  return true;
-#else
-  return false;
-#endif
-}
-
-// Whether tensors of this device (-1: of the CPU) can be given to the operators.
+// Whether the library has code for this GPU, which its driver takes; -1: whether it is the tests' build for the CPU.
 bool runs_on(int64_t device) {
 #ifdef FASTNCE_EMULATED
   return device == -1;
@@ -153,16 +40,16 @@ bool runs_on(int64_t device) {
 
 // ---------------------------------------------------------------- tiles
 
-void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& real, const Optional& count) {
+void forward_rows(PROBLEM_PARAMETERS, bool always, int64_t splits, int64_t per_split, const Tensor& sums, const Optional& count) {
   const Call call(x);
   const Asked of = asked(call, Kernel::FORWARD_ROWS, PROBLEM);
   const Problem& p = of.problem;
   const Grid grid = grid_of(Kernel::FORWARD_ROWS, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
-  const kernels::RowSums out{call.data<float>(real, (p.rules.in_tile ? 5 : 2) * each, "real"), call.data<int>(count, each, "count"),
+  const kernels::RowSums out{call.data<float>(sums, (p.rules.in_tile ? 5 : 2) * each, "sums"), call.data<int>(count, each, "count"),
                              always};
   STD_TORCH_CHECK(!p.rules.in_tile || count, "fastnce: positives in the tiles must have a count");
-  Memory().reads(PROBLEM_TENSORS).writes(real, count).check();
+  Memory().reads(PROBLEM_TENSORS).writes(sums, count).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::forward_rows(p, grid, out, of.family, stream); });
 }
 
@@ -187,19 +74,19 @@ void forward_both(PROBLEM_PARAMETERS, bool symmetric, int64_t splits, int64_t pe
   if (rows > 0 && columns > 0) call.run([&](Stream stream) { kernels::forward_both(p, grid, out, of.family, stream); });
 }
 
-void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t per_split, const Tensor& real, const Tensor& whole) {
+void retrieval(PROBLEM_PARAMETERS, const Tensor& bounds, int64_t splits, int64_t per_split, const Tensor& largest, const Tensor& counts) {
   const Call call(x);
   const Asked of = asked(call, Kernel::RETRIEVAL, PROBLEM);
   const Problem& p = of.problem;
   const Grid grid = grid_of(Kernel::RETRIEVAL, of, splits, per_split);
   const int64_t each = splits * p.rules.rows;
-  const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"), call.data<float>(real, 2 * each, "real"),
-                               call.data<int>(whole, 3 * each, "whole")};
-  Memory().reads(PROBLEM_TENSORS, bounds).writes(real, whole).check();
+  const kernels::Retrieval out{call.data<float>(bounds, int64_t{2} * p.rules.rows, "bounds"),
+                               call.data<float>(largest, 2 * each, "largest"), call.data<int>(counts, 3 * each, "counts")};
+  Memory().reads(PROBLEM_TENSORS, bounds).writes(largest, counts).check();
   if (p.rules.rows > 0) call.run([&](Stream stream) { kernels::retrieval(p, grid, out, stream); });
 }
 
-// Those of a side that is not looked at may be of any size.
+// The vectors of a side that has no weights are not read, and may have any size.
 Weights weights_of(const Call& call, const Problem& p, const Tensor& row, const Tensor& column, const Tensor& center, bool of_rows,
                    bool of_columns) {
   const int64_t fields = p.rules.in_tile ? 5 : 2;
@@ -238,7 +125,7 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
   out.down = count_of(down, 0, MOST_ROWS, "down");
   out.across = count_of(across, 0, MOST_ROWS, "across");
   out.pitch = count_of(pitch, 0, MOST_ROWS, "pitch");
-  const TileSize tile = tile_of(Kernel::WEIGHTS_BLOCK, p, kernels::MMA);
+  const TileShape tile = tile_of(Kernel::WEIGHTS_BLOCK, p, kernels::MMA);
   const int64_t height = down * tile.rows, width = across * tile.columns;
   STD_TORCH_CHECK(row0 + height <= p.row_padded && column0 + width <= p.column_padded && height <= pitch && width <= pitch,
                   "fastnce: ", down, " x ", across, " tiles of ", tile.rows, " x ", tile.columns, " from (", row0, ", ", column0,
@@ -252,15 +139,15 @@ void weights_block(PROBLEM_PARAMETERS, const Tensor& row, const Tensor& column, 
 
 // ---------------------------------------------------------------- single rows
 
-Real real_of(const Tensor& x, const char* name) {
+ElementType element_type_of(const Tensor& x, const char* name) {
   const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Half) return Real::HALF;
-  if (type == ScalarType::BFloat16) return Real::BFLOAT16;
+  if (type == ScalarType::Half) return ElementType::HALF;
+  if (type == ScalarType::BFloat16) return ElementType::BFLOAT16;
   STD_TORCH_CHECK(type == ScalarType::Float, "fastnce: ", name, " must be float32, float16 or bfloat16, got ", name_of(type));
-  return Real::FLOAT;
+  return ElementType::FLOAT;
 }
 
-// Of what need not be contiguous.
+// The alignment of a tensor that need not be contiguous.
 void check_element(const Tensor& tensor, const char* name) {
   const bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0;
   STD_TORCH_CHECK(aligned, "fastnce: ", name, " must be aligned to its elements");
@@ -271,7 +158,8 @@ RawRows raw_rows(const Call& call, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "fastnce: ", name, " must have neighbours of a row next to each other");
   call.check(x, name);
   check_element(x, name);
-  return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name), real_of(x, name)};
+  return {x.data_ptr(), x.stride(0), count_of(x.size(0), 0, MOST_ROWS, name), count_of(x.size(1), 1, MOST_ROWS, name),
+          element_type_of(x, name)};
 }
 
 // Both sides of a product.
@@ -345,16 +233,16 @@ void finish(const Tensor& dx, const Tensor& x, const Tensor& y, const Tensor& r_
 
 // ---------------------------------------------------------------- vectors
 
-void statistics(const Tensor& real, const Optional& count, const Optional& unshifted, const Optional& unshifted_count,
+void statistics(const Tensor& sums, const Optional& count, const Optional& unshifted, const Optional& unshifted_count,
                 const Optional& pairs, const Integers& ends, const Optional& bias, const Tensor& lse_neg, const Tensor& lse_pos,
                 const Tensor& pos, const Tensor& n_pos, const Tensor& own_neg, const Tensor& own_pos) {
-  const Call call(real);
-  STD_TORCH_CHECK(real.dim() == 3 && (real.size(0) == 2 || real.size(0) == 5), "fastnce: real must be (2 or 5, splits, rows)");
+  const Call call(sums);
+  STD_TORCH_CHECK(sums.dim() == 3 && (sums.size(0) == 2 || sums.size(0) == 5), "fastnce: sums must be (2 or 5, splits, rows)");
   kernels::Statistics s{};
-  s.in_tile = real.size(0) == 5;
-  s.splits = count_of(real.size(1), 1, MOST_ROWS, "splits");
-  s.rows = count_of(real.size(2), 0, MOST_ROWS, "rows");
-  s.real = call.data<float>(real, real.numel(), "real");
+  s.in_tile = sums.size(0) == 5;
+  s.splits = count_of(sums.size(1), 1, MOST_ROWS, "splits");
+  s.rows = count_of(sums.size(2), 0, MOST_ROWS, "rows");
+  s.sums = call.data<float>(sums, sums.numel(), "sums");
   s.count = call.data<int>(count, int64_t{s.splits} * s.rows, "count");
   s.unshifted = call.data<float>(unshifted, (s.in_tile ? 3 : 1) * int64_t{s.rows}, "unshifted");
   s.unshifted_count = call.data<int>(unshifted_count, s.rows, "unshifted_count");
@@ -373,7 +261,7 @@ void statistics(const Tensor& real, const Optional& count, const Optional& unshi
   s.n_pos = call.data<int64_t>(n_pos, s.rows, "n_pos");
   s.own_neg = call.data<double>(own_neg, s.rows, "own_neg");
   s.own_pos = call.data<double>(own_pos, s.rows, "own_pos");
-  Memory().reads(real, count, unshifted, unshifted_count, pairs, bias).writes(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos).check();
+  Memory().reads(sums, count, unshifted, unshifted_count, pairs, bias).writes(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos).check();
   if (s.rows > 0) call.run([&](Stream stream) { kernels::statistics(s, stream); });
 }
 
@@ -445,50 +333,21 @@ void scale_gradient(const Tensor& scalars, const Tensors& about, double divide, 
   call.run([&](Stream stream) { kernels::scale_gradient(g, stream); });
 }
 
-void log1p_loss(const Tensor& lse_neg, const Tensor& pos, const Tensor& value) {
-  const Call call(lse_neg);
-  const int64_t rows = lse_neg.numel();
-  const kernels::Log1p of{call.data<double>(lse_neg, rows, "lse_neg"),
-                          call.data<double>(pos, rows, "pos"),
-                          nullptr,
-                          0,
-                          call.data<double>(value, rows, "value"),
-                          rows};
-  Memory().reads(lse_neg, pos).writes(value).check();
-  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss(of, stream); });
-}
-
-void log1p_loss_backward(const Tensor& lse_neg, const Tensor& pos, const Tensor& upstream, const Tensor& d) {
-  const Call call(lse_neg);
-  const int64_t rows = lse_neg.numel();
-  STD_TORCH_CHECK(
-      upstream.scalar_type() == ScalarType::Double && (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.numel() == rows)),
-      "fastnce: upstream must be float64 and one number, or one for each row");
-  call.check(upstream, "upstream");
-  check_element(upstream, "upstream");
-  const kernels::Log1p of{
-      call.data<double>(lse_neg, rows, "lse_neg"),  call.data<double>(pos, rows, "pos"), static_cast<const double*>(upstream.data_ptr()),
-      upstream.dim() == 0 ? 0 : upstream.stride(0), call.data<double>(d, rows, "d"),     rows};
-  Memory().reads(lse_neg, pos, upstream).writes(d).check();
-  if (rows > 0) call.run([&](Stream stream) { kernels::log1p_loss_backward(of, stream); });
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
   m.def("tile(str kernel, str rules, int parts, int depth, int architecture) -> int[]");
-  m.def("emulated() -> bool");
   m.def("runs_on(int device) -> bool");
   m.def("prepare(Tensor x, Tensor(a!) operand, Tensor(b!) factor, Tensor(c!) inverse_norm, bool normalize) -> ()");
   m.def("aligned(Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor scale, int first_row, int first_column, Tensor(a!) t) -> ()");
   m.def(
       "finish(Tensor dx, Tensor x, Tensor y, Tensor r_x, Tensor r_y, Tensor pair, Tensor scale, Tensor lift, int up, int down, "
       "bool normalize, Tensor(a!) out) -> ()");
-  m.def("forward_rows(" PROBLEM_SCHEMA ", bool always, int splits, int per_split, Tensor(a!) real, Tensor(b!)? count) -> ()");
+  m.def("forward_rows(" PROBLEM_SCHEMA ", bool always, int splits, int per_split, Tensor(a!) sums, Tensor(b!)? count) -> ()");
   m.def("forward_both(" PROBLEM_SCHEMA
         ", bool symmetric, int splits, int per_split, Tensor(a!) row_sum, Tensor(b!)? row_count, "
         "Tensor(c!) column_sum, Tensor(d!)? column_count) -> ()");
-  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor bounds, int splits, int per_split, Tensor(a!) real, Tensor(b!) whole) -> ()");
+  m.def("retrieval(" PROBLEM_SCHEMA ", Tensor bounds, int splits, int per_split, Tensor(a!) largest, Tensor(b!) counts) -> ()");
   m.def("backward_rows(" PROBLEM_SCHEMA
         ", Tensor row, Tensor column, Tensor center, bool of_rows, bool of_columns, int splits, "
         "int per_split, Tensor(a!) dx, Tensor(b!)? moment) -> ()");
@@ -496,14 +355,12 @@ STABLE_TORCH_LIBRARY(fastnce_cuda, m) {
         ", Tensor row, Tensor column, Tensor center, bool of_columns, int row0, int column0, int down, "
         "int across, int pitch, Tensor(a!)? for_rows, Tensor(b!)? for_columns, Tensor(c!)? moment) -> ()");
   m.def(
-      "statistics(Tensor real, Tensor? count, Tensor? unshifted, Tensor? unshifted_count, Tensor? pairs, int[] ends, Tensor? bias, "
+      "statistics(Tensor sums, Tensor? count, Tensor? unshifted, Tensor? unshifted_count, Tensor? pairs, int[] ends, Tensor? bias, "
       "Tensor(a!) lse_neg, Tensor(b!) lse_pos, Tensor(c!) pos, Tensor(d!) n_pos, Tensor(e!) own_neg, Tensor(f!) own_pos) -> ()");
   m.def(
       "coefficients(Tensor[] grads, Tensor[] stats, Tensor[] factors, Tensor? bias, Tensor? pair_t, int[] pair_ends, bool in_tile, "
       "bool symmetric, Tensor(a!)[] vectors, Tensor(b!)? pair_weights, Tensor(c!) scalars) -> ()");
   m.def("scale_gradient(Tensor scalars, Tensor[] about, float divide, Tensor scale, Tensor(a!) dscale, Tensor(b!) dbias) -> ()");
-  m.def("log1p_loss(Tensor lse_neg, Tensor pos, Tensor(a!) value) -> ()");
-  m.def("log1p_loss_backward(Tensor lse_neg, Tensor pos, Tensor upstream, Tensor(a!) d) -> ()");
 }
 
 #ifdef FASTNCE_EMULATED
@@ -526,12 +383,9 @@ IMPLEMENT(SERVED) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("coefficients", TORCH_BOX(&coefficients));
   m.impl("scale_gradient", TORCH_BOX(&scale_gradient));
-  m.impl("log1p_loss", TORCH_BOX(&log1p_loss));
-  m.impl("log1p_loss_backward", TORCH_BOX(&log1p_loss_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastnce_cuda, CompositeExplicitAutograd, m) {
   m.impl("tile", TORCH_BOX(&tile));
-  m.impl("emulated", TORCH_BOX(&emulated));
   m.impl("runs_on", TORCH_BOX(&runs_on));
 }

@@ -1,4 +1,4 @@
-// One call of an operator: where its tensors are, what they and its numbers must be, and torch's stream.
+// One call of an operator: checks of its numbers, its tensors and where they are, and torch's stream.
 #pragma once
 
 #include <stdexcept>
@@ -15,9 +15,9 @@ namespace {
 
 using fastnce::cuda::Stream;
 
-// What kernels copy in units of 16 bytes, or write in pairs.
+// Alignment of tensors that kernels copy in units of 16 bytes, or write in pairs.
 constexpr size_t WIDE = 16;
-// Indices and their sums are int32.
+// Limit of rows, because indices and their sums are int32.
 constexpr int64_t MOST_ROWS = int64_t{1} << 30;
 
 int count_of(int64_t value, int64_t least, int64_t limit, const char* name) {
@@ -25,7 +25,7 @@ int count_of(int64_t value, int64_t least, int64_t limit, const char* name) {
   return static_cast<int>(value);
 }
 
-// j - i; of one that is not there 2^31 - 1.
+// A diagonal j - i; 2^31 - 1 stands for none.
 int diagonal(int64_t value, const char* name) { return count_of(value, -(int64_t{1} << 31) + 1, int64_t{1} << 31, name); }
 
 // One call of an operator: all its tensors are where the first one is.
@@ -60,8 +60,8 @@ class Call {
 #ifdef FASTNCE_EMULATED
     launch(nullptr);
 #else
-    // The caller has made it torch's current device, and leaves it; the CUDA runtime inside this library is told the same, and threads that
-    // have no context yet get one.
+    // The caller has made this torch's current device. The CUDA runtime inside of this library is told the same, which also gives a context
+    // to threads that have none.
     cuda(cudaSetDevice(device_));
     launch(stream_of(device_));
 #endif
@@ -73,7 +73,8 @@ class Call {
     if (status != cudaSuccess) throw std::runtime_error(std::string("fastnce: ") + cudaGetErrorString(status));
   }
 
-  // Not linked, so that the library also loads where torch is a build for the CPU. A tensor on a GPU means that it is loaded.
+  // torch's CUDA library is not linked, so that this one also loads where torch is a build for the CPU. With a tensor on a GPU it is
+  // loaded.
   static Stream stream_of(int device) {
     static const auto ask = [] {
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);

@@ -1,5 +1,5 @@
-// The instructions that kernels are written in, one function each. FASTNCE_EMULATED replaces them by what they mean, for a CPU
-// (tests/native/emulator.h): the kernels above this file are the same source in both.
+// The instructions of the GPU, one function each. With FASTNCE_EMULATED, tests/native/emulator.h has the same functions for a CPU: the
+// kernels are the same source for both.
 #pragma once
 
 #include "index.h"
@@ -24,7 +24,7 @@ FASTNCE_DEVICE int block_index() { return blockIdx.x; }
 FASTNCE_DEVICE int block_count() { return gridDim.x; }
 FASTNCE_DEVICE void sync_block() { __syncthreads(); }
 
-// Dynamic shared memory, aligned for the swizzle by whoever asked for ATOM_BYTES more than needed.
+// Dynamic shared memory, aligned for the swizzle: launch() asks for ATOM_BYTES more than the kernel needs.
 FASTNCE_DEVICE char* shared_memory() {
   extern __shared__ char fastnce_shared[];
   return fastnce_shared + (ATOM_BYTES - static_cast<unsigned>(__cvta_generic_to_shared(fastnce_shared)) % ATOM_BYTES) % ATOM_BYTES;
@@ -33,13 +33,13 @@ FASTNCE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint3
 
 // ---------------------------------------------------------------- numbers
 
-// 2^x, relative error 2^-22; 0 for -inf and below 2^-126, nan for nan.
+// 2^x with a relative error of 2^-22; 0 where it is below 2^-126, nan for nan.
 FASTNCE_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// nan only where both are.
+// nan only where both a and b are.
 FASTNCE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 FASTNCE_DEVICE uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 FASTNCE_DEVICE float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }
@@ -70,7 +70,7 @@ FASTNCE_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const char* row) {
                : "r"(shared_address(row))
                : "memory");
 }
-// c (16 x 8) += a (16 x 16) b (16 x 8), float16 in, float32 sums.
+// c (16 x 8) += a (16 x 16) b (16 x 8): float16 numbers, float32 sums.
 FASTNCE_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

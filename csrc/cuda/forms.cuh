@@ -6,19 +6,19 @@
 
 namespace fastnce::cuda {
 
-// Whether rows of the operand fit into shared memory whole; weights_block reads all of them in chunks.
-constexpr bool whole(Kernel kernel, int parts, int depth) {
+// Whether rows of the operand fit into shared memory. weights_block reads all rows in chunks.
+constexpr bool fits(Kernel kernel, int parts, int depth) {
   return kernel != Kernel::WEIGHTS_BLOCK && depth * parts <= 256 && (depth == 64 || depth == 128 || depth == 256);
 }
 
-// Strips of 16 rows per warp: two share what is read of y~, where registers and shared memory hold them.
+// Strips of 16 rows for each warp: two where registers and shared memory are enough, because they share the reads of y~.
 constexpr int strips(Kernel kernel, bool content, int parts, int depth) {
   const bool one = content || !(kernel == Kernel::FORWARD_ROWS || kernel == Kernel::FORWARD_BOTH);
   return one || (depth ? depth * parts > 128 : parts > 1) ? 1 : 2;
 }
 
-// Columns of a tile: less of them where two stages of the longest rows would leave room for one block on a multiprocessor; 99 KiB are all
-// that some GPUs have. Weights with labels to look at keep half of that: coefficients and the sums of gradients take the registers.
+// Columns of a tile. 64, or 32 for the longest rows: two stages of 64 of them would leave room for one block on a multiprocessor, which on
+// some GPUs has 99 KiB. Weights with ids have half: coefficients and the sums of gradients take the registers.
 constexpr int columns(Kernel kernel, bool content, int parts, int depth) {
   const int all = depth * parts <= 128 ? 64 : 32;
   const bool weighs = kernel == Kernel::BACKWARD_ROWS || kernel == Kernel::WEIGHTS_BLOCK;
@@ -31,7 +31,7 @@ using Form = Shape<DEPTH, PARTS, strips(KERNEL, CONTENT, PARTS, DEPTH), columns(
 // run(Form{}, content) for the form of this problem.
 template <Kernel KERNEL, bool CONTENT, class Run>
 void with_form(const Problem& p, const Run& run) {
-  if (!whole(KERNEL, p.parts, p.depth)) {
+  if (!fits(KERNEL, p.parts, p.depth)) {
     if constexpr (KERNEL != Kernel::BACKWARD_ROWS) {
       p.parts == 1 ? run(Form<KERNEL, CONTENT, 0, 1>{}) : run(Form<KERNEL, CONTENT, 0, 2>{});
       return;
@@ -48,7 +48,7 @@ void with_form(const Problem& p, const Run& run) {
   }
 }
 
-// run(Form{}, std::bool_constant<content>) likewise.
+// run(Form{}, std::bool_constant<content>) for the form and the rules of this problem.
 template <Kernel KERNEL, class Run>
 void with_form_and_rules(const Problem& p, const Run& run) {
   if (p.rules.by_content())

@@ -1,12 +1,12 @@
-// Statistics of rows, and of rows and columns from one tile, by mma.sync.
+// Statistics by mma.sync: of rows, and of rows and columns from the same tiles.
 #pragma once
 
+#include "accumulate.cuh"
 #include "mma.cuh"
-#include "totals.cuh"
 
 namespace fastnce::cuda {
 
-// Row statistics with a running maximum, in any range.
+// Row statistics with a running maximum, for logits of any size.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 forward_rows(const Problem p, const Grid grid, const RowSums out) {
@@ -17,7 +17,7 @@ forward_rows(const Problem p, const Grid grid, const RowSums out) {
   const float largest = valid(p.scale) * LOG2E;
   Rows rows[S::MT];
   load_strips<S>(rows, p, i0, 1.0f);
-  RowTotals totals[S::MT][2];
+  RowAccumulator accumulator[S::MT][2];
   for_each_tile<S>(
       p, column_vectors<FORWARD_FIELDS<CONTENT>>(p, nullptr), shared_memory(), i0, tiles.end - tiles.begin,
       [&](int n) { return (tiles.begin + n) * S::BN; },
@@ -27,14 +27,14 @@ forward_rows(const Problem p, const Grid grid, const RowSums out) {
           to_logits<S::NB, false>(c[mt], rows[mt], columns, largest);
           const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows[mt], i0, S::BM, j0, columns);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) totals[mt][h].template add<S::NB>(c[mt], h, kinds);
+          for (int h = 0; h < 2; ++h) accumulator[mt][h].template add<S::NB>(c[mt], h, kinds);
         }
       },
       [](int, int) {});
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) totals[mt][h].template store<CONTENT>(r, grid, out, split, rows[mt].i[h]);
+    for (int h = 0; h < 2; ++h) accumulator[mt][h].template store<CONTENT>(r, grid, out, split, rows[mt].i[h]);
 }
 
 // Shared memory of forward_both: sums of the columns of a tile, per warp.
@@ -43,8 +43,8 @@ constexpr size_t both_bytes() {
   return Shared<S, FORWARD_FIELDS<CONTENT>>::BYTES + BOTH_SUMS<CONTENT> * WARPS * S::BN * sizeof(float);
 }
 
-// Unshifted sums of rows and of columns from one tile, added in memory, where every |logit| <= 40. Tiles are BM x BM: where the keys are
-// the queries one of them also stands for its mirror image, and half of them are visited.
+// Sums of rows and of columns from the same tiles, added in memory. It runs where every |logit| <= 40: no maximum is needed. Tiles are
+// BM x BM: where the keys are the queries, a tile also stands for its mirror image, and half of them are visited.
 template <class S, bool CONTENT>
 FASTNCE_KERNEL(THREADS, 1)
 forward_both(const Problem p, const Grid grid, const BothSums out) {
@@ -56,13 +56,13 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
   if (!(*p.bound <= UNSHIFTED)) return;
   float* by_warp = reinterpret_cast<float*>(shared_memory() + Shared<S, FIELDS>::BYTES);
   const auto place = [&](int which, int warp, int column) -> float& { return by_warp[(which * WARPS + warp) * S::BN + column]; };
-  // Where the keys are the queries a tile on the diagonal holds its own mirror image.
+  // Where the keys are the queries, a tile on the diagonal holds its own mirror image: it adds to rows alone.
   const auto counts_columns = [&](int n) { return !(out.symmetric && steps.begin + n / PARTS_OF_TILE == 0); };
   Rows rows[S::MT];
   constexpr bool QUICK = S::PARTS == 1;
   const float largest = valid(p.scale) * LOG2E;
   load_strips<S>(rows, p, i0, QUICK ? largest : 1.0f);
-  BothTotals totals[S::MT];
+  BothAccumulator accumulator[S::MT];
   for_each_tile<S>(
       p, column_vectors<FIELDS>(p, nullptr), shared_memory(), i0, (steps.end - steps.begin) * PARTS_OF_TILE,
       [&](int n) { return circle_block(block % across, steps.begin + n / PARTS_OF_TILE, across) * S::BM + n % PARTS_OF_TILE * S::BN; },
@@ -73,9 +73,9 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
         for (int mt = 0; mt < S::MT; ++mt) {
           to_logits<S::NB, QUICK>(c[mt], rows[mt], columns, largest);
           const Kinds kinds = kinds_of<S::NB, CONTENT>(r, rows[mt], i0, S::BM, j0, columns);
-          totals[mt].template add<S::NB>(c[mt], [&](int h, int k) { return has(kinds.negative[h], k); }, by_column);
+          accumulator[mt].template add<S::NB>(c[mt], [&](int h, int k) { return has(kinds.negative[h], k); }, by_column);
           static_assert(!CONTENT || S::MT == 1);
-          if constexpr (CONTENT) totals[mt].template add_positives<S::NB>(c[mt], kinds, at);
+          if constexpr (CONTENT) accumulator[mt].template add_positives<S::NB>(c[mt], kinds, at);
         }
         store_columns<S::NB>(by_column, [&](int column) -> float& { return at(0, column); });
       },
@@ -89,7 +89,7 @@ forward_both(const Problem p, const Grid grid, const BothSums out) {
         });
       });
 #pragma unroll
-  for (int mt = 0; mt < S::MT; ++mt) totals[mt].template store<CONTENT>(r, out, rows[mt]);
+  for (int mt = 0; mt < S::MT; ++mt) accumulator[mt].template store<CONTENT>(r, out, rows[mt]);
 }
 
 }  // namespace fastnce::cuda

@@ -4,7 +4,7 @@
 namespace fastnce::cuda {
 
 TensorMap tensor_map(const uint16_t* base, int64_t rows, int columns, int box_rows) {
-  // Of the driver, which is asked for at run time: the library also loads where there is none.
+  // A function of the driver, looked up at run time: the library also loads where there is no driver.
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;

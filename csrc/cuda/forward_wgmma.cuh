@@ -1,17 +1,16 @@
-// forward.cuh for sm_90a: while one tile's products are under way, the exponentials of the one before are taken.
+// Statistics for sm_90a. While the products of one tile are under way, the exponentials of the tile before are computed.
 //
-// ptxas lets products run on only where nothing stands between them and the work beside them: no branch, and nothing in flight across the
-// back edge of a loop. Tiles whose pairs are all negative are therefore visited first, two sums in turn; the others after them, one at a
-// time.
+// ptxas lets products run beside other work only where no branch stands between, and where none are under way across the back edge of a
+// loop. So tiles whose pairs are all negative (plain ones) are visited first, with two sums in turn; the others after them, one at a time.
 #pragma once
 
-#include "totals.cuh"
+#include "accumulate.cuh"
 #include "wgmma_walk.cuh"
 
 namespace fastnce::cuda {
 
-// eat(n, products, plain) takes every tile; of a plain one it returns a number that all of its exponentials are part of. ready(n), before
-// the products that run beside it are issued, waits for what it needs.
+// Calls eat(n, products, plain) for every tile. For a plain one it returns a number to which all of its exponentials contribute: see
+// wgmma_hold. ready(n) waits for the vectors that eat(n) reads. It is called before the products that run beside eat(n) are issued.
 template <class W, class Ready, class Eat>
 FASTNCE_DEVICE void consume(const W& walk, const Ready& ready, const Eat& eat) {
   const int warp = thread_index() / 32, count = walk.order().count, plain = walk.order().plain;
@@ -30,7 +29,7 @@ FASTNCE_DEVICE void consume(const W& walk, const Ready& ready, const Eat& eat) {
     walk.tiles().release(n);
   };
   Strip<W::NB> even, odd;
-  // Where ids are looked at, no tile is known to be plain.
+  // With ids no tile is known to be plain.
   if (!W::CONTENT && plain > 0) {
     issue(even, 0);
     done(even, 0);
@@ -73,7 +72,7 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
   Range steps = split_range(split, grid.per_split, ceil_div(r.columns, W::BN));
   if (*p.bound <= UNSHIFTED && !out.always) steps.end = steps.begin;
   const W walk{shared_memory()};
-  // Rows behind the last one are computed and not stored: they need no mask.
+  // Rows from r.rows on are computed and not stored, so they need no mask.
   walk.start(r, steps, W::CONTENT, i0, false, 0);
   const auto column_of = [&](int n) { return walk.order().at(n) * W::BN; };
   if (warp < PRODUCER_WARPS) {
@@ -85,7 +84,7 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
   take_registers<CONSUMER_REGISTERS>();
   const float largest = valid(p.scale) * LOG2E;
   const Rows rows = Rows::load(p, i0 + consumer_row(warp), 1.0f);
-  RowTotals totals[2];
+  RowAccumulator accumulator[2];
   consume(
       walk, [&](int n) { walk.vectors().wait_full(n); },
       [&](int n, Strip<W::NB>& c, auto plain) {
@@ -93,17 +92,17 @@ wgmma_forward_rows(const __grid_constant__ TensorMap x_map, const __grid_constan
         to_logits<W::NB, false>(c, rows, columns, largest);
         if constexpr (plain.value) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) totals[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });
+          for (int h = 0; h < 2; ++h) accumulator[h].negative.template add_if<W::NB>(c, h, [](int) { return true; });
         } else {
           const Kinds kinds = classify<W::NB, W::CONTENT>(r, rows, column_of(n), columns);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) totals[h].template add<W::NB>(c, h, kinds);
+          for (int h = 0; h < 2; ++h) accumulator[h].template add<W::NB>(c, h, kinds);
         }
         walk.vectors().release(n);
-        return totals[0].negative.total + totals[1].negative.total;
+        return accumulator[0].negative.total + accumulator[1].negative.total;
       });
 #pragma unroll
-  for (int h = 0; h < 2; ++h) totals[h].template store<W::CONTENT>(r, grid, out, split, rows.i[h]);
+  for (int h = 0; h < 2; ++h) accumulator[h].template store<W::CONTENT>(r, grid, out, split, rows.i[h]);
 }
 
 template <class W>
@@ -117,7 +116,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
   const Range steps = split_range(split, grid.per_split, out.symmetric ? circle_steps(block, across) : across);
   if (!(*p.bound <= UNSHIFTED)) return;
   const W walk{shared_memory()};
-  // A row behind the last one would count in every column.
+  // A row from r.rows on would count in every column: with such rows all tiles are masked.
   walk.start(r, steps, W::CONTENT || i0 + W::BM > r.rows, i0, true, first);
   const auto column_of = [&](int n) { return circle_block(first, walk.order().at(n), across) * W::BN; };
   if (warp < PRODUCER_WARPS) {
@@ -126,7 +125,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
     if (warp == 1) walk.bring_vectors(column_vectors<W::FIELDS>(p, nullptr), false, column_of);
     for (int n = 0; warp > 1 && n < walk.order().count; ++n) {
       walk.sums().wait_full(n);
-      // Where the keys are the queries a tile on the diagonal holds its own mirror image.
+      // Where the keys are the queries, a tile on the diagonal holds its own mirror image: it adds to rows alone.
       const bool counts = !(out.symmetric && walk.order().at(n) == 0);
       for (int column = thread_index() - 64; column < W::BN; column += 64) {
         const int j = column_of(n) + column;
@@ -143,7 +142,7 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
   }
   take_registers<CONSUMER_REGISTERS>();
   const Rows rows = Rows::load(p, i0 + consumer_row(warp), valid(p.scale) * LOG2E);
-  BothTotals totals;
+  BothAccumulator accumulator;
   consume(
       walk,
       [&](int n) {
@@ -156,10 +155,10 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
         const auto at = [&](int which, int column) -> float& { return walk.sum(n, which, warp - PRODUCER_WARPS, column); };
         if constexpr (plain.value) {
           float by_column[2 * W::NB] = {};
-          totals.add<W::NB>(c, [](int, int) { return true; }, by_column);
+          accumulator.add<W::NB>(c, [](int, int) { return true; }, by_column);
           store_columns<W::NB>(by_column, [&](int column) -> float& { return at(0, column); });
         } else {
-          // Half of the columns at a time: what is known of all of them would not fit into the registers.
+          // Half of the columns at a time: the kinds and sums of all of them do not fit into the registers.
           constexpr int HALF = W::NB / 2;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -167,17 +166,17 @@ wgmma_forward_both(const __grid_constant__ TensorMap x_map, const __grid_constan
             Strip<HALF>& t = reinterpret_cast<Strip<HALF>&>(c[half * HALF]);
             const Kinds kinds = classify<HALF, W::CONTENT>(r, rows, column_of(n) + from, Columns<W::BN>{columns.at + from});
             float sums[2 * HALF] = {};
-            totals.add<HALF>(t, [&](int h, int k) { return has(kinds.negative[h], k); }, sums);
+            accumulator.add<HALF>(t, [&](int h, int k) { return has(kinds.negative[h], k); }, sums);
             store_columns<HALF>(sums, [&](int column) -> float& { return at(0, from + column); });
             if constexpr (W::CONTENT)
-              totals.add_positives<HALF>(t, kinds, [&](int which, int column) -> float& { return at(which, from + column); });
+              accumulator.add_positives<HALF>(t, kinds, [&](int which, int column) -> float& { return at(which, from + column); });
           }
         }
         walk.vectors().release(n);
         walk.sums().fill(n);
-        return totals.total[0] + totals.total[1];
+        return accumulator.total[0] + accumulator.total[1];
       });
-  totals.template store<W::CONTENT>(r, out, rows);
+  accumulator.template store<W::CONTENT>(r, out, rows);
 }
 
 }  // namespace fastnce::cuda

@@ -1,5 +1,4 @@
-// Instructions of sm_90a: barriers in shared memory, copies by the tensor memory accelerator, products of warpgroups. PTX ISA 8.0 and
-// later.
+// Instructions of sm_90a (PTX ISA 8.0): barriers in shared memory, copies by the tensor memory accelerator, products of warpgroups.
 #pragma once
 
 #include "launch.cuh"
@@ -20,11 +19,11 @@ FASTNCE_DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release
 FASTNCE_DEVICE void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// One arrival, and so many bytes to come.
+// Arrives, and makes the barrier wait for this many bytes too.
 FASTNCE_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended.
+// Waits until the phase of this parity has ended.
 FASTNCE_DEVICE void barrier_wait(uint64_t* barrier, unsigned parity) {
   unsigned done = 0;
   while (!done)
@@ -53,11 +52,12 @@ template <int PENDING>
 FASTNCE_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// No wait behind this place is moved up before what this value is computed from: an instruction that does nothing depends on it.
+// Keeps the compiler from moving a wait that comes later to before the computation of this value: an instruction that does nothing depends
+// on it.
 FASTNCE_DEVICE void wgmma_hold(float value) {
   asm volatile("{\n.reg .pred p;\nsetp.eq.f32 p, %0, 0f7f800000;\n@p nanosleep.u32 0;\n}" ::"f"(value) : "memory");
 }
-// No read of these sums is moved up across this place.
+// Keeps the compiler from moving a read of these sums that comes later to before this place.
 template <int NB>
 FASTNCE_DEVICE void settle(Strip<NB>& c) {
 #pragma unroll
@@ -66,7 +66,7 @@ FASTNCE_DEVICE void settle(Strip<NB>& c) {
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[nb][e])::"memory");
 }
 
-// (rows, columns) float16 in boxes of box_rows x 64, with the 128-byte swizzle.
+// A map of (rows, columns) float16 numbers, for copies of boxes of box_rows x 64 with the 128-byte swizzle.
 TensorMap tensor_map(const uint16_t* base, int64_t rows, int columns, int box_rows);
 
 }  // namespace fastnce::cuda
@@ -116,7 +116,7 @@ inline TensorMap tensor_map(const uint16_t* base, int64_t rows, int columns, int
 
 namespace fastnce::cuda {
 
-// Of both operands, in boxes of a tile. Without keys no tile is visited, and no map of nothing can be made.
+// The maps of both operands, for copies of tiles. Without keys no tile is visited, and y is a copy of x: a map of no rows cannot be made.
 struct OperandMaps {
   TensorMap x, y;
 
@@ -124,13 +124,15 @@ struct OperandMaps {
       : x(tensor_map(p.x, p.row_padded, p.depth, x_rows)), y(p.column_padded ? tensor_map(p.y, p.column_padded, p.depth, y_rows) : x) {}
 };
 
-// Matrix descriptors, PTX ISA, "Shared memory matrix layout": the address, the two strides in units of 16 bytes, and the 128-byte swizzle.
+// A matrix descriptor (PTX ISA, "Shared memory matrix layout"): the address and both strides in units of 16 bytes, and the 128-byte
+// swizzle.
 FASTNCE_DEVICE uint64_t descriptor(const void* at, int leading_bytes, int stride_bytes) {
   const uint64_t address = (shared_address(at) & 0x3ffff) >> 4;
   return address | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t{1} << 62;
 }
 
-// c = x~ y~' of 64 rows from `x` on, of a tile of x_rows, and the N of a tile y. An instruction takes 16 columns, 32 bytes of every row.
+// c = x~ y~' of 64 rows from `x` on, in a tile of x_rows, and of the N rows of a tile y. An instruction multiplies 16 columns, 32 bytes of
+// every row.
 template <int N, int DEPTH>
 FASTNCE_DEVICE void issue_logits(Strip<N / 8>& c, const char* x, int x_rows, const char* y) {
 #pragma unroll
@@ -141,7 +143,7 @@ FASTNCE_DEVICE void issue_logits(Strip<N / 8>& c, const char* x, int x_rows, con
   }
 }
 
-// dx += g y~ for the ROWS rows of a tile y: g as left operand in registers, 16 rows of y an instruction.
+// dx += g y~ for the ROWS rows of a tile y. g is the left operand, in registers; an instruction takes 16 rows of y.
 template <int DEPTH, int ROWS>
 FASTNCE_DEVICE void issue_gradient(Strip<DEPTH / 8>& dx, const uint32_t (&g)[ROWS / 16][4], const char* y) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// A launch, on a GPU or emulated.
+// The launch of a kernel, on a GPU or emulated.
 #pragma once
 
 #include <stdexcept>
@@ -9,7 +9,7 @@
 
 namespace fastnce::cuda {
 
-// Shared memory that a kernel gets without asking for more.
+// The shared memory that every kernel may use. More of it must be asked for.
 constexpr size_t PLAIN_SHARED = 48 << 10;
 
 #ifdef FASTNCE_EMULATED
@@ -40,7 +40,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
 
 #endif
 
-// Programs of a walk: blocks of `rows` rows, times splits.
+// The programs of a walk: blocks of `rows` rows, times splits.
 inline int64_t programs(const Problem& p, const Grid& grid, int rows) {
   return static_cast<int64_t>(ceil_div(p.rules.rows, rows)) * grid.splits;
 }

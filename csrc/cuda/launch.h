@@ -1,4 +1,4 @@
-// What bind.cpp asks for, host code without torch: which tile a kernel takes, and its launch. Each function is in the unit of its kernels.
+// The tile and the launch of every kernel over tiles, for bind.cpp: host code without torch. Each function is in the unit of its kernel.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,15 @@ using Stream = void*;  // cudaStream_t
 enum class Kernel { FORWARD_ROWS, FORWARD_BOTH, RETRIEVAL, BACKWARD_ROWS, WEIGHTS_BLOCK };
 enum Family { MMA = 0, WGMMA = 1 };
 
-// Rows and columns of the tile that a kernel walks in, and which family of kernels that is.
-struct TileSize {
+// Rows and columns of the tile that a kernel takes, and its family.
+struct TileShape {
   int rows, columns, family;
 };
 
-// depth: of the operand, 0 where rows do not fit into shared memory whole. by_content: labels, exclude ids or a mask are looked at.
-TileSize tile_of(Kernel kernel, bool by_content, int parts, int depth, int architecture);
+// depth: of the operand, 0 where rows do not fit into shared memory. by_content: pairs are told apart by labels, exclude ids or a mask.
+TileShape tile_of(Kernel kernel, bool by_content, int parts, int depth, int architecture);
 
-// All throw std::runtime_error with CUDA's own words where a launch fails.
+// All throw std::runtime_error with CUDA's message where a launch fails.
 void forward_rows(const Problem&, const Grid&, const RowSums&, int family, Stream);
 void forward_both(const Problem&, const Grid&, const BothSums&, int family, Stream);
 void retrieval(const Problem&, const Grid&, const Retrieval&, Stream);

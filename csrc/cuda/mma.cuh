@@ -1,6 +1,8 @@
-// Tiles by mma.sync, for every GPU from sm_80 on: a block of four warps holds BM rows of x~ and walks over the columns, BN at a time, two
-// stages of which are in shared memory. A stage is a whole row of y~ where it fits (WHOLE), and x~ then stays; of longer rows it is a chunk
-// of both.
+// The walk of the mma.sync kernels over their tiles, for every GPU from sm_80 on. A block of four warps computes BM rows of the logits, and
+// walks over the columns, BN at a time.
+//
+// Shared memory has two stages: one is multiplied while the next is copied. Where rows fit (S::FITS), a stage is BN rows of y~, and x~
+// stays. Of longer rows a stage is a chunk of 64 columns of both.
 #pragma once
 
 #include "tile.cuh"
@@ -10,12 +12,13 @@ namespace fastnce::cuda {
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / 32;
 
-// PARTS of float16 numbers of DEPTH columns; DEPTH 0: rows of any length, in chunks. MT strips of 16 rows per warp, BN columns a tile.
+// Operands of PARTS float16 numbers and DEPTH columns (0: rows of any length, in chunks); MT strips of 16 rows for each warp, BN columns a
+// tile.
 template <int DEPTH_, int PARTS_, int MT_, int BN_>
 struct Shape {
   static constexpr int DEPTH = DEPTH_, PARTS = PARTS_, MT = MT_;
-  static constexpr bool WHOLE = DEPTH > 0;
-  static constexpr int CHUNK = WHOLE ? DEPTH : GROUP;
+  static constexpr bool FITS = DEPTH > 0;
+  static constexpr int CHUNK = FITS ? DEPTH : GROUP;
   static constexpr int BM = 16 * WARPS * MT, BN = BN_, NB = BN / 8;
   static constexpr int X_BYTES = BM * CHUNK * PARTS * 2, Y_BYTES = BN * CHUNK * PARTS * 2;
 };
@@ -23,7 +26,7 @@ struct Shape {
 template <class S, int FIELDS>
 struct Shared {
   static constexpr int STAGES = 2;
-  static constexpr int X_STAGES = S::WHOLE ? 1 : STAGES;
+  static constexpr int X_STAGES = S::FITS ? 1 : STAGES;
   static constexpr int COLUMNS = FIELDS * S::BN;  // floats
   static constexpr int BYTES = X_STAGES * S::X_BYTES + STAGES * (S::Y_BYTES + 4 * COLUMNS);
 
@@ -35,14 +38,14 @@ struct Shared {
   }
 };
 
-// Rows first.. and columns column.. of an operand.
+// Copies ROWS rows from `first` and CHUNK columns from `column` of an operand.
 template <int ROWS, int CHUNK, int PARTS>
 FASTNCE_DEVICE void load_rows(char* to, const uint16_t* operand, int64_t first, int column, int depth) {
   constexpr int UNITS = CHUNK / UNIT;
   static_assert(ROWS * UNITS % THREADS == 0);
 #pragma unroll
   for (int part = 0; part < PARTS; ++part)
-  // Unrolled further, the places of all copies would stay in registers that gradients need.
+  // Unrolled, the addresses of all copies would stay in registers that gradients need.
 #pragma unroll 1
     for (int at = thread_index(); at < ROWS * UNITS; at += THREADS) {
       const int row = at / UNITS, unit = at % UNITS;
@@ -56,7 +59,8 @@ FASTNCE_DEVICE void load_columns(const Columns<BN>& to, const Vectors<FIELDS>& v
   constexpr int UNITS = BN / 4;
 #pragma unroll
   for (int f = 0; f < FIELDS; ++f) {
-    // Hidden, or f becomes the thread's own number where the two are equal, and the pointers an array in local memory (compute_100).
+    // The empty asm hides the value of turn. Otherwise nvcc puts the thread's own number in the place of f, where both are equal, and the
+    // pointers into an array in local memory (seen for compute_100).
     int turn = f % (THREADS / UNITS);
     asm("" : "+r"(turn));
     if (vectors.of[f] && thread_index() / UNITS == turn) {
@@ -67,11 +71,11 @@ FASTNCE_DEVICE void load_columns(const Columns<BN>& to, const Vectors<FIELDS>& v
   }
 }
 
-// c += x~ y~' of a stage. In two parts the product of the low ones is below float32's rounding, and the small terms come first.
+// c += x~ y~' of a stage. In two parts the small terms come first; the product of both low halves is below float32's rounding and left out.
 template <class S>
 FASTNCE_DEVICE void multiply(Strip<S::NB> (&c)[S::MT], const char* x, const char* y) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  // All of it unrolled would be 16 steps, and minutes of compiling, for nothing.
+  // Unrolling all 16 steps gains nothing, and compiles for minutes.
 #pragma unroll 4
   for (int k = 0; k < S::CHUNK / 16; ++k) {
     uint32_t a[S::MT][S::PARTS][4];
@@ -101,17 +105,17 @@ FASTNCE_DEVICE void multiply(Strip<S::NB> (&c)[S::MT], const char* x, const char
   }
 }
 
-// For each of `count` tiles: its products, then body(tile, j0, products, columns, y); afterwards, when all threads have done that,
-// after(tile, j0). column_of(tile) is the first column of a tile.
+// For each of `count` tiles: its products, then body(tile, j0, products, columns, y), and when all threads have done that, after(tile, j0).
+// column_of(tile) is the first column of a tile.
 template <class S, int FIELDS, class ColumnOf, class Body, class After>
 FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vectors, char* memory, int i0, int count,
                                   const ColumnOf& column_of, const Body& body, const After& after) {
   const Shared<S, FIELDS> shared{memory};
-  const int chunks = S::WHOLE ? 1 : p.depth / S::CHUNK, depth = S::WHOLE ? S::DEPTH : p.depth, stages = count * chunks;
+  const int chunks = S::FITS ? 1 : p.depth / S::CHUNK, depth = S::FITS ? S::DEPTH : p.depth, stages = count * chunks;
   if (stages == 0) return;
   const auto load = [&](int stage) {
     const int tile = stage / chunks, chunk = stage % chunks, j0 = column_of(tile);
-    if (!S::WHOLE || stage == 0) load_rows<S::BM, S::CHUNK, S::PARTS>(shared.x(stage), p.x, i0, chunk * S::CHUNK, depth);
+    if (!S::FITS || stage == 0) load_rows<S::BM, S::CHUNK, S::PARTS>(shared.x(stage), p.x, i0, chunk * S::CHUNK, depth);
     load_rows<S::BN, S::CHUNK, S::PARTS>(shared.y(stage), p.y, j0, chunk * S::CHUNK, depth);
     if (chunk == 0) load_columns<S::BN>(shared.columns(tile), vectors, j0);
     copy_commit();
@@ -126,11 +130,11 @@ FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vecto
       copy_wait<0>();
     }
     sync_block();
-    if constexpr (S::WHOLE) {
+    if constexpr (S::FITS) {
       multiply<S>(c, shared.x(stage), shared.y(stage));
     } else {
-      // Tensor cores round every sum towards zero: of two rows that are alike, in two parts, they take some 2^-28 D, which at a thousand
-      // columns is more than a logit may be off. Only the sums of a chunk are theirs.
+      // Tensor cores round every sum towards zero: from the dot product of two like rows, in two parts, they take some 2^-28 D of it. At a
+      // thousand columns that is more than a logit may be off. So they sum one chunk, and the chunk is added here.
       Strip<S::NB> of_chunk[S::MT] = {};
       multiply<S>(of_chunk, shared.x(stage), shared.y(stage));
 #pragma unroll
@@ -143,7 +147,7 @@ FASTNCE_DEVICE void for_each_tile(const Problem& p, const Vectors<FIELDS>& vecto
     const int tile = stage / chunks;
     const bool last = stage % chunks == chunks - 1;
     if (last) body(tile, column_of(tile), c, shared.columns(tile), shared.y(stage));
-    // Nobody still reads what the next but one stage is loaded into.
+    // From here on the stage after the next may be loaded: no thread still reads its memory.
     sync_block();
     if (last) {
       after(tile, column_of(tile));

@@ -1,4 +1,4 @@
-// What a kernel is asked: raw pointers and sizes, no torch. docs/math.md has the formulas, fastnce/pairs.py the rules of the pairs.
+// The arguments of the kernels: raw pointers and sizes, no torch. docs/math.md has the formulas, fastnce/pairs.py the rules of the pairs.
 //
 //     t_ij = alpha_i beta_j <x~_i, y~_j>      alpha_i = log2(e) scale a_i,  beta_j = b_j:  the logit in base 2 and without the bias
 #pragma once
@@ -7,7 +7,7 @@
 
 namespace fastnce::cuda {
 
-// Which pair is what. Ids are padded like the operands, and differ between the sides where they match nothing.
+// The rules of the pairs. Ids are padded like the operands. An id that matches nothing differs between the sides.
 struct Rules {
   const int* q_label;
   const int* k_label;
@@ -18,13 +18,13 @@ struct Rules {
   int64_t mask_row, mask_column;  // strides
   int rows, columns;              // of the logits
   int own, up, down;              // diagonals j - i: self, aligned, aligned mirrored
-  bool in_tile;                   // positives are found here; otherwise they are the aligned pairs, which are kept apart
+  bool in_tile;                   // positives are found in the tiles; otherwise they are the aligned pairs, and counted elsewhere
 
   bool by_content() const { return in_tile || q_exclude; }
 };
 
 struct Problem {
-  const uint16_t* x;  // (row_padded, parts, depth) float16: rows times a power of two; float32 in a high and a low part
+  const uint16_t* x;  // (row_padded, parts, depth) float16: rows times a power of two, float32 in a high and a low part
   const uint16_t* y;  // (column_padded, parts, depth)
   const float* a;     // (row_padded,): normalised row = a * x~
   const float* b;     // (column_padded,)
@@ -34,16 +34,16 @@ struct Problem {
   Rules rules;
 };
 
-// Programs: row blocks times splits of their columns; sums of the splits are added afterwards, in order.
+// Programs: row blocks times splits of their columns. The sums of the splits are added afterwards, in their order.
 struct Grid {
   int splits, per_split;
 };
 
 // (2 or 5, splits, rows): top and total of the negatives; in_tile: of the positives, and their sum of t.   count: (splits, rows)
 struct RowSums {
-  float* real;
+  float* sums;
   int* count;
-  bool always;  // otherwise only where forward_both must not run
+  bool always;  // false: the kernel runs only where forward_both must not
 };
 
 // (1 or 3, rows): sum of 2^t over the negatives; in_tile: over the positives, and their sum of t.   count: (rows,)
@@ -57,11 +57,11 @@ struct BothSums {
 
 struct Retrieval {
   const float* bounds;  // (2, rows): low, high; neither is nan
-  float* real;          // (2, splits, rows): largest t of the negatives, of the positives
-  int* whole;           // (3, splits, rows): negatives unless t <= high, and with low <= t <= high; column of the largest negative
+  float* largest;       // (2, splits, rows): largest t of the negatives, of the positives
+  int* counts;          // (3, splits, rows): negatives unless t <= high, and with low <= t <= high; column of the largest negative
 };
 
-// w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive, and the same of column j.
+// w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive, plus the same of column j.
 struct Weights {
   const float* row;     // (2 or 5, row_padded): base, factor, base_pos, factor_pos, share
   const float* column;  // (2 or 5, column_padded)
@@ -74,9 +74,9 @@ struct RowGradient {
   float* moment;  // (splits, rows) = sum_j w_ij (t_ij - center), or null
 };
 
-// Weights of a block of pairs, for two plain matrix products; the corner is (row0, column0).
+// The weights of a block of pairs, for two plain matrix products.
 struct Block {
-  int row0, column0, down, across;  // corner, and tiles downward and across
+  int row0, column0, down, across;  // the corner, and the number of tiles down and across
   int pitch;
   uint16_t* for_rows;     // (parts, pitch, pitch): w_ij beta_j, or null
   uint16_t* for_columns;  // w_ij a_i, or null

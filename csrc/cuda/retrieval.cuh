@@ -1,11 +1,11 @@
-// What ranks are made of, by mma.sync: asked for now and then, never in training.
+// Ranks, ties and the hardest negative of every row, by mma.sync. Training does not ask for them.
 #pragma once
 
 #include "mma.cuh"
 
 namespace fastnce::cuda {
 
-// Of one row. A nan is none of the largest, and not <= a bound.
+// Those of one row. A t that is nan is never the largest, and is not <= a bound.
 struct Ranking {
   float best, best_pos, low, high;
   int above, ties, where;
@@ -15,7 +15,7 @@ struct Ranking {
     if (!negative) return;
     above += !(t <= high);
     ties += t >= low && t <= high;
-    // Columns come in ascending order: the first of equals stays.
+    // `>`: of equal negatives the one in the lowest column stays, because columns come in ascending order.
     if (t > best) {
       best = t;
       where = j;
@@ -80,11 +80,11 @@ retrieval(const Problem p, const Grid grid, const Retrieval out) {
       row.merge_quad();
       if (!first_of_quad() || rows[mt].i[h] >= r.rows) continue;
       const int64_t at = static_cast<int64_t>(split) * r.rows + rows[mt].i[h];
-      out.real[at] = row.best;
-      out.real[at + field] = row.best_pos;
-      out.whole[at] = row.above;
-      out.whole[at + field] = row.ties;
-      out.whole[at + 2 * field] = row.where;
+      out.largest[at] = row.best;
+      out.largest[at + field] = row.best_pos;
+      out.counts[at] = row.above;
+      out.counts[at + field] = row.ties;
+      out.counts[at + 2 * field] = row.where;
     }
 }
 

@@ -5,15 +5,15 @@ namespace fastnce::cuda {
 
 // run(T{}) for the type of the rows.
 template <class Run>
-static void with_type(Real type, const Run& run) {
-  type == Real::FLOAT ? run(float{}) : type == Real::HALF ? run(Half{}) : run(BFloat16{});
+static void with_type(ElementType type, const Run& run) {
+  type == ElementType::FLOAT ? run(float{}) : type == ElementType::HALF ? run(Half{}) : run(BFloat16{});
 }
 
 #ifndef FASTNCE_EMULATED
 bool has_code() {
   cudaFuncAttributes attributes;
   if (cudaFuncGetAttributes(&attributes, prepare<float>) == cudaSuccess) return true;
-  cudaGetLastError();  // it would be the next launch's
+  cudaGetLastError();  // clears the error: otherwise the next launch would report it
   return false;
 }
 #endif

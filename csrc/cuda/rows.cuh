@@ -1,5 +1,5 @@
-// Single rows, O(N D): operands for the tiles, aligned pairs, and the backward of the normalisation. A warp per row, four neighbours of it
-// per lane and step.
+// Passes over single rows, O(N D): operands for the tiles, aligned pairs, the backward of the normalisation. A warp has one row, and a lane
+// takes four neighbours of it in a step.
 //
 //     x~ = 2^k x,   x^ = r x = factor x~        t = log2(e) scale <x^_i, y^_j>        dL/dx = r (g - x^ <x^, g>),  g = dL/dx^
 #pragma once
@@ -12,19 +12,20 @@
 
 namespace fastnce::cuda {
 
-// norms.EPS and norms.LARGEST: a shorter row counts as zero, and the square of a longer one may leave float32.
+// EPS and LARGEST of fastnce/precision.py: a shorter row counts as zero, and the square of a longer one may leave float32.
 constexpr float EPS = 1e-12f;
 constexpr float LARGEST = 1e18f;
-// The largest element of an operand's row is in [2^8, 2^9): products of rows of 8192 stay below 2^31, and float16, whose smallest normal
-// number is 2^-14, drops nothing above 2^-33 of it.
+// The largest element of an operand's row is in [2^8, 2^9): dot products of 8,192 columns stay below 2^31. Half a step of float16's
+// smallest numbers, 2^-25, is 2^-33 of it.
 constexpr int EXPONENT = 8;
-// Factor of a row that counts as zero, 2^-100: so small that its similarities are 0, and yet -inf times it is -inf and not nan.
+// Factor of a row that counts as zero, 2^-100: small enough that its similarities are 0, and not 0 itself, because -inf * 0 is nan.
 constexpr float SHORT = 7.888609052210118e-31f;
 
 constexpr int ROW_THREADS = 128;
 constexpr int ROWS_PER_BLOCK = ROW_THREADS / 32;
 constexpr int STEP = 4 * 32;  // columns
-// Steps of a gradient that stay in registers between its two passes. Longer rows have one split, and are read again.
+// The gradient of a row is needed twice. This many steps of it stay in registers; of longer rows, which have one split, the rest is read
+// again.
 constexpr int KEPT = 2;
 
 // ---------------------------------------------------------------- four neighbours
@@ -53,7 +54,7 @@ FASTNCE_DEVICE float to_float(BFloat16 x) { return bits_to_float(static_cast<uin
 
 FASTNCE_DEVICE void round_to(float& to, float x) { to = x; }
 FASTNCE_DEVICE void round_to(Half& to, float x) { to.bits = to_half(x); }
-// To nearest, ties to even. The carry of a nan's bits could end in an infinity.
+// To the nearest, ties to even. nan has a case of its own: a carry in its bits could make an infinity of it.
 FASTNCE_DEVICE void round_to(BFloat16& to, float x) {
   const uint32_t bits = float_to_bits(x);
   to.bits = static_cast<uint16_t>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff);
@@ -68,19 +69,19 @@ struct Four {
   float of[4];
 };
 
-// Where the row of a matrix begins.
+// The first element of a row.
 template <class T>
 FASTNCE_DEVICE T* row_at(T* data, int64_t row, int64_t stride) {
   return data + row * stride;
 }
 
-// Whether columns column.. of a row are there and can be had at once. The base need not be aligned, nor the stride even.
+// Whether a row has four columns from `column` on, and one access takes them. Neither base nor stride need be aligned to that.
 template <class T>
 FASTNCE_DEVICE bool at_once(const T* at, int column, int columns) {
   return column + 4 <= columns && reinterpret_cast<uintptr_t>(at) % sizeof(Quad<T>) == 0;
 }
 
-// Columns column.. of a row, 0 outside.
+// Four columns of a row from `column` on, 0 outside.
 template <class T>
 FASTNCE_DEVICE Four load(const T* row, int column, int columns) {
   const T* at = row + column;
@@ -140,7 +141,7 @@ FASTNCE_DEVICE float warp_largest(float value) {
 struct PowerOfTwo {
   float up, down;  // 2^k, 2^-k
 
-  // Lifts `largest` into [2^EXPONENT, 2^(EXPONENT + 1)); the smallest numbers less far, so that 2^k is finite.
+  // Lifts `largest` into [2^EXPONENT, 2^(EXPONENT + 1)). k is at most 120, so that 2^k is finite.
   FASTNCE_DEVICE static PowerOfTwo of(float largest) {
     const int exponent = float_to_bits(largest) >> 23 & 255, wanted = EXPONENT + 127 - exponent, k = wanted < 120 ? wanted : 120;
     return {bits_to_float(static_cast<uint32_t>(127 + k) << 23), bits_to_float(static_cast<uint32_t>(127 - k) << 23)};
@@ -148,7 +149,7 @@ struct PowerOfTwo {
 };
 
 // For all padded rows:
-//   tiles          x~ in float16, which half-precision input fits exactly; in two parts a high one and the rest
+//   tiles          x~ in float16, which holds half-precision input exactly; in two parts a high one and the rest
 //   factor         x^ = factor x~
 //   inverse_norm   1 / |x|; 1 where not normalize, 0 for a zero row, nan for one that is not finite or longer than LARGEST
 template <class T>
@@ -213,13 +214,13 @@ aligned(const RawRows x, const RawRows y, const Aligned of) {
   for (int column = own_column(); column < x.columns; column += STEP)
     sum += dot(load(left, column, x.columns), load(right, column, x.columns));
   sum = warp_sum(sum);
-  // One norm at a time: their product may leave float32 where the dot product has its reciprocal.
+  // The dot product is multiplied by one norm, then by the other: the product of both norms may leave float32.
   if (first_of_warp()) of.t[pair] = sum * of.r_x[i] * of.r_y[j] * (valid(of.scale) * LOG2E);
 }
 
 // ---------------------------------------------------------------- gradients
 
-// g of one row.
+// The gradient g = dL/dx^ of one row.
 template <class T>
 struct Upstream {
   const float* dx;
@@ -228,7 +229,7 @@ struct Upstream {
   int splits, columns;
   float factor, pair;
 
-  // The splits in their order, then the aligned pair.
+  // Four columns of it: the splits are added in their order, then the aligned pair.
   FASTNCE_DEVICE Four at(int column) const {
     Four g = load(dx, column, columns);
     for (int n = 1; n < splits; ++n) {

@@ -1,21 +1,21 @@
-// Passes over single rows, O(N D), as bind.cpp asks for them. rows.cuh has the formulas.
+// Passes over single rows, O(N D), for bind.cpp. rows.cuh has the formulas.
 #pragma once
 
 #include "launch.h"
 
 namespace fastnce::cuda {
 
-enum class Real { FLOAT, HALF, BFLOAT16 };
+enum class ElementType { FLOAT, HALF, BFLOAT16 };
 
 // Rows as the caller has them: neighbours in a row are neighbours in memory, rows are `stride` elements apart.
 struct RawRows {
   const void* data;
   int64_t stride;
   int rows, columns;
-  Real type;
+  ElementType type;
 };
 
-// What prepare makes of them, for the tiles and for the other two.
+// The results of prepare, which tiles, aligned and finish read.
 struct Operand {
   uint16_t* tiles;      // (padded, parts, depth) float16
   float* factor;        // (padded,)

@@ -1,5 +1,5 @@
-// One warp's part of a tile of logits, 16 rows by 8 NB columns as the tensor cores leave it: which pair is what, log-sums, weights. Shared
-// by the mma.sync and the wgmma kernels. The formulas are those of docs/math.md, in base 2 and without the bias.
+// One warp's part of a tile, a strip of 16 rows by 8 NB columns in the layout of the tensor cores: kinds of pairs, logits, log-sums,
+// weights. Both families of kernels, mma.sync and wgmma, use it. The formulas are those of docs/math.md, in base 2 and without the bias.
 #pragma once
 
 #include "device.cuh"
@@ -8,27 +8,28 @@
 namespace fastnce::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
-// 2^t, sums of 2^31 such terms and their reciprocals times an upstream gradient stay normal float32 numbers while |t| <= 40 log2(e).
+// The largest |logit|, in nats, of the unshifted kernels: 2^t, a sum of 2^31 such terms, and an upstream gradient over it are then normal
+// float32 numbers.
 constexpr float UNSHIFTED = 40.0f;
 FASTNCE_DEVICE float infinity() { return __builtin_huge_valf(); }
 FASTNCE_DEVICE float not_a_number() { return __builtin_nanf(""); }
 
-// The scale behind the pointer; nan where it is no positive number, and so is everything computed with it.
+// The scale behind the pointer, nan where it is no positive number: then everything computed with it is nan.
 FASTNCE_DEVICE float valid(const float* scale) {
   const float value = *scale;
   return value > 0.0f && value < infinity() ? value : not_a_number();
 }
 
-// A row that is nan makes its weights nan where it counts; where it is excluded they are 0, and 0 * nan must not reach the others.
+// factor, 1 where it is nan. The weights of a row that is nan are nan where it counts, and 0 where it is excluded: 0 * nan is nan.
 FASTNCE_DEVICE float finite(float factor) { return factor == factor ? factor : 1.0f; }
 
-// c += <x~_i, y~_j> of a strip.
+// The numbers of a strip that one thread holds: products <x~_i, y~_j>, then logits, then weights.
 template <int NB>
 using Strip = float[NB][4];
 
 // Vectors of the columns of a tile, beside it in shared memory.
 enum Field { BETA, LABEL, EXCLUDE, BASE, FACTOR, BASE_POS, FACTOR_POS, SHARE };
-// How many of them a kernel has: one that looks at ids has two more, and gradients coefficients.
+// The number of these that a kernel has. Ids are two more, the coefficients of a gradient again two, or five with ids.
 template <bool CONTENT>
 constexpr int FORWARD_FIELDS = CONTENT ? EXCLUDE + 1 : BETA + 1;
 template <bool CONTENT>
@@ -39,11 +40,11 @@ struct Columns {
   float* at;
 
   FASTNCE_DEVICE float* field(Field f) const { return at + f * BN; }
-  FASTNCE_DEVICE float real(Field f, int column) const { return at[f * BN + column]; }
+  FASTNCE_DEVICE float value(Field f, int column) const { return at[f * BN + column]; }
   FASTNCE_DEVICE int id(Field f, int column) const { return reinterpret_cast<const int*>(at)[f * BN + column]; }
 };
 
-// Vectors of the columns that a kernel wants beside its tiles: FIELDS of them, null where there is none.
+// Where FIELDS vectors of all columns are in global memory; null where there is none.
 template <int FIELDS>
 struct Vectors {
   const void* of[FIELDS];
@@ -72,7 +73,7 @@ struct Rows {
   float alpha[2];
   int label[2], exclude[2];
 
-  // first: row 0 of the strip; multiplier: what all alphas have in common.
+  // first: row 0 of the strip; multiplier: a factor of all alphas.
   FASTNCE_DEVICE static Rows load(const Problem& p, int first, float multiplier) {
     const Rules& r = p.rules;
     Rows rows;
@@ -88,9 +89,9 @@ struct Rows {
   }
 };
 
-// ---------------------------------------------------------------- which pair is what
+// ---------------------------------------------------------------- kinds of pairs
 
-// Of the 2 NB pairs of each of a thread's rows, one bit a pair; entry c is column c % 2 of its two in block c / 2.
+// One bit for each of the 2 NB pairs of a thread's two rows. Bit c is column c % 2 of the thread's two in block c / 2.
 struct Kinds {
   uint32_t negative[2], positive[2];
 };
@@ -100,13 +101,13 @@ FASTNCE_HD uint32_t all_pairs() {
   return static_cast<uint32_t>((uint64_t{1} << 2 * NB) - 1);
 }
 
-// Whether index alone makes some pair of rows i0.. and columns j0.. anything else than negative.
+// Whether some pair of `rows` rows from i0 and `columns` columns from j0 is not negative, by index alone.
 FASTNCE_HD bool needs_mask(const Rules& r, int i0, int j0, int rows, int columns) {
   return meets(i0, j0, rows, columns, r.own) || meets(i0, j0, rows, columns, r.up) || meets(i0, j0, rows, columns, r.down) ||
          i0 + rows > r.rows || j0 + columns > r.columns;
 }
 
-// The first line of fastnce/pairs.py that applies. Aligned pairs are positives here only if in_tile: otherwise they are counted apart.
+// The rules of fastnce/pairs.py. Only if in_tile are aligned pairs positives here: otherwise they are neither.
 template <int NB, bool CONTENT, class Columns>
 FASTNCE_DEVICE Kinds classify(const Rules& r, const Rows& rows, int j0, const Columns& columns) {
   Kinds kinds{};
@@ -139,7 +140,8 @@ FASTNCE_DEVICE Kinds classify(const Rules& r, const Rows& rows, int j0, const Co
   return kinds;
 }
 
-// Of a tile of `height` rows from i0 on, of which this strip is a part: where index alone decides, most tiles need no look at their pairs.
+// The kinds of the pairs of a strip, a part of a tile of `height` rows from i0. Where index alone decides, all pairs of most tiles are
+// negative, and none is looked at.
 template <int NB, bool CONTENT, class Columns>
 FASTNCE_DEVICE Kinds kinds_of(const Rules& r, const Rows& rows, int i0, int height, int j0, const Columns& columns) {
   if (CONTENT || needs_mask(r, i0, j0, height, 8 * NB)) return classify<NB, CONTENT>(r, rows, j0, columns);
@@ -150,29 +152,29 @@ FASTNCE_DEVICE bool has(uint32_t pairs, int c) { return pairs >> c & 1; }
 
 // ---------------------------------------------------------------- logits
 
-// t where the order of the factors is no matter: in range and in one part, where it is far below the rounding of the input, and for ranks.
-// rows.alpha is log2(e) scale a.
+// t by the fewest multiplications; alpha is log2(e) scale a. It serves ranks, and logits in range and in one part: there the error that
+// logit() avoids is far below the rounding of the input.
 FASTNCE_DEVICE float quick_logit(float product, float beta, float alpha) { return product * beta * alpha; }
-// t for sums that weights are divided by, and for these weights, in two parts or in any range; rows.alpha is a, largest is log2(e) scale.
-// The same number from both ends of a pair: multiplied in another order it is off by u scale, which at temperature 0.005 is ten times the
-// error of the gradient.
+// t, the same number from both ends of a pair; alpha is a, largest is log2(e) scale. Weights are divided by sums over rows and by sums over
+// columns: with factors in another order, t from one end would be off by u scale, at a temperature of 0.005 ten times the error of the
+// gradient.
 FASTNCE_DEVICE float logit(float product, float beta, float alpha, float largest) { return product * (beta * alpha) * largest; }
 
-// t in place of the products.
+// Turns the products of a strip into logits.
 template <int NB, bool QUICK, class Columns>
 FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& columns, float largest) {
 #pragma unroll
   for (int nb = 0; nb < NB; ++nb)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float beta = columns.real(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), alpha = rows.alpha[e / 2];
+      const float beta = columns.value(BETA, nb * 8 + fragment_column(thread_index() % 32, e)), alpha = rows.alpha[e / 2];
       s[nb][e] = QUICK ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
     }
 }
 
 // ---------------------------------------------------------------- statistics
 
-// The four lanes that share rows.
+// Merges the values of the four lanes that hold the same rows.
 template <class T, class Merge>
 FASTNCE_DEVICE T over_quad(T value, const Merge& merge) {
   value = merge(value, shuffle_xor(value, 1));
@@ -184,16 +186,16 @@ FASTNCE_DEVICE T quad_sum(T value) {
 }
 FASTNCE_DEVICE bool first_of_quad() { return thread_index() % 4 == 0; }
 
-// total 2^top. Every lane has its own until the end: no exchange between lanes while tiles are visited.
+// The sum total 2^top. Every lane has its own until the end, so that lanes exchange nothing while tiles are visited.
 struct LogSum {
   float top = -infinity(), total = 0.0f;
 
   FASTNCE_DEVICE static float base(float top) {
-    // Nothing so far: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
+    // A sum of nothing so far gets base 0, and 2^-inf = 0: -inf - -inf would be nan.
     return top == -infinity() ? 0.0f : top;
   }
 
-  // The pairs of row h whose bit is set.
+  // Adds the pairs of row h whose bit is set.
   template <int NB>
   FASTNCE_DEVICE void add(const Strip<NB>& t, int h, uint32_t pairs) {
     if (pairs == all_pairs<NB>())
@@ -221,7 +223,7 @@ struct LogSum {
   }
 };
 
-// Sums over the rows of the warp of 2 NB columns a lane: a lane keeps NB / 4 of them, from scattered_first on.
+// Sums the 2 NB columns of every lane over the rows of the warp. Afterwards a lane has NB / 4 of the sums, from scattered_first on.
 template <int NB, int STEP = 0>
 FASTNCE_DEVICE void scatter_sums(float (&sums)[2 * NB]) {
   constexpr int HALF = 2 * NB >> (STEP + 1);
@@ -236,7 +238,7 @@ FASTNCE_DEVICE void scatter_sums(float (&sums)[2 * NB]) {
 
 // ---------------------------------------------------------------- weights
 
-// What a side adds to the weight of its pairs, see problem.h.
+// Coefficients of one row or column, see Weights in problem.h.
 struct Coefficients {
   float base, factor, base_pos, factor_pos, share;
 };
@@ -249,9 +251,9 @@ FASTNCE_DEVICE Coefficients row_coefficients(const float* vectors, int64_t padde
 
 template <class Columns>
 FASTNCE_DEVICE Coefficients column_coefficients(const Columns& columns, int column, bool in_tile) {
-  if (!in_tile) return {columns.real(BASE, column), columns.real(FACTOR, column), 0.0f, 0.0f, 0.0f};
-  return {columns.real(BASE, column), columns.real(FACTOR, column), columns.real(BASE_POS, column), columns.real(FACTOR_POS, column),
-          columns.real(SHARE, column)};
+  if (!in_tile) return {columns.value(BASE, column), columns.value(FACTOR, column), 0.0f, 0.0f, 0.0f};
+  return {columns.value(BASE, column), columns.value(FACTOR, column), columns.value(BASE_POS, column), columns.value(FACTOR_POS, column),
+          columns.value(SHARE, column)};
 }
 
 FASTNCE_DEVICE float one_side(float t, const Coefficients& of, bool positive) {
@@ -259,17 +261,17 @@ FASTNCE_DEVICE float one_side(float t, const Coefficients& of, bool positive) {
   return positive ? value + of.share : value;
 }
 
-// 2^-base into the factor, where 2^t itself is in range: one exponential then serves both sides of a pair.
+// With 2^-base inside of the factor. Where 2^t itself is in range, one exponential then serves both sides of a pair.
 FASTNCE_DEVICE Coefficients unshifted(Coefficients of) {
   of.factor *= exp2_fast(-of.base);
   of.factor_pos *= exp2_fast(-of.base_pos);
   return of;
 }
 
-// Which terms a weight has: of its row, of its column, and whether one exponential serves both, with 2^-base inside the factors.
+// The terms of a weight: of its row, of its column; ONE_EXPONENTIAL: one serves both, with 2^-base inside of the factors.
 template <bool ROWS, bool COLUMNS, bool ONE_EXPONENTIAL>
 struct Terms {};
-// Known only when the kernel runs.
+// The terms are known only when the kernel runs.
 struct AnyTerms {};
 
 // Turns the products of a strip into its weights.
@@ -312,7 +314,7 @@ struct Weigher {
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2, at = nb * 8 + fragment_column(thread_index() % 32, e);
         const bool positive = CONTENT && has(kinds.positive[h], 2 * nb + e % 2);
-        const float beta = columns.real(BETA, at);
+        const float beta = columns.value(BETA, at);
         const float alpha = rows.alpha[h];
         const float t = PARTS == 1 && ONE_EXPONENTIAL ? quick_logit(s[nb][e], beta, alpha) : logit(s[nb][e], beta, alpha, largest);
         Coefficients column{};
@@ -345,7 +347,7 @@ struct Weigher {
   }
 };
 
-// Two float32 numbers as float16, and what that loses as float16 again: the one rounding down, after every sum that cancels.
+// Two float32 numbers as float16, and the rest of each as float16 again. It is the only rounding to float16, after every sum that cancels.
 FASTNCE_DEVICE void halves(float first, float second, uint32_t& high, uint32_t& low) {
   high = to_half2(first, second);
   low = to_half2(first - from_half(static_cast<uint16_t>(high)), second - from_half(static_cast<uint16_t>(high >> 16)));

@@ -1,5 +1,5 @@
-// wgmma of 64 rows by N columns by 16, float16 in, float32 sums; the instruction spells out every register of the sum, and so does this
-// file. c[nb] is the block of 8 columns nb of a strip: the layout of mma.m16n8k16, a warp's 16 rows each.
+// wgmma of 64 rows by N columns by 16: float16 numbers, float32 sums. The instruction names every register of the sum, and so does this
+// file. c[nb] is block nb of 8 columns of a strip, in the layout of mma.m16n8k16 for the 16 rows of each warp.
 #pragma once
 
 #include "index.h"

@@ -1,4 +1,4 @@
-// Which problems the wgmma kernels of sm_90a serve, and their tiles.
+// The problems that the wgmma kernels of sm_90a serve, and their tiles.
 #pragma once
 
 #include <stdexcept>
@@ -17,12 +17,12 @@ constexpr bool wgmma_serves(Kernel kernel, int parts, int depth) {
   return has_kernel && parts == 1 && (depth == 64 || depth == 128 || depth == 256);
 }
 
-// A gradient holds D sums per row beside the tile, and looking at ids takes registers too.
+// Columns of a tile. A gradient holds D sums for each row beside the tile, and ids take registers too.
 constexpr int wgmma_columns(Kernel kernel, bool content, int depth) {
   return kernel != Kernel::BACKWARD_ROWS ? 128 : content || depth == 256 ? 32 : 64;
 }
 
-// Tiles in flight between the copies and the products.
+// Tiles between the copies and the products: copied, or under way.
 constexpr int wgmma_stages(Kernel kernel, int depth) { return depth == 256 ? (kernel == Kernel::BACKWARD_ROWS ? 3 : 2) : 3; }
 
 #ifdef FASTNCE_SM90  // sm_90a is among the architectures of this build

@@ -1,11 +1,11 @@
-// The walk of the wgmma kernels over their tiles: a warpgroup that brings them and two that compute, 64 rows each.
+// The walk of the wgmma kernels over their tiles: one warpgroup copies them, two compute, each 64 rows.
 //
 //     warp 0       copies x~ once and the tiles of y~, by TMA
 //     warp 1       copies vectors of the columns
 //     warps 2, 3   add sums of columns to memory (forward_both)
 //     warps 4..11  products, exponentials, sums
 //
-// Each hands over to the next through barriers in shared memory: `full` when something is there, `empty` when it may be overwritten.
+// They hand over through barriers in shared memory: `full` when a place can be read, `empty` when it may be overwritten.
 #pragma once
 
 #include "hopper.cuh"
@@ -14,7 +14,7 @@
 namespace fastnce::cuda {
 
 constexpr int WGMMA_THREADS = 384, CONSUMER_WARPS = 8, PRODUCER_WARPS = 4;
-// 128 threads of the one and 256 of the other kind share 64 Ki registers.
+// Registers of a thread: 128 threads that copy and 256 that compute share 65,536.
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
 template <Kernel KERNEL, int DEPTH_, bool CONTENT_>
@@ -23,7 +23,7 @@ struct Walk {
   static constexpr bool CONTENT = CONTENT_;
   static constexpr int STAGES = wgmma_stages(KERNEL, DEPTH), VECTOR_STAGES = 4;
   static constexpr int FIELDS = KERNEL == Kernel::BACKWARD_ROWS ? BACKWARD_FIELDS<CONTENT> : FORWARD_FIELDS<CONTENT>;
-  // Sums of columns: of labels there are more, and nothing overlaps that would want a second stage.
+  // Stages of the sums of columns. With ids there are more sums, and nothing overlaps: a second stage would gain nothing.
   static constexpr int SUM_STAGES = KERNEL == Kernel::FORWARD_BOTH && !CONTENT ? 2 : 1;
   static constexpr int SUMS = KERNEL == Kernel::FORWARD_BOTH ? (CONTENT ? 4 : 1) * CONSUMER_WARPS * BN : 0;  // floats of a stage
   static constexpr int X_BYTES = BM * DEPTH * 2, Y_BYTES = BN * DEPTH * 2;
@@ -46,10 +46,10 @@ struct Walk {
   }
   FASTNCE_DEVICE Order& order() const { return *reinterpret_cast<Order*>(base + ORDER_AT); }
 
-  // A ring of COUNT places that are filled and emptied in turn.
+  // The barriers of COUNT places that are filled and emptied in turn.
   template <int COUNT>
   struct Ring {
-    uint64_t* at;  // full, then empty
+    uint64_t* at;  // COUNT times full, then COUNT times empty
 
     FASTNCE_DEVICE void init(int fillers, int emptiers) const {
       for (int i = 0; i < COUNT; ++i) {
@@ -59,9 +59,9 @@ struct Walk {
     }
     FASTNCE_DEVICE uint64_t* full(int n) const { return at + n % COUNT; }
     FASTNCE_DEVICE void wait_full(int n) const { barrier_wait(full(n), n / COUNT & 1); }
-    // Of the first turn there is nothing to wait for.
+    // In the first turn every place is empty, and this does not wait.
     FASTNCE_DEVICE void wait_empty(int n) const { barrier_wait(at + COUNT + n % COUNT, (n / COUNT & 1) ^ 1); }
-    // By one lane for its warp, of which no lane needs the place any more.
+    // One lane says for its warp that no lane still needs the place.
     FASTNCE_DEVICE void release(int n) const {
       sync_warp();
       if (thread_index() % 32 == 0) barrier_arrive(at + COUNT + n % COUNT);
@@ -77,7 +77,7 @@ struct Walk {
   FASTNCE_DEVICE Ring<VECTOR_STAGES> vectors() const { return {barriers() + 1 + 2 * STAGES}; }
   FASTNCE_DEVICE Ring<SUM_STAGES> sums() const { return {barriers() + 1 + 2 * (STAGES + VECTOR_STAGES)}; }
 
-  // All threads, before anything else: which steps a block of rows visits, and in which order.
+  // Sets the order of the steps and the barriers. All threads come here, before anything else.
   FASTNCE_DEVICE void start(const Rules& r, Range steps, bool all_masked, int i0, bool circle, int first) const {
     if (thread_index() == 0) {
       set_order(order(), steps, all_masked, i0, BM, BN, r.columns, circle, first, r.own, r.up, r.down);
@@ -90,7 +90,7 @@ struct Walk {
     sync_block();
   }
 
-  // Warp 0. column_of(n): first column of the tile that is visited as the n-th.
+  // Warp 0 copies tiles. column_of(n) is the first column of the n-th tile.
   template <class ColumnOf>
   FASTNCE_DEVICE void bring_tiles(const TensorMap* x_map, const TensorMap* y_map, int i0, const ColumnOf& column_of) const {
     if (thread_index() != 0 || order().count == 0) return;
@@ -104,7 +104,7 @@ struct Walk {
     }
   }
 
-  // Warp 1. one_exponential: 2^-base into the factors on the way.
+  // Warp 1 copies vectors. one_exponential: with 2^-base inside of the factors.
   template <class ColumnOf>
   FASTNCE_DEVICE void bring_vectors(const Vectors<FIELDS>& from, bool one_exponential, const ColumnOf& column_of) const {
     for (int n = 0; n < order().count; ++n) {
@@ -125,7 +125,7 @@ struct Walk {
   }
 };
 
-// First row of this warpgroup's 64 among the BM of its block, and of this warp's 16.
+// The first of the 16 rows of this warp, and of the 64 rows of its warpgroup, among the BM of its block.
 FASTNCE_DEVICE int consumer_row(int warp) { return (warp - PRODUCER_WARPS) * 16; }
 FASTNCE_DEVICE int warpgroup_row(int warp) { return (warp - PRODUCER_WARPS) / 4 * 64; }
 

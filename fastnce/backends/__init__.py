@@ -12,7 +12,7 @@ from fastnce import arguments
 from fastnce.backends import cpu, cuda, reference, torch_tiles, triton
 from fastnce.problem import Problem
 
-# The fastest first. A backend is importable everywhere; what it needs, it looks for in unsupported(). "auto" goes through AUTO.
+# The fastest first. "auto" goes through AUTO. A backend is importable everywhere, and looks for what it needs in unsupported().
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, torch_tiles, reference)}
 AUTO = ("cpu", "torch")
 # Why triton and cuda are not in it.
@@ -39,7 +39,7 @@ def pick(where: str, name: str, problem: Problem) -> str:
 
 
 def keeps_output(name: str, problem: Problem) -> bool:
-    """Whether this backend answers the problem with own_pos as the mean key, see Side. Most never do, and need not say so."""
+    """Whether this backend answers the problem with the mean key in own_pos, see Side. One without a function of this name never does."""
     return getattr(BACKENDS[name], "keeps_output", lambda _: False)(problem)
 
 

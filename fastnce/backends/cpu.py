@@ -1,4 +1,4 @@
-"""The C++ kernels of csrc/cpu, where that library is built: the same walk over the same tiles as torch_tiles.py, on the CPU in float32."""
+"""The backend "cpu": the C++ kernels of csrc/cpu, where that library is built: the steps of torch_tiles.py in float32, on a CPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def _objection() -> str | None:
     return find.objection(NAME)
 
 
-# Dynamo traces unsupported() and calls this: what torch.compiler.assume_constant_result does, without the second that importing it takes.
+# Dynamo traces unsupported() and takes the answer as a constant. torch.compiler.assume_constant_result does the same, but importing it
+# takes a second.
 _objection._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(problem: Problem) -> list[str]:
     """Why not, with what to do about it; empty: the library runs it. Reads no values."""
     reasons, dtype, device = [], problem.q.dtype, problem.q.device.type
-    # First what needs no library: a problem that could not run in one does not look for it.
+    # The library is looked for last: a problem that it does not serve never loads it.
     if device != "cpu":
         reasons.append(f"device {device} (needs a CPU; backend='torch' runs on any device)")
     if compute_dtype(dtype) != torch.float32:
@@ -67,7 +68,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
 
 
 def _operators() -> Any:
-    """The library's. It is loaded here where a graph that another process traced asks for it first."""
+    """The operators of the library. Where another process traced the graph, this call is the one that loads it."""
     if objection := find.objection(NAME):
         raise NotImplementedError(f"fastnce: backend 'cpu' was chosen where this was traced, and here its library is {objection}")
     return torch.ops.fastnce_cpu
@@ -84,12 +85,12 @@ def _operands(work: Work) -> list[object]:
 
 
 def _aligned(ids: Tensor) -> Tensor:
-    """The user's own may lie anywhere: numpy reads them from the middle of a file."""
+    """Ids at an address that is a multiple of their size: a user's own may lie in the middle of a file that numpy has mapped."""
     return ids if ids.data_ptr() % ids.element_size() == 0 else ids.clone()
 
 
 def _vectors(side: Sums) -> list[Tensor]:
-    """What the library writes of one side, in the order of csrc/cpu/bind.cpp; an empty tensor for what is not collected."""
+    """The vectors of one side that the library writes, in the order of csrc/cpu/bind.cpp; an empty tensor where one is not collected."""
     positive = [None, None] if side.positive is None else [side.positive.total, side.positive.top]
     metrics = [side.low, side.high, side.rank, side.ties, side.hardest_logit, side.hardest] if side.problem.metrics else [None] * 6
     collected = [side.negative.total, side.negative.top, *positive, side.tile_pos, side.n_pos, *metrics]

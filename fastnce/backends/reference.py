@@ -1,4 +1,6 @@
-"""The definition: dense, in the inputs' precision (float32 for half inputs), any device. Memory O(M N): for tests and small problems.
+"""The backend "reference": the definition of all others, dense, on any device, in float32 (float64 for float64 input).
+
+Memory is O(M N), so it is for tests and small problems. Every line below is one of the formulas:
 
 s_ij      = scale * r_q[i] * r_k[j] * <q_i, k_j> + bias
 lse_neg_i = log sum_{N_i} exp s_ij     lse_pos_i = log sum_{P_i} exp s_ij     pos_i = mean_{P_i} s_ij     n_pos_i = |P_i|
@@ -44,7 +46,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
         w = w + w.T
     dq_hat = problem.scale * (w @ k_hat)
     dk_hat = problem.scale * (w.T @ q_hat)
-    # Where k is q each pair was just counted from both of its ends.
+    # Where k is q, `w + w.T` counts each pair from both of its ends.
     half = 0.5 if problem.symmetric else 1.0
     dq_dtype, dk_dtype = problem.gradient_dtypes
     return Gradients(
@@ -83,7 +85,7 @@ def _statistics(problem: Problem, t: Tensor, positive: Tensor, negative: Tensor)
     side = Side(lse_neg, lse_pos, pos, n_pos, lse_neg.clone(), lse_pos.clone())
     if not problem.metrics:
         return side
-    if t.shape[1] == 0:  # torch has no maximum of nothing: a column that is left out
+    if t.shape[1] == 0:  # torch has no maximum of an empty row: give it a column that is neither positive nor negative
         t, positive, negative = (matrix.new_zeros(len(t), 1) for matrix in (t, positive, negative))
     best = t.masked_fill(~positive, -torch.inf).amax(1)
     negatives = t.masked_fill(~negative, -torch.inf)
@@ -103,7 +105,7 @@ def _lse(s: Tensor, kept: Tensor) -> Tensor:
 def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
     zero = s.new_zeros(())
     grad, side = SideGrad(*(v.to(s.dtype) for v in grad)), side._replace(own_neg=side.own_neg.to(s.dtype), own_pos=side.own_pos.to(s.dtype))
-    # An empty set has lse -inf, and -inf - -inf is nan: no pair of it is selected below, so any finite base will do.
+    # A row without a negative has own_neg = -inf, and exp(-inf - -inf) would be nan. No pair of it is selected below: base 0 will do.
     base_neg = side.own_neg.masked_fill(side.own_neg == -torch.inf, 0.0)
     base_pos = side.own_pos.masked_fill(side.own_pos == -torch.inf, 0.0)
     of_negative = grad.dlse_neg[:, None] * torch.exp(s - base_neg[:, None])

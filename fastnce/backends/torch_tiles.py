@@ -1,13 +1,17 @@
-"""The backend of torch operations: one 512 x 512 tile of the logits at a time, on any device. Read this file first: the kernels of the
-other backends take the same steps.
+"""The backend of torch operations: one 512 x 512 tile of the logits at a time, on any device, in O(tile * rows) memory.
 
-    forward    per tile: multiply rows with columns, which gives t. Find out which pairs are positive or excluded. Add exp2(t) of the
-               negatives to the running sum of their row, and of their column.
-    backward   per tile: t again. Turn it into weights w = dL/ds as in reference.py. dx_i += w y_j, dy_j += w' x_i.
+Read this file first: the kernels of the other backends take the same steps.
 
-Logits are in base 2 and without the bias everywhere below, see _tiled. Where k is q only tiles on or above the diagonal are visited: one
-above it also stands for its mirror image, one on it contains its own. Everything is reduced along dim 1; the columns of a tile are the rows
-of its transposed view. Memory: O(tile * rows).
+    forward, for each tile     multiply rows with columns: the logits t
+                               find out which pairs are positive or excluded
+                               add exp2(t) of the negatives to the running sum of their row, and of their column
+    backward, for each tile    compute t again
+                               turn it into weights w = dL/ds, as reference.py does
+                               multiply the weights with the rows: dx_i += w_ij y_j, dy_j += w_ij x_i
+
+Three things are true everywhere below. Logits are in base 2 and without the bias, see _tiled. Where k is q, only tiles on or above the
+diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are always along dim 1: the columns
+of a tile are the rows of its transposed view.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from fastnce.backends._tiled.gemm import product
 from fastnce.backends._tiled.gradients import Parts, Weights
 from fastnce.backends._tiled.operands import Work
 from fastnce.backends._tiled.sums import LogSum, Sums
-from fastnce.pairs import Tile, fill_diagonal
+from fastnce.pairs import TileRange, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_TILE
 
@@ -83,12 +87,12 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     return parts.result()
 
 
-def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[Tile, Tensor]]:
-    """positives: only tiles in which some pair may be one."""
+def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[TileRange, Tensor]]:
+    """Every tile and its logits. positives: only tiles in which some pair may be positive."""
     rows, columns, symmetric = len(work.x), len(work.y), work.problem.symmetric
     for i in range(0, rows, CPU_TILE):
         for j in range(i if symmetric else 0, columns, CPU_TILE):
-            tile = Tile(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
+            tile = TileRange(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
             if not positives or work.problem.pairs.may_be_positive(tile, symmetric):
                 yield tile, _logits(work.problem, work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
 
@@ -96,14 +100,14 @@ def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[Tile, Tensor]]
 def _logits(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
     if not problem.metrics:
         return product(x, y)
-    # Ranks compare logits of different tiles. The order in which a product is summed depends on its shape: give it one shape, so that
+    # Ranks compare logits of different tiles. The order of the sums in a product depends on its shape. All tiles get one shape, so that
     # equal rows have equal logits.
     full = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x, y)]
     return product(*full)[: len(x), : len(y)]
 
 
 class _Classes(NamedTuple):
-    """Logits of one tile with all but the negatives at -inf, the same for the positives, and which pairs those are."""
+    """Logits of one tile by class: -inf for every pair that is no negative; -inf for every pair that is no positive; which pairs are."""
 
     negative: Tensor
     positive: Tensor | None = None
@@ -115,14 +119,14 @@ class _Classes(NamedTuple):
             self.positive.exp2_()
 
 
-def _classify(work: Work, tile: Tile, t: Tensor) -> _Classes:
+def _classify(work: Work, tile: TileRange, t: Tensor) -> _Classes:
     pairs, symmetric = work.problem.pairs, work.problem.symmetric
     if not work.in_tile and pairs.q_exclude is None:
         for diagonal in sum(pairs.diagonals(symmetric), []):
             fill_diagonal(t, tile, diagonal, -torch.inf)
         return _Classes(t)
     positive, excluded = pairs.classify(tile, symmetric, t.device)
-    # masked_fill and never a product with a mask: a nan at an excluded pair must not reach the row.
+    # masked_fill, never a product with a mask: 0 * nan would carry the nan of an excluded pair into its row.
     negative = t.masked_fill(positive | excluded, -torch.inf)
     return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
 
@@ -139,7 +143,7 @@ class _View(NamedTuple):
         return matrix.T if self.flip else matrix
 
 
-def _views(problem: Problem, tile: Tile) -> list[_View]:
+def _views(problem: Problem, tile: TileRange) -> list[_View]:
     i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
     views = [_View(0, False, i, j)]
     if problem.two_sided:
@@ -150,7 +154,7 @@ def _views(problem: Problem, tile: Tile) -> list[_View]:
 
 
 def _find_best_positives(work: Work, sums: list[Sums]) -> None:
-    """Before the negatives above them are counted, and from the tiles: the same product gives the same bits for equal rows."""
+    """A pass over the tiles with positives, before negatives are counted: the same product gives equal rows the same bits."""
     problem = work.problem
     for tile, t in _tiles(work, positives=True):
         positive, _ = problem.pairs.classify(tile, problem.symmetric, t.device)
@@ -162,8 +166,8 @@ def _find_best_positives(work: Work, sums: list[Sums]) -> None:
         side.compare()
 
 
-def _see_aligned(work: Work, sums: list[Sums], tile: Tile, t: Tensor) -> None:
-    """The logits of the aligned pairs that lie in this tile; where k is q, of those with j above i."""
+def _see_aligned(work: Work, sums: list[Sums], tile: TileRange, t: Tensor) -> None:
+    """Keep the logits of the aligned pairs that lie in this tile; where k is q, of those with j above i."""
     i, j = work.aligned()
     offset = j.start - i.start
     start, stop = max(i.start, tile.i0, tile.j0 - offset), min(i.stop, tile.i1, tile.j1 - offset)
@@ -184,14 +188,14 @@ def _add_logits(sums: Sums, view: _View, classes: _Classes) -> None:
         sums.rank[own] += (~(negative <= high)).sum(1)
         sums.ties[own] += ((low <= negative) & (negative <= high)).sum(1)
         best, where = negative.masked_fill(negative.isnan(), -torch.inf).max(1)
-        # Tiles come in the order of their columns: the first of equally hard ones stays.
+        # `>`: of equally hard negatives the one in the lowest column stays, because tiles come in the order of their columns.
         better = best > sums.hardest_logit[own]
         sums.hardest_logit[own] = torch.where(better, best, sums.hardest_logit[own])
         sums.hardest[own] = torch.where(better, where + view.other.start, sums.hardest[own])
 
 
 def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
-    """Unshifted, classes hold exp2(t); elsewhere t, and the sum so far is multiplied to the new maximum."""
+    """Unshifted, classes hold exp2(t). Elsewhere they hold t, and the sum so far is rescaled to the new maximum."""
 
     def add(sum_: LogSum, tile: Tensor) -> None:
         tile = view.of(tile)
@@ -200,7 +204,8 @@ def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
             return
         old = sum_.top[view.own]
         top = torch.maximum(old, tile.amax(1))
-        # No pair so far, or an infinite logit: inf - inf would be nan. From any finite base exp2(-inf) is 0 and exp2(inf) is inf.
+        # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan. With base 0, exp2(-inf) is 0 and
+        # exp2(inf) is inf.
         base = top.masked_fill(top.isinf(), 0.0)
         sum_.total[view.own] = sum_.total[view.own] * torch.exp2(old - base) + torch.exp2(tile - base[:, None]).sum(1)
         sum_.top[view.own] = top
@@ -211,7 +216,8 @@ def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
 
 
 def _guarded(weights: Weights) -> bool:
-    """A coefficient is nan, or may be where reading one would wait: 0 * nan must not reach the pairs that do not count."""
+    """Whether a coefficient may be nan: 0 * nan is nan, so pairs that do not count must then be filled with 0. Off the CPU one always
+    may be: reading it would make the host wait."""
     some = weights.negative + weights.positive + weights.base_neg + weights.base_pos
     return some.device.type != "cpu" or bool(some.isnan().any())
 

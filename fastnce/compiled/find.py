@@ -199,7 +199,7 @@ def _built(path: Path) -> float:
 
 LOADED: dict[str, Path] = {}  # by kind the library that this process has, so that asking costs nothing where none was ever wanted
 # An operator of each: another library with the same operators would end the process by registering them again.
-OPERATORS = {"cpu": "level", "cuda": "emulated"}
+OPERATORS = {"cpu": "level", "cuda": "runs_on"}
 _LOADING = threading.Lock()
 
 

@@ -73,10 +73,10 @@ struct Place {
 using Registers = std::array<std::array<Place, 2>, 4>;  // of one lane: two float16 each
 
 // A tile whose elements are their own coordinates.
-struct Tile {
+struct SharedTile {
   std::vector<Place> at;
 
-  Tile(int rows, int columns) : at(rows * columns) {
+  SharedTile(int rows, int columns) : at(rows * columns) {
     for (int row = 0; row < rows; ++row)
       for (int column = 0; column < columns; ++column) at[unit_byte(row, column / UNIT, rows) / 2 + column % UNIT] = {row, column};
   }
@@ -84,7 +84,7 @@ struct Tile {
 
 // PTX ISA, "ldmatrix": row k of matrix m is at the address of lane 8 m + k; register m of a lane has two neighbours of row lane / 4 of it,
 // and with .trans of column lane / 4.
-Registers ldmatrix_of(const Tile& tile, const std::array<int, 32>& byte_of_lane, int lane, bool transposed) {
+Registers ldmatrix_of(const SharedTile& tile, const std::array<int, 32>& byte_of_lane, int lane, bool transposed) {
   Registers r;
   for (int m = 0; m < 4; ++m)
     for (int e = 0; e < 2; ++e) {
@@ -127,7 +127,7 @@ std::array<int, 32> bytes_of(const RowOf& row_of, const UnitOf& unit_of, int row
 void operands() {
   for (int rows : {16, 32, 64, 128})
     for (int columns : {64, 128, 256}) {
-      const Tile tile(rows, columns);
+      const SharedTile tile(rows, columns);
       for (int row = 0; row + 16 <= rows; row += 16)
         for (int unit = 0; unit + 2 <= columns / UNIT; unit += 2) {
           const auto a = bytes_of(a_row, a_unit, row, unit, rows), b = bytes_of(b_row, b_unit, row, unit, rows),

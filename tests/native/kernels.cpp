@@ -77,24 +77,25 @@ struct Data {
   std::vector<uint8_t> kind;          // (m, n): 0 negative, 1 positive, 2 neither
   double most_t = 0;                  // no |t| of unrounded operands is larger, by their lengths
 
-  std::vector<uint16_t> operand(int rows, const std::vector<float>* like, std::vector<float>& real, double stretch, std::mt19937& random) {
+  std::vector<uint16_t> operand(int rows, const std::vector<float>* like, std::vector<float>& values, double stretch,
+                                std::mt19937& random) {
     std::normal_distribution<float> normal;
     std::vector<uint16_t> out(static_cast<size_t>(up_to(rows, 128)) * c.parts * c.depth, 0);
-    real.assign(static_cast<size_t>(rows) * c.depth, 0.0f);
+    values.assign(static_cast<size_t>(rows) * c.depth, 0.0f);
     for (int i = 0; i < rows; ++i) {
       // Aligned pairs are alike, so that one that counts as something else is seen; without them, some others.
       const int step = c.up == NOWHERE ? 0 : c.up, of = i - step;
       const float* other = nullptr;
       if (like && c.up == NOWHERE) other = &(*like)[static_cast<size_t>(i) % c.m * c.depth];
       if (like && c.up != NOWHERE && of >= 0 && of < c.m) other = &(*like)[static_cast<size_t>(of) * c.depth];
-      if (!like && c.symmetric && step > 0 && of >= 0) other = &real[static_cast<size_t>(of) * c.depth];
+      if (!like && c.symmetric && step > 0 && of >= 0) other = &values[static_cast<size_t>(of) * c.depth];
       for (int l = 0; l < c.depth; ++l) {
         const float noise = normal(random) * static_cast<float>(stretch / std::sqrt(c.depth)),
                     v = other ? 0.9f * other[l] + 0.4f * noise : noise;
         const uint16_t high = emulator::float_to_half(v), low = emulator::float_to_half(v - emulator::half_to_float(high));
         out[(static_cast<size_t>(i) * c.parts) * c.depth + l] = high;
         if (c.parts == 2) out[(static_cast<size_t>(i) * c.parts + 1) * c.depth + l] = low;
-        real[static_cast<size_t>(i) * c.depth + l] = emulator::half_to_float(high) + (c.parts == 2 ? emulator::half_to_float(low) : 0.0f);
+        values[static_cast<size_t>(i) * c.depth + l] = emulator::half_to_float(high) + (c.parts == 2 ? emulator::half_to_float(low) : 0.0f);
       }
     }
     return out;
@@ -232,7 +233,7 @@ void check(const char* what, const Data& data, int row, double error, double lim
 
 Grid grid_of(int steps, int splits) { return {splits, ceil_div(steps, splits)}; }
 
-TileSize tile(const Case& c) { return tile_of(c.kernel, c.content, c.parts, c.depth, c.family == WGMMA ? 90 : 80); }
+TileShape tile(const Case& c) { return tile_of(c.kernel, c.content, c.parts, c.depth, c.family == WGMMA ? 90 : 80); }
 
 // Statistics of a row, or with `turned` of a column: by the definition.
 struct Truth {
@@ -265,9 +266,9 @@ void forward_rows(const Data& data, bool always) {
   const Case& c = data.c;
   const Grid grid = grid_of(ceil_div(c.n, tile(c).columns), c.splits);
   const int each = c.splits * c.m, fields = c.in_tile ? 5 : 2;
-  std::vector<float> real(fields * each, POISON);
+  std::vector<float> sums(fields * each, POISON);
   std::vector<int> count(c.in_tile ? each : 0, POISON_INT);
-  forward_rows(data.p, grid, {real.data(), c.in_tile ? count.data() : nullptr, always}, c.family, nullptr);
+  forward_rows(data.p, grid, {sums.data(), c.in_tile ? count.data() : nullptr, always}, c.family, nullptr);
   const bool runs = always || !(data.bound <= 40);
   for (int i = 0; i < c.m; ++i) {
     const Truth truth(data, i, false);
@@ -275,7 +276,7 @@ void forward_rows(const Data& data, bool always) {
     int n_pos = 0;
     for (int kind = 0; kind < fields / 2; ++kind) {
       double top = NONE;
-      const auto field = [&](int f, int split) { return real[(2 * kind + f) * each + split * c.m + i]; };
+      const auto field = [&](int f, int split) { return sums[(2 * kind + f) * each + split * c.m + i]; };
       for (int split = 0; split < c.splits; ++split) {
         top = std::max(top, static_cast<double>(field(0, split)));
         check("top is nan", data, i, std::isnan(field(0, split)), 0);
@@ -286,7 +287,7 @@ void forward_rows(const Data& data, bool always) {
     }
     if (!c.in_tile) continue;
     for (int split = 0; split < c.splits; ++split) {
-      pos += real[4 * each + split * c.m + i];
+      pos += sums[4 * each + split * c.m + i];
       n_pos += count[split * c.m + i];
     }
     check("pos", data, i, std::fabs(pos - (runs ? truth.pos : 0)), truth.error_of_pos(data));
@@ -325,24 +326,24 @@ void retrieval(const Data& data, std::mt19937& random) {
   const Grid grid = grid_of(ceil_div(c.n, tile(c).columns), c.splits);
   const int each = c.splits * c.m;
   const double limit = data.error_of_t();
-  std::vector<float> bounds(2 * c.m), real(2 * each, POISON);
-  std::vector<int> whole(3 * each, POISON_INT);
+  std::vector<float> bounds(2 * c.m), largest(2 * each, POISON);
+  std::vector<int> counted(3 * each, POISON_INT);
   for (int i = 0; i < c.m; ++i) {
     const double threshold = data.t[data.at(i, static_cast<int>(random() % c.n))];
     bounds[i] = static_cast<float>(threshold - 3 * limit);
     bounds[c.m + i] = static_cast<float>(threshold + 3 * limit);
   }
-  retrieval(data.p, grid, {bounds.data(), real.data(), whole.data()}, nullptr);
+  retrieval(data.p, grid, {bounds.data(), largest.data(), counted.data()}, nullptr);
   for (int i = 0; i < c.m; ++i) {
     double best[2] = {NONE, NONE}, found[2] = {NONE, NONE};
     int where = -1, counts[2] = {}, surely[2] = {}, perhaps[2] = {};
     for (int split = 0; split < c.splits; ++split) {
       const int at = split * c.m + i;
-      for (int kind = 0; kind < 2; ++kind) check("best is nan", data, i, std::isnan(real[kind * each + at]), 0);
-      if (real[at] > found[0]) where = whole[2 * each + at];
-      for (int kind = 0; kind < 2; ++kind) found[kind] = std::max<double>(found[kind], real[kind * each + at]);
-      for (int n = 0; n < 2; ++n) counts[n] += whole[n * each + at];
-      if (real[at] == -INFINITY) check("nowhere", data, i, whole[2 * each + at] + 1, 0);
+      for (int kind = 0; kind < 2; ++kind) check("best is nan", data, i, std::isnan(largest[kind * each + at]), 0);
+      if (largest[at] > found[0]) where = counted[2 * each + at];
+      for (int kind = 0; kind < 2; ++kind) found[kind] = std::max<double>(found[kind], largest[kind * each + at]);
+      for (int n = 0; n < 2; ++n) counts[n] += counted[n * each + at];
+      if (largest[at] == -INFINITY) check("nowhere", data, i, counted[2 * each + at] + 1, 0);
     }
     for (int j = 0; j < c.n; ++j) {
       const int kind = data.kind[data.at(i, j)];
@@ -466,7 +467,7 @@ void backward_rows(const Data& data, std::mt19937& random) {
 void weights_block(const Data& data, std::mt19937& random) {
   const Case& c = data.c;
   const Weighed of(data, random);
-  const TileSize size = tile(c);
+  const TileShape size = tile(c);
   const auto below = [&](int limit) { return static_cast<int>(random() % limit); };
   const int rows = data.p.row_padded / size.rows, columns = data.p.column_padded / size.columns;
   Block block{};

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import tiles
+from fastnce.backends._gpu import tiles
 from fastnce.backends._gpu.host import NONE, View, Work
 from fastnce.backends._gpu.rows import Coefficients, coefficients, on_device, row_kernels, scalar_gradients
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
@@ -24,7 +24,7 @@ def backward(problem: Problem, kernels: ModuleType, grads: list[SideGrad], stats
         if output:
             found = _from_output(run, grads[0], stats[0])
         elif wanted.q or wanted.k or wanted.scale:
-            found = _whole(run) if work.whole else _blocked(run)
+            found = _in_tiles(run) if work.fits else _in_blocks(run)
         dscale = dbias = None
         if wanted.scale or wanted.bias:
             dscale, dbias = scalar_gradients(run.weights.scalars, found.about, found.divide, problem.scale)
@@ -53,8 +53,8 @@ class _Found(NamedTuple):
     divide: float
 
 
-def _whole(run: _Run) -> _Found:
-    """Rows that fit into a tile: one pass over the logits per gradient, sums in registers."""
+def _in_tiles(run: _Run) -> _Found:
+    """Tiles hold whole rows: one pass over the logits for each gradient, which adds up in registers."""
     work, wanted = run.work, run.wanted
     problem = work.problem
     rows = View(work, work.x, work.y, False)
@@ -70,7 +70,7 @@ def _whole(run: _Run) -> _Found:
         columns = View(work, work.y, work.x, True)
         dx, _ = _pass(run, columns, column, row, problem.two_sided, True, False)
         dk = _finish(run, columns, dx)
-    # Where k is q each pair is met from both of its ends.
+    # Where k is q, each pair is met from both of its ends: `about` is twice the sum.
     return _Found(dq, dk, [] if about is None else [about], 2.0 if problem.symmetric else 1.0)
 
 
@@ -82,12 +82,12 @@ def _pass(run: _Run, view: View, row: Tensor, column: Tensor, rows: bool, column
     return dx, about
 
 
-def _blocked(run: _Run) -> _Found:
-    """Long rows: weights of one block of pairs at a time in a fixed workspace, then plain matrix products, in a fixed order."""
+def _in_blocks(run: _Run) -> _Found:
+    """Long rows: the weights of one block of pairs at a time go into a workspace, then into plain matrix products, in a fixed order."""
     work, wanted = run.work, run.wanted
     problem = work.problem
     view = View(work, work.x, work.y, False)
-    tile, block = view.tile("block"), tiles.GPU_BLOCK
+    tile, block = view.tile("block"), tiles.BLOCK
     x, y, symmetric = work.x, work.y, problem.symmetric
     new, (_, parts, depth) = x.raw.new_zeros, x.tiles.shape
     row, column = run.weights.vectors[0], run.weights.vectors[-1]
@@ -121,15 +121,16 @@ def _blocked(run: _Run) -> _Found:
 
 
 def _accumulate(out: Tensor, w: Tensor, rows: Tensor) -> None:
-    """out += w rows; (parts, m, n) by (n, parts, depth). The product of the two low halves is below float32's rounding.
+    """out += w rows, of shapes (parts, m, n) and (n, parts, depth).
 
-    In two parts tensor cores sum GPU_SUM columns at a time: they round towards zero, which over thousands is more than float32 may lose.
+    In two parts, the product of both low halves is left out: it is below float32's rounding. Tensor cores then sum tiles.SUM columns at a
+    time: they round towards zero, and over thousands of columns would lose more than float32 may.
     """
     if len(w) == 2:
         out += _product(w[1], rows[:, 0])
         out += _product(w[0], rows[:, 1])
     columns = w.shape[2]
-    step = columns if len(w) == 1 else tiles.GPU_SUM
+    step = columns if len(w) == 1 else tiles.SUM
     for n in range(0, columns, step):
         out += _product(w[0, :, n : n + step], rows[n : n + step, 0])
 
@@ -140,7 +141,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _from_output(run: _Run, grad: SideGrad, rows: Side) -> _Found:
-    """The forward pass already summed the keys by their weights."""
+    """No tiles: the forward pass has summed the keys by their weights."""
     view, mean, factor = View(run.work, run.work.x, run.work.y, False), rows.own_pos, grad.of_some(rows).dlse_neg
     dx = (mean[:, :-1] * (factor * run.lift).to(mean.dtype)[:, None])[None] if run.wanted.q else None
     run.weights.scalars[3] += (factor * (mean[:, -1].to(factor.dtype) - run.center)).sum()
@@ -158,7 +159,8 @@ def _finish(run: _Run, view: View, dx: Tensor) -> Tensor:
         pair = torch.zeros_like(x.r)
         for own in ends:
             pair[own] = w  # type: ignore[assignment]
-    # The kernel writes the dtype that it reads. It reads rows of y on these diagonals only: one row stands for keys it does not read.
+    # The kernel writes the dtype that it reads. It reads rows of y on these diagonals alone: without one, a single row stands for all keys
+    # and need not be converted.
     dtype, diagonals = problem.gradient_dtypes[1 if view.flip else 0], view.diagonals()[1:]
     rows, read = x.raw.to(dtype), diagonals != (NONE, NONE) or dtype == y.raw.dtype
     partners = y.raw.to(dtype) if read else rows.new_zeros(1, rows.shape[1]).expand(y.raw.shape)

@@ -1,4 +1,4 @@
-"""What every launch needs: operands in the form of the tiles, the rules of the pairs as arguments, how many programs."""
+"""The arguments of every launch over tiles: operands in the form that tiles read, the rules of the pairs, how many programs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu import limits
+from fastnce.backends._gpu import limits, tiles
 from fastnce.backends._gpu.rows import row_kernels
 from fastnce.problem import Problem
 
@@ -20,7 +19,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# A diagonal that no pair of indices below 2^30 lies on, also where the arithmetic with it wraps around.
+# Stands for a diagonal that does not exist: no pair of indices below 2^30 lies on it, also where int32 arithmetic with it wraps around.
 NONE = 2**31 - 1
 
 
@@ -51,7 +50,7 @@ class Operand(NamedTuple):
         raw = x if x.stride(1) == 1 else x.contiguous()
         count, columns = raw.shape
         parts = limits.parts(x.dtype)
-        depth, padded = tiles.gpu_depth(columns), up(count, tiles.GPU_PADDED)
+        depth, padded = tiles.padded_depth(columns), up(count, tiles.PADDED)
         operand = raw.new_empty((padded, parts, depth), dtype=torch.float16)
         factor, r = (raw.new_empty(length, dtype=torch.float32) for length in (padded, count))
         row_kernels(kernels, raw).prepare(raw, operand, factor, r, normalize)
@@ -85,16 +84,16 @@ class Work(NamedTuple):
 
     @staticmethod
     def of_queries(problem: Problem, kernels: ModuleType) -> Work:
-        """Without the keys, for what has no tiles to visit."""
+        """Without the keys, for a backward that visits no tiles."""
         x = Operand.of(kernels, problem.q, problem.normalize)
         return Work(problem, kernels, x, x, (None, None), (None, None), problem.scale, False)
 
     @property
-    def whole(self) -> bool:
-        return limits.whole(self.problem)
+    def fits(self) -> bool:
+        return limits.fits(self.problem)
 
     def views(self) -> list[View]:
-        """The rows, and where two_sided the columns: the same problem with the sides exchanged."""
+        """The rows; where two_sided then the columns, which are the rows of the problem with its sides exchanged."""
         rows = View(self, self.x, self.y, False)
         return [rows, View(self, self.y, self.x, True)] if self.problem.two_sided else [rows]
 
@@ -103,20 +102,20 @@ class Work(NamedTuple):
         return (slice(0, 0), slice(0, 0)) if self.in_tile else self.problem.pairs.aligned(self.x.rows, self.y.rows)
 
 
-class Sums(NamedTuple):
-    """Unshifted sums of the tiles per row."""
+class UnshiftedSums(NamedTuple):
+    """Sums of the tiles per row, without a running maximum: see forward_both in triton/kernels.py."""
 
-    real: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
-    n_pos: Tensor | None
+    sums: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
+    n_pos: Tensor | None  # (rows,)
 
 
 class Walk(NamedTuple):
-    """The tiles of one launch. A pure function of the shape, so that sums have one order."""
+    """The tiles of one launch. They follow from the shape alone, so that sums have one order."""
 
-    tile: Any  # the backend's own kind, with rows and columns
+    tile: Any  # the backend's TileShape, with rows and columns
     blocks: int  # of rows
-    splits: int  # of the tiles of each block
-    per_split: int  # tiles
+    splits: int  # parts of the columns of each block
+    per_split: int  # tiles of a split
 
     @property
     def programs(self) -> int:
@@ -132,7 +131,7 @@ class View(NamedTuple):
     flip: bool
 
     def ends(self) -> list[slice]:
-        """Where the aligned pairs are in this view's rows; where k is q, each pair has two ends there."""
+        """The rows of this view that have an aligned pair; where k is q, a pair has two such rows."""
         i, j = self.work.aligned()
         return [j] if self.flip else [i, j] if self.work.problem.symmetric else [i]
 
@@ -150,29 +149,29 @@ class View(NamedTuple):
         return self.work.kernels.tile(kernel, rules, self.x.raw.device, self.parts, self.depth)
 
     def walk(self, kernel: str, half: bool = False) -> Walk:
-        """half: of a symmetric matrix, each tile also stands for its mirror image."""
+        """The walk over all tiles. half: the matrix is symmetric, and each tile also stands for its mirror image."""
         tile = self.tile(kernel)
         steps = -(-self.y.rows // tile.columns)
         if half:
             steps = steps // 2 + 1
         blocks = -(-self.x.rows // tile.rows)
-        wanted = -(-tiles.GPU_PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
+        wanted = -(-tiles.PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
         per_split = -(-steps // max(1, min(wanted, steps)))
         return Walk(tile, blocks, max(1, -(-steps // max(per_split, 1))), per_split)
 
     def content(self) -> tuple[Tensor | None, ...]:
-        """Labels and exclude ids of rows and of columns, mask: in this order in every kernel, before sizes()."""
+        """Labels of rows and columns, exclude ids of rows and columns, mask: arguments of every kernel, before sizes()."""
         label, exclude, step = self.work.labels, self.work.excludes, -1 if self.flip else 1
         return *label[::step], *exclude[::step], self.work.problem.pairs.mask
 
     def sizes(self) -> tuple[int, ...]:
-        """Shape and strides of the mask, rows, columns, diagonals."""
+        """Shape and strides of the mask, rows, columns, diagonals: arguments of every kernel, after content()."""
         mask, step = self.work.problem.pairs.mask, -1 if self.flip else 1
         shape, stride = ((1, 1), (0, 0)) if mask is None else (tuple(mask.shape), mask.stride())
         return *shape[::step], *stride[::step], self.x.rows, self.y.rows, *self.diagonals()
 
     def diagonals(self) -> tuple[int, int, int]:
-        """j - i of self, of the aligned pairs, and of these mirrored; NONE where there is none."""
+        """j - i of the pairs with themselves, of the aligned pairs, and of these mirrored; NONE where there are none."""
         own, aligned = self.work.problem.pairs.diagonals(self.work.problem.symmetric)
         if self.flip:
             aligned = [-diagonal for diagonal in aligned]
@@ -180,13 +179,13 @@ class View(NamedTuple):
 
 
 def ranked(q: Tensor | None, k: Tensor | None, x: Operand, y: Operand) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of any size as int32 that are equal where they were: half the registers in the tile. Padded; what matches nothing is negative."""
+    """Ids as int32 that are equal where the int64 ids are: half the registers in a tile. Padded; an id that matches nothing is negative."""
     if q is None:
         return None, None
     ids = q if k is None else torch.cat([q, k])
     ordered, order = ids.sort()
     rank = torch.empty_like(ids, dtype=torch.int32)
-    # 0 for the smallest id, and one more at every change: no value is read, and no size depends on one.
+    # The rank of an id: 0 for the smallest, one more at every change. The host reads no value, and no size depends on one.
     step = torch.cat([ids.new_zeros(1, dtype=torch.int32), (ordered[1:] != ordered[:-1]).to(torch.int32)])[: len(ids)]
     rank[order] = step.cumsum(0, dtype=torch.int32)
     sides = []

@@ -1,10 +1,10 @@
-"""What the kernels can run, from metadata alone: what is the same for every backend with the operands of host.py."""
+"""Problems that GPU kernels can run, by metadata alone: the limits that all backends with the operands of host.py have."""
 
 from __future__ import annotations
 
 import torch
 
-from fastnce import tiles
+from fastnce.backends._gpu import tiles
 from fastnce.problem import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -13,7 +13,7 @@ LARGEST = 2**30 - 2**16  # rows: differences of indices are int32, and the last 
 
 
 def of_operands(problem: Problem) -> list[str]:
-    """What is wrong with dtype and sizes."""
+    """Objections to dtype and sizes."""
     q, reasons = problem.q, []
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {str(q.dtype)[6:]} (supports float32, float16, bfloat16)")
@@ -26,7 +26,7 @@ def of_operands(problem: Problem) -> list[str]:
 
 
 def of_gpu(device: torch.device, amd: str) -> list[str]:
-    """What is wrong with a "cuda" device; amd says it of AMD's."""
+    """Objections to a device of type cuda; amd: the objection to AMD's GPUs."""
     if not torch.cuda.is_available():
         return ["no CUDA device is available"]
     if torch.version.hip is not None:
@@ -42,6 +42,6 @@ def parts(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
 
 
-def whole(problem: Problem) -> bool:
-    """Whether a row fits into a tile."""
-    return tiles.gpu_depth(problem.q.shape[1]) * parts(problem.q.dtype) <= tiles.GPU_WHOLE
+def fits(problem: Problem) -> bool:
+    """Whether a tile holds whole rows."""
+    return tiles.held_depth(parts(problem.q.dtype), tiles.padded_depth(problem.q.shape[1])) > 0

@@ -1,6 +1,6 @@
-"""Arithmetic over single rows. The torch lines are the definition; where the CUDA library is loaded one launch of it does the same.
+"""Arithmetic with one number per row. The lines of torch are the definition; one launch of the CUDA library does the same.
 
-At small N some 40 launches of small torch operations take longer than the tiles, so the library serves every backend here.
+The library serves every backend here where it is loaded: at small N, some 40 launches of small torch operations take longer than the tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def compiled(x: Tensor) -> bool:
-    """Whether the library is there and runs on the device of x: a GPU, or the CPU for the tests' build."""
+    """Whether the library is loaded and runs on the device of x: a GPU, or the CPU for the tests' build."""
     if not (x.is_cuda or "cuda" in find.LOADED):
         return False
     return find.objection("cuda") is None and runs_on(x.device.index if x.is_cuda else -1)
@@ -41,7 +41,7 @@ def runs_on(device: int) -> bool:
 
 
 def row_kernels(kernels: Any, x: Tensor) -> Any:
-    """Where prepare, aligned and finish are, with the same arguments: in the library, or in the backend's launch functions."""
+    """The library, or else the backend's launch functions: both have prepare, aligned and finish, with the same arguments."""
     return torch.ops.fastnce_cuda if compiled(x) else kernels
 
 
@@ -49,7 +49,7 @@ def row_kernels(kernels: Any, x: Tensor) -> Any:
 
 
 def close(
-    real: Tensor,
+    sums: Tensor,
     count: Tensor | None,
     unshifted: Tensor | None,
     unshifted_count: Tensor | None,
@@ -57,28 +57,29 @@ def close(
     ends: list[slice],
     bias: Tensor | None,
 ) -> Side:
-    """Statistics of the rows from what the tiles left.
+    """Statistics of the rows from the sums of the tiles.
 
-    real, unshifted   (2 or 5, splits, rows), (1 or 3, rows) or None: see forward_rows and forward_both in triton/kernels.py
-    count             (splits, rows), unshifted_count (rows,): number of positives; where they are kept out of the tiles None, and
-    pairs             (pairs,) t of the aligned pairs, of which each of `ends` says in which rows they are
+    sums, count                  (2 or 5, splits, rows), (splits, rows): see forward_rows in triton/kernels.py
+    unshifted, unshifted_count   (1 or 3, rows), (rows,), or None where forward_both did not run: see there
+    pairs, ends                  where positives are kept out of the tiles, which then have no counts: t of the aligned pairs (pairs,),
+                                 and the rows that these belong to, once or twice
     """
-    rows = real.shape[2]
-    if compiled(real):
-        lse_neg, lse_pos, pos, own_neg, own_pos = (real.new_empty(rows, dtype=torch.float64) for _ in range(5))
-        n_pos = real.new_empty(rows, dtype=torch.int64)
-        given = (real, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
+    rows = sums.shape[2]
+    if compiled(sums):
+        lse_neg, lse_pos, pos, own_neg, own_pos = (sums.new_empty(rows, dtype=torch.float64) for _ in range(5))
+        n_pos = sums.new_empty(rows, dtype=torch.int64)
+        given = (sums, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
         torch.ops.fastnce_cuda.statistics(*given, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
         return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
-    own_neg = _log_sum(real[0], real[1], None if unshifted is None else unshifted[0])
+    own_neg = _log_sum(sums[0], sums[1], None if unshifted is None else unshifted[0])
     lse_neg = nats(own_neg, bias)
     if pairs is not None:
         pos, n_pos = _at_ends(rows, ends, pairs)
         own_pos = pos
     else:
         assert count is not None
-        own_pos = _log_sum(real[2], real[3], None if unshifted is None else unshifted[1])
-        pos, n_pos = real[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
+        own_pos = _log_sum(sums[2], sums[3], None if unshifted is None else unshifted[1])
+        pos, n_pos = sums[4].sum(0, dtype=lse_neg.dtype), count.sum(0)
         if unshifted is not None:
             assert unshifted_count is not None
             pos, n_pos = pos + unshifted[2], n_pos + unshifted_count
@@ -115,27 +116,11 @@ def nats(t: Tensor, bias: Tensor | None) -> Tensor:
     return s if bias is None else s + bias
 
 
-def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
-    """log(1 + exp(lse_neg - pos)), of the library."""
-    value = torch.empty_like(lse_neg)
-    with on_device(value):
-        torch.ops.fastnce_cuda.log1p_loss(lse_neg.contiguous(), pos.contiguous(), value)
-    return value
-
-
-def log1p_loss_backward(lse_neg: Tensor, pos: Tensor, grad: Tensor) -> Tensor:
-    """Its gradient by lse_neg; that by pos is its negative."""
-    d = torch.empty_like(lse_neg)
-    with on_device(d):
-        torch.ops.fastnce_cuda.log1p_loss_backward(lse_neg.contiguous(), pos.contiguous(), grad, d)
-    return d
-
-
 # Backward -------------------------------------------------------------------------------------------------------------------------------
 
 
 class Coefficients(NamedTuple):
-    """What the tiles are weighted with.
+    """Coefficients of the weights, as the tiles read them.
 
     vectors   per side (2 or 5, padded) float32, 0 in the padding: base, factor of the negatives, whose weight is factor * 2^(t - base);
               where positives are found in the tiles also base_pos, factor_pos, share of these: factor_pos * 2^(t - base_pos) + share.
@@ -166,7 +151,7 @@ def coefficients(
         fields, new = 5 if in_tile else 2, factors[0].new_empty
         vectors = [new((fields, len(factor))) for factor, _ in zip(factors, stats, strict=False)]
         pair, scalars = new(i.stop - i.start) if some else None, new(4, dtype=torch.float64)
-        # Without positives in the tiles nothing reads own_pos, which may be the mean key.
+        # Without positives in the tiles own_pos is not read, and may be the mean key: own_neg stands in its place.
         kept = [t for side in stats for t in (*side[:5], side.own_pos if in_tile else side.own_neg)]
         torch.ops.fastnce_cuda.coefficients(
             [g.contiguous() for grad in grads for g in grad], kept, factors, bias, stats[0].own_pos[i] if some else None,
@@ -174,7 +159,7 @@ def coefficients(
         )  # fmt: skip
         return Coefficients(vectors, pair, scalars)
     sides = [_Contribution.of(*side, in_tile) for side in zip(grads, stats, strict=True)]
-    # The exponentials of a set, over their own sum, add up to one.
+    # The sum of all w follows without the tiles: the exponentials of a row, divided by their own sum, add up to one.
     due = torch.stack([side.total for side in sides]).sum()
     peak = torch.stack([side.peak for side in sides]).sum() * (2 if symmetric else 1)
     largest = torch.stack([factor.nan_to_num(0.0).amax() if len(factor) else factor.sum() for factor in factors]).amax()
@@ -189,7 +174,7 @@ def coefficients(
     center = (pos.sum() / max(len(pos), 1) * LOG2E).to(torch.float32)
     pair, moment = None, torch.zeros_like(due)
     if some:
-        # With one positive lse_pos and pos are the same number, and the two ends of a pair add up.
+        # With one positive, lse_pos and pos are the same number, so their gradients add up. So do those of the two ends of a pair.
         w = sides[0].aligned[i]
         if symmetric or len(sides) == 2:
             w = w + sides[-1].aligned[j]
@@ -198,7 +183,7 @@ def coefficients(
 
 
 class _Contribution(NamedTuple):
-    """What a side contributes to its pairs."""
+    """The weights of one side, before they have a lift."""
 
     vectors: Tensor  # (2 or 5, rows) float64, as in Coefficients, not multiplied by lift
     aligned: Tensor  # (rows,): weight of the one aligned pair of the row
@@ -207,7 +192,7 @@ class _Contribution(NamedTuple):
 
     @staticmethod
     def of(grad: SideGrad, side: Side, in_tile: bool) -> _Contribution:
-        # Of an empty set, base 0 keeps -inf - -inf out.
+        # A row without a negative, or without a positive, gets base 0: -inf - -inf would be nan.
         no_negative, no_positive = side.empty()
         negative, positive, mean = grad.of_some(side)
         total = (negative + positive + mean).sum()
@@ -223,7 +208,7 @@ class _Contribution(NamedTuple):
 
 
 def _rounded(base: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """The base as the kernel's float32 holds it; what it lost, up to 1e-5 of a bit, goes into the factor."""
+    """The base, rounded to the float32 that kernels read, and the factor, which takes up the rounding of up to 1e-5 of a bit."""
     kept = base.to(torch.float32).to(base.dtype)
     return kept, factor * torch.exp2(kept - base)
 

@@ -1,4 +1,4 @@
-"""Products of matrices, the fastest that torch offers on this processor, and of rows."""
+"""Products of matrices, by the fastest routine that torch has for this processor, and of rows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from torch import Tensor
 
 from fastnce.tiles import CPU_ROWS
 
-# Multiplications from which the better rate is worth the 10 us that oneDNN takes to look up its kernel.
+# oneDNN takes 10 us to look up its kernel. From this many multiplications on, its better rate is worth it.
 ONEDNN_FROM = 2**20
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x @ w.T for x (m, d) and w (n, d), where w is contiguous or the transpose of a contiguous matrix.
 
-    torch.mm calls MKL, whose float32 kernel stays at its AVX2 rate on AMD processors (about 100 GFLOP/s per Zen 5 core); the linear
-    layer of oneDNN reaches 220 there. Its weight must be dense in one of the two orders: for any other stride it falls back to a
-    reference loop that is a thousand times slower, which is why the argument is restricted.
+    torch.mm calls MKL, whose float32 kernel stays at its AVX2 rate on AMD processors: about 100 GFLOP/s per Zen 5 core. The linear
+    layer of oneDNN reaches 220 there. For a w that is dense in neither order it falls back to a loop that is a thousand times slower.
     """
     large = x.shape[0] * x.shape[1] * w.shape[0] >= ONEDNN_FROM
     if large and x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_works():
@@ -27,13 +26,13 @@ def product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a_i, b_i> per row, without a whole copy of a * b."""
+    """<a_i, b_i> per row, without a copy of a * b of their size."""
     return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
 
 
 @cache
 def _onednn_works() -> bool:
-    # A private operator: use it only where it exists and agrees with torch.mm, in both of the layouts that product() promises.
+    # The operator is private: it is used only where it exists and agrees with torch.mm, in both layouts that product() allows.
     try:
         x, w = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(4, 3)
         found = (torch.ops.mkldnn._linear_pointwise(x, v, None, "none", [], "") for v in (w, w.T.contiguous().T))

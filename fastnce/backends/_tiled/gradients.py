@@ -1,4 +1,4 @@
-"""What backward starts from, the coefficients of the weights, and the gradients that follow from what the tiles have added."""
+"""Backward beside the tiles: the coefficients of the weights, and the gradients that follow from the sums of the tiles."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fastnce.problem import Gradients, Side, SideGrad, Wanted
 
 
 class Weights(NamedTuple):
-    """Coefficients of one side: a negative has the weight negative * exp2(t - base_neg), a positive positive * exp2(t - base_pos) + mean,
-    all of them times lift.
+    """Coefficients of one side, from which a tile makes its weights, multiplied by lift:
 
-    Unshifted, tiles hold exp2(t), and exp2(-base) is already inside the coefficient.
+        w = negative * exp2(t - base_neg) for a negative,   positive * exp2(t - base_pos) + mean for a positive
+
+    Unshifted, tiles hold exp2(t), and exp2(-base) is inside the coefficient.
     """
 
     negative: Tensor
@@ -29,7 +30,7 @@ class Weights(NamedTuple):
 
     @staticmethod
     def of(work: Work, grad: SideGrad, side: Side, lift: Tensor) -> Weights:
-        # Of an empty set, base 0 (sum 1) keeps -inf - -inf and 0 / 0 out.
+        # A row without a negative, or without a positive, gets base 0 (sum 1): -inf - -inf and 0 / 0 would be nan.
         no_negative, no_positive = side.empty()
         negative, positive, mean = (v * lift for v in grad)
         if work.in_tile:
@@ -41,19 +42,19 @@ class Weights(NamedTuple):
         if work.unshifted:
             negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
         else:
-            # What the base lost, up to 1e-5 of a bit at a temperature of 0.005, goes into the coefficient.
+            # Rounding to float32 takes up to 1e-5 of a bit from the base, at a temperature of 0.005. It goes into the coefficient.
             negative = negative * _rest_of(base_neg, own_neg)
             positive = positive * _rest_of(base_pos, own_pos) if work.in_tile else positive
         return Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos)
 
 
 class Parts(NamedTuple):
-    """What backward adds up, pair by pair.
+    """The sums over pairs from which backward makes its gradients.
 
     weights  of the rows, then of the columns where two_sided
-    dx, dy   sum_j w_ij y_j and sum_i w_ij x_i, times lift; None where not asked for. Where k is q, both are one
+    dx, dy   sum_j w_ij y_j and sum_i w_ij x_i, times lift; None where not asked for. Where k is q, both are one tensor
     moment   sum_ij w_ij t_ij; None where not asked for
-    due      sum_ij w_ij: known before, because the exponentials of a set, over their own sum, add up to one
+    due      sum_ij w_ij. It is known without the tiles: the exponentials of a row, divided by their own sum, add up to one
     """
 
     work: Work
@@ -67,7 +68,7 @@ class Parts(NamedTuple):
 
     @staticmethod
     def of(work: Work, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Parts:
-        """With the pairs that are kept out of the tiles, and nothing from these."""
+        """The sums before the first tile: they hold the pairs that are kept out of the tiles."""
         problem = work.problem
         grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
         lift = _lift_of(grads)
@@ -83,12 +84,12 @@ class Parts(NamedTuple):
 
     @property
     def in_tiles(self) -> bool:
-        """Whether any of them needs the tiles: dbias does not."""
+        """Whether some gradient that is asked for needs the tiles; dbias does not."""
         return self.wanted.q or self.wanted.k or self.wanted.scale
 
     def _add_aligned(self) -> None:
         work, (i, j) = self.work, self.work.aligned()
-        # With one positive lse_pos and pos are the same number: their gradients add up, and so do those of the two ends of a pair.
+        # With one positive, lse_pos and pos are the same number, so their gradients add up. So do those of the two ends of a pair.
         ends = [(self.weights[side].positive + self.weights[side].mean)[own] for side, own in work.ends(i, j)]
         w = ends[0] if len(ends) == 1 else ends[0] + ends[1]
         if self.moment is not None:
@@ -122,8 +123,8 @@ class Parts(NamedTuple):
 
 
 def _lift_of(grads: list[SideGrad]) -> Tensor:
-    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Of a loss that is multiplied by 1e-34, the weights
-    of single pairs would leave the normal numbers of float32."""
+    """The power of two that brings the largest upstream gradient to between 1/2 and 1. Without it, the weights of a loss that is multiplied
+    by 1e-34 would leave the normal numbers of float32."""
     peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
     most = math.log2(torch.finfo(peak.dtype).max) - 24
     return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))

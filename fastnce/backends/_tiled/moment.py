@@ -1,4 +1,4 @@
-"""The derivative by scale."""
+"""The derivative by scale: a sum over all pairs, in a form that keeps its digits where the weights cancel."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from fastnce.problem import Problem, Side
 
 
 class Moment:
-    """sum_ij w_ij t_ij, from which dscale follows, as sum w (t - center) + center * sum w with the exact sum of w.
+    """sum_ij w_ij t_ij, of which dscale is a multiple, as
 
-    In a cone all t are nearly the same large number and the w cancel: what is left of their rounding, times t, would be the result.
-    For the same reason it is not taken from <x_i, dx_i>, which holds it already.
+        sum w (t - center) + center * sum w      with the exact sum of w, Parts.due
 
-    center        float32, what the tiles subtract from their t
-    aligned, at   t of the aligned pairs that are kept out of the tiles, and the center among these. It is the same one less what the
-                  tiles' rounding adds to every t, as far as that is alike in all aligned pairs: where all rows are equal, everything is 0
+    Where all rows point nearly the same way, all t are nearly the same large number, and the w cancel. Without the center, the rounding of
+    w times that number would be the result. <x_i, dx_i> is the same sum, and is not used for the same reason.
+
+    center        float32: the tiles subtract it from their t
+    aligned       t of the aligned pairs that are kept out of the tiles
+    at            the center of these. Their t are rounded less than the tiles' own: it is `center` less the difference, as far as that is
+                  the same in all aligned pairs. So where all rows are equal, every term is 0
     """
 
     def __init__(self, problem: Problem, rows: Side, in_tile: bool, dtype: torch.dtype, due: Tensor, lift: Tensor) -> None:
@@ -28,10 +31,10 @@ class Moment:
 
         some = rows.n_pos > 0
         count = some.sum().clamp(min=1)
-        # Once more the float32 numbers that they were.
+        # Rounding gives back the float32 numbers from which pos was made.
         self.aligned = base_2(rows.pos).to(dtype).to(due.dtype)
         mean = self.aligned.where(some, 0.0).sum() / count
-        # Where no row has a positive: the mean log-sum over the number of keys, which is t if all are equal.
+        # Where no row has a positive, the center is the mean of log(sum / number of keys), which is t if all t are equal.
         log_mean = base_2(rows.lse_neg - math.log(max(problem.keys.shape[0], 1)))
         log_mean = log_mean.masked_fill(log_mean.isinf(), 0.0).sum() / max(len(some), 1)
         alike = torch.zeros_like(due)

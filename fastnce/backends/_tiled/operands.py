@@ -1,4 +1,4 @@
-"""Operands of one call, and how it is computed."""
+"""Operands of one call: rows that are normalised and scaled, and whether sums need a running maximum."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from fastnce.problem import Problem
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# While |s| <= 40 nats, exp(s), its sum over 2^31 terms and exp(-lse) are normal float32 numbers with 20 nats to spare for rows whose
-# upstream gradient is smaller than the largest: no maximum is needed, and one exp2 serves row and column. Every temperature >= 0.025 is
-# inside.
+# While |s| <= 40 nats no running maximum is needed, and one exp2 serves row and column: exp(s), its sum over 2^31 terms and exp(-lse) are
+# normal float32 numbers. 20 nats are left for rows whose upstream gradient is smaller than the largest. 40 nats is a temperature of 0.025.
 UNSHIFTED = {torch.float32: 40.0, torch.float64: 300.0}
 
 
 class Work(NamedTuple):
     """A problem with its scaled rows.
 
-    x, y       (M, width), (N, width) root * r * row, contiguous; where k is q, y is x. width: D rounded up to whole `pitch`, zeros behind
+    x, y       (M, width), (N, width) root * r * row, contiguous; where k is q, y is x. width: D up to a multiple of `pitch`, with zeros
     r_x, r_y   (M,), (N,) inverse norms; None where normalize is off
     root       sqrt(scale * log2(e))
     unshifted  exponentials stay in range as they are; otherwise every row keeps its running maximum
@@ -47,7 +46,7 @@ class Work(NamedTuple):
         y, r_y = (x, r_x) if problem.symmetric else _scaled(problem, k, root, pitch)
         unshifted = False
         if q.device.type == "cpu":
-            # Reading a value costs nothing here. On any other device it would stall the host: the running maximum is used instead.
+            # Reading a value costs nothing on a CPU. On any other device the host would wait for it, so there is always a running maximum.
             bound = float(scale.detach())
             if not problem.normalize and min(q.shape[0], k.shape[0]) > 0:
                 bound = float(torch.linalg.vector_norm(x, dim=1).max() * torch.linalg.vector_norm(y, dim=1).max()) / LOG2E
@@ -56,7 +55,7 @@ class Work(NamedTuple):
         return Work(problem, x, y, r_x, r_y, root, unshifted, in_tile)
 
     def sides(self) -> list[Tensor]:
-        """Whose statistics are asked for: the rows, then the columns where two_sided."""
+        """The sides whose statistics are asked for: the rows, then the columns where two_sided."""
         return [self.x, self.y] if self.problem.two_sided else [self.x]
 
     def aligned(self) -> tuple[slice, slice]:
@@ -64,14 +63,14 @@ class Work(NamedTuple):
         return self.problem.pairs.aligned(len(self.x), len(self.y))
 
     def ends(self, i: slice, j: slice) -> list[tuple[int, slice]]:
-        """(side, rows of its statistics) that the pairs (i, j) belong to: the row always, the column where it is counted too."""
+        """(side, rows of its statistics) to which the pairs (i, j) belong: their rows, and their columns where these are counted too."""
         return [(0, i), (1, j)] if self.problem.two_sided else [(0, i), (0, j)] if self.problem.symmetric else [(0, i)]
 
 
 def _scaled(problem: Problem, rows: Tensor, root: Tensor, pitch: int) -> tuple[Tensor, Tensor | None]:
     dtype = compute_dtype(rows.dtype)
     r = inverse_norms(rows, problem.metrics) if problem.normalize else None
-    # One rounding per row: that of root alone would shift all logits the same way, and the mean loss with them.
+    # One rounding for each row. A rounding of root alone would shift all logits the same way, and the mean loss with them.
     factor = root.to(dtype) if r is None else (r.to(root.dtype) * root).to(dtype)[:, None]
     columns = rows.shape[1]
     if columns % pitch == 0:

@@ -1,4 +1,4 @@
-"""What forward collects for every row, and the statistics that follow."""
+"""Forward beside the tiles: the sums of every row that tiles add to, and the statistics that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastnce.problem import Side
 
 
 class LogSum:
-    """log2 of a running sum of exp2 per row. Unshifted, total is sum exp2(t); elsewhere sum exp2(t - top), and top the largest t so far."""
+    """A running sum of every row. Unshifted, total is sum exp2(t). Elsewhere it is sum exp2(t - top), with top the largest t so far."""
 
     def __init__(self, work: Work, rows: int) -> None:
         self.total = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
@@ -22,21 +22,22 @@ class LogSum:
         return self.total.log2() if self.top is None else self.total.log2() + self.top
 
     def own(self) -> Tensor:
-        """What backward divides by: the sum itself, or its logarithm where that is out of range."""
+        """The sum in the form that backward wants: the sum itself where it is unshifted, otherwise its log2."""
         return self.total if self.top is None else self.log2()
 
 
 class Sums:
-    """What is collected for one side: a vector each, of the length of its rows.
+    """The sums of one side: vectors with a number for each of its rows.
 
-    negative, positive   of its negatives; of its positives, None where these are kept out of the tiles
+    negative, positive   sums over its negatives, and over its positives; None where these are kept out of the tiles
     pos, n_pos           sum of the logits of its positives, and their number
-    tile_pos             the same logits as the tiles have them: an aligned pair has a sum of products of its own in `pos`, which is
-                         rounded less
-    pos_max; low, high   } metrics only: largest positive logit; what negatives are compared with, see compare();
-    rank, ties           } negatives above and between these;
-    hardest_logit        } largest negative logit,
-    hardest              } and its column
+    tile_pos             the same sum of the tiles' logits. An aligned pair has a dot product of its own in `pos`, which is rounded less
+    With metrics:
+    pos_max              largest positive logit
+    low, high            bounds that negatives are compared with, see compare()
+    rank, ties           number of negatives above the bounds, and between them
+    hardest_logit        largest negative logit
+    hardest              its column
     """
 
     def __init__(self, work: Work, rows: int) -> None:
@@ -55,7 +56,7 @@ class Sums:
 
     @staticmethod
     def of(work: Work) -> list[Sums]:
-        """Of every side, with the pairs that are kept out of the tiles, and nothing from these."""
+        """The sums of every side before the first tile: they hold the pairs that are kept out of the tiles."""
         sums = [Sums(work, len(rows)) for rows in work.sides()]
         if not work.in_tile:
             i, j = work.aligned()
@@ -66,7 +67,7 @@ class Sums:
         return sums
 
     def compare(self) -> None:
-        """From the best positives to the bounds that negatives are compared with."""
+        """Set the bounds that negatives are compared with, from the best positives."""
         self.low, self.high = (bound.to(self.pos_max.dtype) for bound in self.problem.tied(self.pos_max, LOG2E))
 
     def result(self) -> Side:

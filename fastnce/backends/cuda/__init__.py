@@ -1,4 +1,4 @@
-"""CUDA C++ kernels: the library of csrc/cuda, where it is built. This file is importable everywhere and loads nothing."""
+"""The backend "cuda": the CUDA C++ kernels of csrc/cuda, where that library is built. Importing this file loads nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _loaded() -> tuple[str, str]:
 
 
 def _no_code(device: int) -> list[str]:
-    """What is wrong where the library, which is loaded, does not run on this GPU."""
+    """The objection where the library is loaded and does not run on this GPU."""
     if rows.runs_on(device):
         return []
     major, minor = torch.cuda.get_device_capability(device)
@@ -38,7 +38,8 @@ def _no_code(device: int) -> list[str]:
     ]
 
 
-# Dynamo traces unsupported() and calls these: what torch.compiler.assume_constant_result does, without the second that importing it takes.
+# Dynamo traces unsupported() and takes their answers as constants. torch.compiler.assume_constant_result does the same, but importing it
+# takes a second.
 _loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _no_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

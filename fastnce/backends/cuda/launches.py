@@ -1,19 +1,27 @@
-"""Every launch over the tiles, as the library's operators want it. Passes over single rows are its operators themselves: _gpu/rows.py."""
+"""Every launch over the tiles, with the arguments of the library's operators. Its passes over single rows are called by _gpu/rows.py."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu.host import Sums, View, Walk
+from fastnce.backends._gpu.host import UnshiftedSums, View, Walk
+from fastnce.backends._gpu.tiles import held_depth
 from fastnce.problem import Problem
 
 # The kernel's name in the library.
 NAMES = {"rows": "forward_rows", "both": "forward_both", "retrieval": "retrieval", "gradient": "backward_rows", "block": "weights_block"}
+
+
+class TileShape(NamedTuple):
+    """The tile that a kernel takes: rows x columns of logits. family says of which kernels, and goes back to the library that named it."""
+
+    rows: int
+    columns: int
+    family: int
 
 
 @cache
@@ -23,34 +31,34 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) -> tiles.CudaTile:
-    return _tile(NAMES[kernel], rules, parts, depth if depth * parts <= tiles.GPU_WHOLE else 0, architecture(device))
+def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) -> TileShape:
+    return _tile(NAMES[kernel], rules, parts, held_depth(parts, depth), architecture(device))
 
 
 @cache
-def _tile(kernel: str, rules: str, parts: int, depth: int, architecture: int) -> tiles.CudaTile:
-    return tiles.CudaTile(*torch.ops.fastnce_cuda.tile(kernel, rules, parts, depth, architecture))
+def _tile(kernel: str, rules: str, parts: int, depth: int, architecture: int) -> TileShape:
+    return TileShape(*torch.ops.fastnce_cuda.tile(kernel, rules, parts, depth, architecture))
 
 
 def keeps_output(problem: Problem) -> bool:
-    """The library has no kernel that would."""
+    """Never: the library has no such kernel."""
     return False
 
 
-def forward_rows(view: View, walk: Walk, always: bool, real: Tensor, count: Tensor | None) -> None:
+def forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None) -> None:
     if walk.programs:
-        torch.ops.fastnce_cuda.forward_rows(*_problem(view, walk.tile), always, walk.splits, walk.per_split, real, count)
+        torch.ops.fastnce_cuda.forward_rows(*_problem(view, walk.tile), always, walk.splits, walk.per_split, sums, count)
 
 
-def forward_both(view: View, walk: Walk, row_sums: Sums, column_sums: Sums) -> None:
+def forward_both(view: View, walk: Walk, row_sums: UnshiftedSums, column_sums: UnshiftedSums) -> None:
     symmetric = view.work.problem.symmetric
     if walk.programs:
         torch.ops.fastnce_cuda.forward_both(*_problem(view, walk.tile), symmetric, walk.splits, walk.per_split, *row_sums, *column_sums)
 
 
-def retrieval(view: View, walk: Walk, bounds: Tensor, real: Tensor, whole: Tensor) -> None:
+def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: Tensor) -> None:
     if walk.programs:
-        torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), bounds, walk.splits, walk.per_split, real, whole)
+        torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), bounds, walk.splits, walk.per_split, largest, counts)
 
 
 def backward_rows(
@@ -63,7 +71,7 @@ def backward_rows(
 
 
 def weights_block(
-    view: View, tile: tiles.CudaTile, row: Tensor, column: Tensor, center: Tensor, columns: bool,
+    view: View, tile: TileShape, row: Tensor, column: Tensor, center: Tensor, columns: bool,
     row0: int, column0: int, down: int, across: int, pitch: int,
     for_rows: Tensor | None, for_columns: Tensor | None, moment: Tensor | None,
 ) -> None:  # fmt: skip
@@ -72,7 +80,7 @@ def weights_block(
     )
 
 
-def _problem(view: View, tile: tiles.CudaTile) -> tuple[Any, ...]:
+def _problem(view: View, tile: TileShape) -> tuple[Any, ...]:
     """The first arguments of every operator: operands, rules, sizes."""
     x, y, work = view.x, view.y, view.work
     sizes = [*view.sizes(), int(work.in_tile), tile.family]

@@ -1,4 +1,4 @@
-"""Triton kernels: the backend of NVIDIA GPUs from compute capability 8.0 on. This file is importable everywhere and imports no Triton."""
+"""The backend "triton": Triton kernels for NVIDIA GPUs from compute capability 8.0 on. Importing this file needs no Triton."""
 
 from __future__ import annotations
 

@@ -1,14 +1,18 @@
-"""Device code over tiles of logits. The same lines as in docs/math.md, in base 2 and without the bias:
+"""Device code over tiles of logits: row and column statistics, ranks. The lines of docs/math.md, in base 2 and without the bias:
 
-    x~_i       row i of q times a power of two, in float16 (float32 input: a high and a low half), zero-padded. bfloat16 fits exactly
+    x~_i       row i of q times a power of two, in float16 (float32 in a high and a low half), padded with zeros. bfloat16 fits exactly
     t_ij       = alpha_i beta_j <x~_i, y~_j>,   alpha_i = log2(e) scale a_i,  beta_j = a_j,  a = 1 / |x~|
     log-sums   log2 sum_{N_i} 2^t_ij,  log2 sum_{P_i} 2^t_ij;   pos_i = sum_{P_i} t_ij
     w_ij       = [N_i] c_i 2^(t_ij - L_i) + [P_i] (c'_i 2^(t_ij - L'_i) + mean_i)      + the same of column j
     dx_i       = sum_j w_ij beta_j y~_j            kernels_rows.py turns it into dL/dq
 
-Tiles are walked by programs on axis 0. Unshifted kernels use 2^t itself: they run where |logit| <= 40, by a number that only the device
-reads; elsewhere their loops are empty and the kernel with the running maximum does the work. Rows are padded to whole tiles, so operands
-load without masks; a mask is applied in the tiles that need one, behind a branch that is the same for the whole program.
+A launch has one axis of programs, each of which visits the tiles of one block of rows, or a split of them.
+
+Where no |logit| is above 40 the unshifted kernel adds 2^t itself; elsewhere the kernel with a running maximum does. `bound`, a number that
+only the device reads, decides: both kernels are launched, and the loop of one is empty.
+
+Operands are padded to a multiple of the tile, so they load without masks. Pairs are masked in the tiles that need it, behind a branch that
+is the same for all threads of a program.
 """
 
 import triton
@@ -16,19 +20,20 @@ import triton.language as tl
 
 from fastnce.backends.triton.kernels_rows import LOG2E, valid
 
-# Numbers that change from call to call: a kernel is compiled once for all of them. Not among them are depth, row0, column0 and pitch, which
-# are multiples of 16 wherever they are used: the compiler must know that, or it copies element by element and without a pipeline.
+# Numbers that change from call to call: a kernel is compiled once for all their values. depth, row0, column0 and pitch are not among them.
+# They are multiples of 16 wherever they are used. The compiler must know it: otherwise it copies element by element, without a pipeline.
 RUNTIME = [
     "rows", "columns", "own", "up", "down", "mask_rows", "mask_columns", "mask_row", "mask_column", "row_padded", "column_padded",
     "down_tiles", "across", "splits", "per_split", "always", "symmetric",
 ]  # fmt: skip
-# 2^t, sums of 2^31 such terms and their reciprocals times an upstream gradient stay normal float32 numbers while |t| <= 40 log2(e).
+# The largest |logit|, in nats, of the unshifted kernels: 2^t, a sum of 2^31 such terms, and an upstream gradient over it are then normal
+# float32 numbers.
 UNSHIFTED = tl.constexpr(40.0)
 
 
 @triton.jit
 def operand(X, first, column, depth, PARTS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """Rows first.. and columns column.. of a padded operand: (high, low); where there is one part, low is high and not used."""
+    """BR rows from `first` and BD columns from `column` of a padded operand: (high, low). With one part low is not used."""
     row = X + (first + tl.arange(0, BR)).to(tl.int64)[:, None] * (PARTS * depth)
     high = tl.load(row + (column + tl.arange(0, BD))[None, :])
     low = high
@@ -39,7 +44,7 @@ def operand(X, first, column, depth, PARTS: tl.constexpr, BR: tl.constexpr, BD: 
 
 @triton.jit
 def product(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
-    """acc + a b. In two parts the product of the low ones is below float32's rounding, and the small terms come first."""
+    """acc + a b. In two parts the small terms come first; the product of both low halves is below float32's rounding and left out."""
     if PARTS == 2:
         acc = tl.dot(a_low, b, acc, input_precision="ieee")
         acc = tl.dot(a, b_low, acc, input_precision="ieee")
@@ -48,17 +53,20 @@ def product(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
 
 @triton.jit
 def accumulate(a, a_low, b, b_low, acc, PARTS: tl.constexpr):
-    """The same for a sum over many tiles. Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a
-    thousand more than float32 may lose. In two parts only the sums of a tile are theirs."""
+    """acc + a b, for a sum over many tiles.
+
+    Tensor cores round every sum towards zero: over n columns they take some 2^-29 n of it, at a thousand more than float32 may lose. So in
+    two parts they sum one tile, and the tile is added here.
+    """
     if PARTS == 2:
-        # The last of the three products starts from the others: with one that starts from 0 the compiler would merge this addition.
+        # The last of the three products starts from the other two. If one started from 0, the compiler would merge this addition into it.
         return acc + product(a, a_low, b, b_low, tl.zeros(acc.shape, tl.float32), PARTS)
     return product(a, a_low, b, b_low, acc, PARTS)
 
 
 @triton.jit
 def halves(w, PARTS: tl.constexpr):
-    """float32 numbers as (high, low) float16: the one rounding down, after every sum that cancels."""
+    """float32 numbers as (high, low) float16. It is the only rounding to float16, after every sum that cancels."""
     high = w.to(tl.float16)
     low = high
     if PARTS == 2:
@@ -68,13 +76,13 @@ def halves(w, PARTS: tl.constexpr):
 
 @triton.jit
 def finite(factor):
-    """A row that is nan makes its weights nan where it counts; where it is excluded they are 0, and 0 * nan must not reach the others."""
+    """factor, 1 where it is nan. The weights of a row that is nan are nan where it counts, and 0 where it is excluded: 0 * nan is nan."""
     return tl.where(factor == factor, factor, 1.0)
 
 
 @triton.jit
 def logits(x, x_low, X, Y, i0, j0, depth, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """<x~_i, y~_j> of a tile. Rows that fit into one block (DP columns) are given as x; longer ones (DP = 0) are read piece by piece."""
+    """<x~_i, y~_j> of a tile. Where a tile holds whole rows (DP columns), they are given as x; longer ones (DP = 0) are read in pieces."""
     acc = tl.zeros([BM, BN], tl.float32)
     if DP:
         y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
@@ -87,9 +95,10 @@ def logits(x, x_low, X, Y, i0, j0, depth, PARTS: tl.constexpr, DP: tl.constexpr,
     return acc
 
 
-# t = <x~_i, y~_j> pair_factor row_factor_i. In two parts a_i b_j comes first, so that a pair has one t from both of its ends: weights are
-# divided by sums over rows and over columns, and in another order t is off by u scale, ten times the error of the gradient at temperature
-# 0.005. In one part that is far below the rounding of the input, and costs a multiplication per pair.
+# t = <x~_i, y~_j> pair_factor row_factor_i. In two parts pair_factor is a_i b_j, so that a pair has the same t from both of its ends.
+# Weights are divided by sums over rows and by sums over columns: with factors in another order, t from one end would be off by u scale, at
+# a temperature of 0.005 ten times the error of the gradient. In one part that is far below the rounding of the input, so pair_factor is b_j
+# alone and saves a multiplication for every pair.
 
 
 @triton.jit
@@ -110,7 +119,7 @@ def row_factor(a, scale, PARTS: tl.constexpr):
 
 @triton.jit
 def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
-    """The program's own rows, once for all tiles; where they do not fit, something that is not used."""
+    """The program's own rows, loaded once for all tiles. Where rows are longer than a tile holds, the result is not used."""
     if DP:
         x, x_low = operand(X, i0, 0, DP, PARTS, BM, DP)
     else:
@@ -118,7 +127,7 @@ def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr)
     return x, x_low
 
 
-# Which pair is what: pairs.py, for a tile -----------------------------------------------------------------------------------------------
+# The rules of pairs.py, for a tile ------------------------------------------------------------------------------------------------------
 #
 # own, up and down are diagonals j - i: self, aligned, aligned mirrored; host.NONE where there is none.
 
@@ -138,7 +147,7 @@ def needs_mask(i0, j0, rows, columns, own, up, down, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def outside(i, j, rows, columns, own, up, down):
-    """Negatives by index alone: inside the matrix, not self, not aligned."""
+    """Pairs that are negative by index alone: inside of the matrix, not self, not aligned."""
     step = j[None, :] - i[:, None]
     return (i < rows)[:, None] & (j < columns)[None, :] & (step != own) & (step != up) & (step != down)
 
@@ -148,9 +157,9 @@ def classes(
     i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, IN_TILE: tl.constexpr,
 ):  # fmt: skip
-    """(positive, negative) of every pair of a tile. Aligned pairs are positives here only if IN_TILE: otherwise they are counted apart.
+    """(positive, negative) of every pair of a tile. Only if IN_TILE are aligned pairs positives here: otherwise they are neither.
 
-    Ids are padded and not negative where they match something: what must match nothing differs between the two sides.
+    Ids are padded. An id that matches nothing is negative, and a different one on either side.
     """
     step = j[None, :] - i[:, None]
     inside = (i < rows)[:, None] & (j < columns)[None, :] & (step != own)
@@ -177,9 +186,9 @@ def classes(
 
 @triton.jit
 def _running(u, alpha, top, total):
-    """One tile into the log-sum (top, total) = total 2^top of each row; what is left out of it is -inf in u. t = u alpha, alpha > 0."""
+    """Add a tile to the sum total 2^top of every row. t = u alpha, alpha > 0; a pair that is left out has u = -inf."""
     new = tl.maximum(top, tl.max(u, 1) * alpha)
-    # A row without any pair so far: -inf - -inf would be nan. Any finite base gives 2^-inf = 0.
+    # A row without any pair so far gets base 0, and 2^-inf = 0: -inf - -inf would be nan.
     base = tl.where(new == -float("inf"), 0.0, new)
     e = tl.exp2(u * alpha[:, None] - base[:, None])
     shrink = tl.exp2(top - base)
@@ -188,14 +197,14 @@ def _running(u, alpha, top, total):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_rows(
-    X, Y, A, B, scale, bound, real, count, out, moment, lift,
+    X, Y, A, B, scale, bound, sums, count, out, moment, lift,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, row_padded, splits, per_split, always,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Row statistics with a running maximum, in any range; unless `always`, only where the unshifted kernel must not run.
+    """Row statistics with a running maximum, for logits of any size. Unless `always`, only where forward_both must not run.
 
-    real   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
+    sums   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
     count  (splits, rows) int32: number of positives, IN_TILE only
     out    (splits, padded rows, DP) or None: lift sum_j 2^(t - top) beta_j y~_j, and moment (splits, rows): sum_j 2^(t - top) t
     """
@@ -243,11 +252,11 @@ def forward_rows(
             y, y_low = operand(Y, j0, 0, DP, PARTS, BN, DP)
             g, g_low = halves(e * (finite(beta) * lifted)[None, :], PARTS)
             acc = accumulate(g, g_low, y, y_low, acc * shrink[:, None], PARTS)
-            # Where e is 0 t may be -inf.
+            # Where e is 0, u may be -inf, and 0 * -inf is nan.
             mean = mean * shrink + tl.sum(tl.where(e > 0.0, e * u, 0.0), 1) * alpha
     inside = i < rows
     field = splits.to(tl.int64) * rows
-    place = real + split.to(tl.int64) * rows + i
+    place = sums + split.to(tl.int64) * rows + i
     tl.store(place, top, mask=inside)
     tl.store(place + field, total, mask=inside)
     if IN_TILE:
@@ -273,17 +282,17 @@ def forward_both(
     rows, columns, own, up, down, depth, splits, per_split, symmetric,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Unshifted sums of rows and of columns from one tile, added in memory, where every |logit| <= 40.
+    """Sums of rows and of columns from the same tiles, added in memory. It runs where every |logit| <= 40: no maximum is needed.
 
     row_sum     (1 or 3, rows): sum of 2^t over the negatives; IN_TILE: over the positives, and their sum of t
     row_count   (rows,) int32: number of positives, IN_TILE only;  column_*: the same per column
-    symmetric   the keys are the queries, column_* are row_*: a tile also stands for its mirror image, and half of them are visited.
-                Tile (I, I + o mod T): every program has as many, and those that add to one column do so at different times
+    symmetric   the keys are the queries, and column_* are row_*: a tile also stands for its mirror image, so half of T x T are visited.
+                Block I visits the tiles (I, I + step mod T): all have the same number, and add to one column at different times
     """
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     tiles = tl.cdiv(columns, BN)
-    # Of an even number of tiles, those half way round would be met from both ends.
+    # With an even number of tiles the one half way round would be met from both ends: the second half of the blocks leaves it out.
     half = tl.where((tiles % 2 == 0) & (block >= tiles // 2), tiles // 2, tiles // 2 + 1)
     steps = tl.where(symmetric != 0, half, tiles)
     i0 = block * BM
@@ -308,7 +317,7 @@ def forward_both(
         j = j0 + tl.arange(0, BN)
         t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * pair_factor(a, tl.load(B + j), PARTS) * alpha[:, None]
         e = tl.exp2(t)
-        # Where the keys are the queries a tile on the diagonal holds its own mirror image.
+        # Where the keys are the queries, a tile on the diagonal holds its own mirror image: it adds to rows alone.
         counted = j < tl.where((symmetric != 0) & (step == 0), 0, columns)
         if IN_TILE or q_exclude is not None:
             positive, negative = classes(
@@ -340,16 +349,16 @@ def forward_both(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def retrieval(
-    X, Y, A, B, scale, bounds, real, whole,
+    X, Y, A, B, scale, bounds, largest, counts,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, splits, per_split,
     IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What ranks are made of. nan is none of the largest, and not <= a bound.
+    """Ranks, ties and the hardest negative of every row. A t that is nan is never the largest, and is not <= a bound.
 
-    bounds (2, rows): low, high; neither is nan
-    real   (2, splits, rows): largest t of the negatives, of the positives
-    whole  (3, splits, rows) int32: number of negatives unless t <= high, and with low <= t <= high; column of the largest negative
+    bounds    (2, rows): low, high; neither is nan
+    largest   (2, splits, rows): largest t of the negatives, of the positives
+    counts    (3, splits, rows) int32: number of negatives that are not t <= high; of those with low <= t <= high; column of the largest
     """
     block = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -387,8 +396,8 @@ def retrieval(
         best = tl.maximum(best, highest)
     place = split.to(tl.int64) * rows + i
     field = splits.to(tl.int64) * rows
-    tl.store(real + place, best, mask=inside)
-    tl.store(real + field + place, best_pos, mask=inside)
-    tl.store(whole + place, above, mask=inside)
-    tl.store(whole + field + place, ties, mask=inside)
-    tl.store(whole + 2 * field + place, where, mask=inside)
+    tl.store(largest + place, best, mask=inside)
+    tl.store(largest + field + place, best_pos, mask=inside)
+    tl.store(counts + place, above, mask=inside)
+    tl.store(counts + field + place, ties, mask=inside)
+    tl.store(counts + 2 * field + place, where, mask=inside)

@@ -1,4 +1,4 @@
-"""Device code of the gradient: weights of a tile of pairs, recomputed from its logits, and their products with the rows."""
+"""Device code of the gradient: compute the logits of a tile again, turn them into weights, multiply the weights with the rows."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ from fastnce.backends.triton.kernels import (
 
 @triton.jit
 def _coefficients(C, index, padded, IN_TILE: tl.constexpr):
-    """(base, factor) of the negatives, of the positives, and each positive's share of dpos: vectors of one side, 0 in the padding."""
+    """Vectors of one side: base and factor of the negatives, base and factor of the positives, share of dpos of each positive."""
     padded = padded.to(tl.int64)
     base = tl.load(C + index)
     factor = tl.load(C + padded + index)
@@ -39,7 +39,7 @@ def _weights(
     t, i, j, row, column, row_padded, column_padded, unshifted, positive,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_TILE: tl.constexpr,
 ):  # fmt: skip
-    """w of a tile, as if every pair were kept. One exponential serves both sides where 2^t itself is in range."""
+    """w of every pair of a tile, also of those that do not count. Where 2^t itself is in range, one exponential serves both sides."""
     if ROWS:
         base_i, factor_i, base_pos_i, factor_pos_i, share_i = _coefficients(row, i, row_padded, IN_TILE)
     if COLUMNS:
@@ -81,7 +81,7 @@ def backward_rows(
     IN_TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dx (splits, padded rows, DP) = sum_j w_ij beta_j y~_j over the tiles of a split; rows that fit into one block.
+    """dx (splits, padded rows, DP) = sum_j w_ij beta_j y~_j over the tiles of a split. Tiles hold whole rows.
 
     row, column    (5, padded), or (2, padded) without IN_TILE: coefficients of the rows (ROWS) and of the columns (COLUMNS)
     moment         (splits, rows) or None: sum_j w_ij (t_ij - center)
@@ -139,12 +139,12 @@ def weights_block(
     IN_TILE: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of down_tiles x across tiles from (row0, column0), ready for two plain matrix products; rows of any length.
+    """Weights of down_tiles x across tiles from (row0, column0), for two plain matrix products. Rows have any length.
 
     for_rows, for_columns  (parts, pitch, pitch) or None: w_ij beta_j and w_ij a_i in half precision, 0 in the padding
     moment                 (across, pitch) or None: per row of the block, sum over a tile of w_ij (t_ij - center)
     """
-    # GROUP tiles of one column before the next: the programs that run together then share rows and columns in the L2 cache.
+    # Programs take GROUP tiles of a column before the next column: those that run together then share rows and columns in the L2 cache.
     program = tl.program_id(0)
     group = program // (GROUP * across)
     height = tl.minimum(down_tiles - group * GROUP, GROUP)

@@ -3,24 +3,25 @@
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-12)  # norms.EPS and norms.LARGEST: device code cannot import torch. A test holds them together.
+# precision.EPS and precision.LARGEST, once more: device code cannot import torch. A test compares them.
+EPS = tl.constexpr(1e-12)
 LARGEST = tl.constexpr(1e18)
 LOG2E = tl.constexpr(1.4426950408889634)
-# The largest element of an operand's row is in [2^8, 2^9): products of rows of 8192 stay below 2^31, and float16, whose smallest normal
-# number is 2^-14, drops nothing above 2^-33 of it.
+# The largest element of an operand's row is in [2^8, 2^9): dot products of 8,192 columns stay below 2^31. Half a step of float16's smallest
+# numbers, 2^-25, is 2^-33 of it.
 EXPONENT = tl.constexpr(8)
 
 
 @triton.jit
 def valid(scale):
-    """The scale behind the pointer; nan where it is no positive number, and so is everything computed with it."""
+    """The scale behind the pointer, nan where it is no positive number: then everything computed with it is nan."""
     value = tl.load(scale)
     return tl.where((value > 0.0) & (value < float("inf")), value, float("nan"))
 
 
 @triton.jit
 def _power_of_two(largest):
-    """2^k that lifts `largest` into [2^EXPONENT, 2^(EXPONENT + 1)), and 2^-k; the smallest numbers less far, so that 2^k is finite."""
+    """2^k that lifts `largest` into [2^EXPONENT, 2^(EXPONENT + 1)), and 2^-k. k is at most 120, so that 2^k is finite."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     k = tl.minimum(EXPONENT + 127 - exponent, 120)
     return ((k + 127) << 23).to(tl.float32, bitcast=True), ((127 - k) << 23).to(tl.float32, bitcast=True)
@@ -28,7 +29,7 @@ def _power_of_two(largest):
 
 @triton.jit
 def _row(X, row, stride, column, inside, D, BD: tl.constexpr):
-    """Raw columns column.. of rows, as float32, 0 outside."""
+    """BD columns from `column` of raw rows, as float32, with 0 outside."""
     d = column + tl.arange(0, BD)
     place = row.to(tl.int64)[:, None] * stride + d[None, :]
     return tl.load(X + place, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -39,7 +40,7 @@ def prepare(
     X, operand, factor, inverse_norm, rows, stride, D,
     NORMALIZE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rows as the tiles want them, for all padded rows.
+    """Operands from raw rows, in the form that tiles read, for all padded rows.
 
     operand        (padded, PARTS, DP): x~ = 2^k x in float16, which half-precision input fits exactly; of float32 a high and a low half
     factor         (padded,): x^ = factor x~
@@ -68,7 +69,7 @@ def prepare(
     if NORMALIZE:
         norm = tl.sqrt_rn(square)
         short = norm * down < EPS
-        # So small that its similarities are 0, and yet -inf times it is -inf and not nan.
+        # The factor of a zero row is 2^-100: small enough that its similarities are 0, and not 0 itself, because -inf * 0 is nan.
         a = tl.where(short, 7.888609052210118e-31, tl.div_rn(1.0, tl.where(short, 1.0, norm)))
         r = tl.where(short, 0.0, a * up)
         finite = finite & (norm * down <= LARGEST)
@@ -92,7 +93,7 @@ def aligned(
         x = _row(X, first_row + p, row_stride, column, inside, D, BD)
         dot += tl.sum(x * _row(Y, first_column + p, column_stride, column, inside, D, BD), 1)
     r = tl.load(r_x + first_row + p, mask=inside)
-    # One norm at a time: their product may leave float32 where the dot product has its reciprocal.
+    # The dot product is multiplied by one norm, then by the other: the product of both norms may leave float32.
     tl.store(t + p, dot * r * tl.load(r_y + first_column + p, mask=inside) * (valid(scale) * LOG2E), mask=inside)
 
 
@@ -102,7 +103,7 @@ def finish(
     rows, columns, up, down, x_stride, y_stride, dx_stride, split_stride, splits, D,
     NORMALIZE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dL/dx (rows, D) from the sums of the tiles: add the splits in order and the aligned pairs, then the backward of x^ = r x.
+    """dL/dx (rows, D) from the sums of the tiles: add the splits in order, add the aligned pair, then the backward of x^ = r x.
 
     dx            (splits, rows.., D..): lift * sum_j w_ij y^_j over the tiles of a split
     pair_weight   (rows,): w of the aligned pair (i, i + up) or (i, i + down); of each row at most one exists
@@ -111,7 +112,7 @@ def finish(
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = i < rows
     factor = valid(scale) / tl.load(lift)
-    # Where there is no such diagonal, the sum leaves the range of the indices.
+    # With host.NONE, which stands for no diagonal, the sum is no index of a row.
     partner = i + up
     partner = tl.where((partner >= 0) & (partner < columns), partner, i + down)
     paired = inside & (partner >= 0) & (partner < columns)

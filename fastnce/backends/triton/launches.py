@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnce import tiles
-from fastnce.backends._gpu.host import Sums, View, Walk
-from fastnce.backends.triton import kernels, kernels_backward, kernels_rows
+from fastnce.backends._gpu.host import UnshiftedSums, View, Walk
+from fastnce.backends.triton import kernels, kernels_backward, kernels_rows, tiles
 from fastnce.backends.triton.limits import keeps_output
 
 __all__ = [
@@ -33,8 +32,8 @@ def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
 
 
-def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) -> tiles.Tile:
-    return tiles.triton(kernel, rules, architecture(device), parts, depth)
+def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) -> tiles.TileShape:
+    return tiles.tile(kernel, rules, architecture(device), parts, depth)
 
 
 # Passes over single rows: the arguments of the CUDA library's operators of the same name -------------------------------------------------
@@ -42,14 +41,14 @@ def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) 
 
 def prepare(x: Tensor, operand: Tensor, factor: Tensor, inverse_norm: Tensor, normalize: bool) -> None:
     (rows, columns), (padded, parts, depth) = x.shape, operand.shape
-    height, width = tiles.TRITON_ROWS
+    height, width = tiles.ROWS
     # The longest step that divides the padded row: its power of two.
     sizes = {"NORMALIZE": normalize, "PARTS": parts, "DP": depth, "BR": height, "BD": min(width, depth & -depth)}
     launch(kernels_rows.prepare, padded // height, x, operand, factor, inverse_norm, rows, x.stride(0), columns, **sizes)
 
 
 def aligned(x: Tensor, y: Tensor, r_x: Tensor, r_y: Tensor, scale: Tensor, first_row: int, first_column: int, t: Tensor) -> None:
-    height, width = tiles.TRITON_ROWS
+    height, width = tiles.ROWS
     launch(
         kernels_rows.aligned, -(-len(t) // height), x, y, r_x, r_y, scale, t,
         len(t), first_row, first_column, x.stride(0), y.stride(0), x.shape[1], BR=height, BD=width,
@@ -60,7 +59,7 @@ def finish(
     dx: Tensor, x: Tensor, y: Tensor, r_x: Tensor, r_y: Tensor, pair: Tensor, scale: Tensor, lift: Tensor,
     up: int, down: int, normalize: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    height, width = tiles.TRITON_ROWS
+    height, width = tiles.ROWS
     launch(
         kernels_rows.finish, -(-len(x) // height), dx, x, y, r_x, r_y, pair, scale, lift, out,
         len(x), len(y), up, down, x.stride(0), y.stride(0), dx.stride(1), dx.stride(0), len(dx),
@@ -71,23 +70,23 @@ def finish(
 # Passes over the tiles ------------------------------------------------------------------------------------------------------------------
 
 
-def forward_rows(view: View, walk: Walk, always: bool, real: Tensor, count: Tensor | None) -> None:
-    _forward_rows(view, walk, always, real, count, None, None, None)
+def forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None) -> None:
+    _forward_rows(view, walk, always, sums, count, None, None, None)
 
 
-def forward_output(view: View, walk: Walk, real: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> None:
-    _forward_rows(view, walk, True, real, None, out, moment, lift)
+def forward_output(view: View, walk: Walk, sums: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> None:
+    _forward_rows(view, walk, True, sums, None, out, moment, lift)
 
 
-def _forward_rows(view: View, walk: Walk, always: bool, real: Tensor, count: Tensor | None, *kept: Tensor | None) -> None:
+def _forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None, *kept: Tensor | None) -> None:
     launch(
-        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, real, count, *kept,
+        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, sums, count, *kept,
         *view.content(), *view.sizes(), view.depth, view.x.padded, walk.splits, walk.per_split, int(always),
         **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 
 
-def forward_both(view: View, walk: Walk, row_sums: Sums, column_sums: Sums) -> None:
+def forward_both(view: View, walk: Walk, row_sums: UnshiftedSums, column_sums: UnshiftedSums) -> None:
     launch(
         kernels.forward_both, walk.programs, *_operands(view), view.work.bound, *row_sums, *column_sums,
         *view.content(), *view.sizes(), view.depth, walk.splits, walk.per_split, int(view.work.problem.symmetric),
@@ -95,9 +94,9 @@ def forward_both(view: View, walk: Walk, row_sums: Sums, column_sums: Sums) -> N
     )  # fmt: skip
 
 
-def retrieval(view: View, walk: Walk, bounds: Tensor, real: Tensor, whole: Tensor) -> None:
+def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: Tensor) -> None:
     launch(
-        kernels.retrieval, walk.programs, *_operands(view), bounds, real, whole,
+        kernels.retrieval, walk.programs, *_operands(view), bounds, largest, counts,
         *view.content(), *view.sizes(), view.depth, walk.splits, walk.per_split, **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 
@@ -114,7 +113,7 @@ def backward_rows(
 
 
 def weights_block(
-    view: View, tile: tiles.Tile, row: Tensor, column: Tensor, center: Tensor, columns: bool,
+    view: View, tile: tiles.TileShape, row: Tensor, column: Tensor, center: Tensor, columns: bool,
     row0: int, column0: int, down: int, across: int, pitch: int,
     for_rows: Tensor | None, for_columns: Tensor | None, moment: Tensor | None,
 ) -> None:  # fmt: skip
@@ -131,8 +130,8 @@ def _operands(view: View) -> tuple[Tensor, ...]:
 
 def _form(view: View) -> dict[str, Any]:
     """The form of the operands, and whether positives are found in the tiles."""
-    return {"IN_TILE": view.work.in_tile, "PARTS": view.parts, "DP": view.depth if view.work.whole else 0}
+    return {"IN_TILE": view.work.in_tile, "PARTS": view.parts, "DP": view.depth if view.work.fits else 0}
 
 
-def _tile(tile: tiles.Tile) -> dict[str, int]:
+def _tile(tile: tiles.TileShape) -> dict[str, int]:
     return {"BM": tile.rows, "BN": tile.columns, "BD": tile.depth, "num_warps": tile.warps, "num_stages": tile.stages}

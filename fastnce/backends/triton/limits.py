@@ -1,4 +1,4 @@
-"""What the kernels can run, from metadata alone."""
+"""Problems that the Triton kernels can run, by metadata alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unsupported(problem: Problem) -> list[str]:
 
 
 def keeps_output(problem: Problem) -> bool:
-    """Whether forward also answers, in own_pos (M, D + 1), the mean of the keys and of the logits under p: then backward needs no tiles."""
+    """Whether own_pos of forward is (M, D + 1): the mean of the keys, and of the logits, by the weights p. Then backward needs no tiles."""
     rows_only = not (problem.symmetric or problem.two_sided)
     alone = problem.pairs.offset is None and not problem.pairs.positives_by_content()
-    return problem.frozen and rows_only and alone and limits.whole(problem)
+    return problem.frozen and rows_only and alone and limits.fits(problem)

@@ -1,4 +1,4 @@
-// Vectors of statistics, O(N) in float64, as bind.cpp asks for them: one launch instead of some 40 small ones. finalise.cuh has the
+// Arithmetic with one number per row, O(N) in float64, for bind.cpp: one launch instead of some 40 small ones. vectors.cuh has the
 // formulas.
 #pragma once
 
@@ -6,9 +6,9 @@
 
 namespace fastnce::cuda {
 
-// From the sums of the tiles of one side. The aligned pairs, where they are kept out of the tiles, have one or two ends in its rows.
+// Statistics of one side from the sums of its tiles. Where aligned pairs are kept out of the tiles, each has one or two ends in its rows.
 struct Statistics {
-  const float* real;  // (2 or 5, splits, rows), see RowSums; in_tile: 5
+  const float* sums;  // (2 or 5, splits, rows), see RowSums; in_tile: 5
   const int* count;
   const float* unshifted;  // (1 or 3, rows), see BothSums, or null
   const int* unshifted_count;
@@ -22,7 +22,7 @@ struct Statistics {
   double *own_neg, *own_pos;
 };
 
-// Rows, or columns, of the backward pass.
+// The rows, or the columns, of the backward pass.
 struct SideOf {
   const double *dlse_neg, *dlse_pos, *dpos;
   const double *lse_neg, *lse_pos, *pos;
@@ -57,21 +57,11 @@ struct ScaleGradient {
   float *dscale, *dbias;
 };
 
-struct Log1p {
-  const double *lse_neg, *pos;
-  const double* upstream;  // `step` apart: 0 where all rows have the same
-  int64_t step;
-  double* out;
-  int64_t count;
-};
-
-// Doubles that coefficients() needs for the sums of its blocks: none where one block does all.
+// The number of doubles that coefficients() needs for the sums of its blocks; 0 where there is one block.
 int64_t scratch_of(const Contributions&);
 
 void statistics(const Statistics&, Stream);
 void coefficients(const Contributions&, double* scratch, Stream);
 void scale_gradient(const ScaleGradient&, Stream);
-void log1p_loss(const Log1p&, Stream);
-void log1p_loss_backward(const Log1p&, Stream);
 
 }  // namespace fastnce::cuda

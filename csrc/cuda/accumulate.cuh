@@ -1,12 +1,13 @@
-// What the rows of a strip, and its columns, have come to, and the gradient of the rows: shared by the mma.sync and the wgmma kernels.
+// Sums over many tiles, in registers, and how they are stored: statistics of rows, sums of rows and columns, the gradient of rows. Both
+// families of kernels, mma.sync and wgmma, use them.
 #pragma once
 
 #include "tile.cuh"
 
 namespace fastnce::cuda {
 
-// Of a row, with a running maximum, in one split of its columns.
-struct RowTotals {
+// The sums of a row, with a running maximum, over one split of its columns.
+struct RowAccumulator {
   LogSum negative, positive;
   float pos = 0.0f;  // sum of t over the positives
   int n_pos = 0;
@@ -22,34 +23,34 @@ struct RowTotals {
     n_pos += population(pairs);
   }
 
-  // One writer per row: all lanes of a quad must come here.
+  // One lane of a quad writes a row. All lanes of the quad must come here.
   template <bool CONTENT>
   FASTNCE_DEVICE void store(const Rules& r, const Grid& grid, const RowSums& out, int split, int i) {
     negative.merge_quad();
     const int64_t field = static_cast<int64_t>(grid.splits) * r.rows, at = static_cast<int64_t>(split) * r.rows + i;
     const bool writes = first_of_quad() && i < r.rows;
     if (writes) {
-      out.real[at] = negative.top;
-      out.real[at + field] = negative.total;
+      out.sums[at] = negative.top;
+      out.sums[at + field] = negative.total;
     }
     if (!CONTENT || !r.in_tile) return;
     positive.merge_quad();
     const float all_pos = quad_sum(pos);
     const int all_n_pos = quad_sum(n_pos);
     if (writes) {
-      out.real[at + 2 * field] = positive.top;
-      out.real[at + 3 * field] = positive.total;
-      out.real[at + 4 * field] = all_pos;
+      out.sums[at + 2 * field] = positive.top;
+      out.sums[at + 3 * field] = positive.total;
+      out.sums[at + 4 * field] = all_pos;
       out.count[at] = all_n_pos;
     }
   }
 };
 
-// Sums per column: of 2^t of the negatives; of the positives, of their t, and their number.
+// The number of sums of a column: of 2^t over the negatives; with ids also over the positives, of their t, and their number.
 template <bool CONTENT>
 constexpr int BOTH_SUMS = CONTENT ? 4 : 1;
 
-// A thread's sums of 2 NB columns, over the rows of its warp, each by one lane into at(column). All lanes must come here.
+// Sums the 2 NB columns of every thread over the rows of its warp, and stores each sum, by one lane, at(column). All lanes must come here.
 template <int NB, class At>
 FASTNCE_DEVICE void store_columns(float (&sums)[2 * NB], const At& at) {
   const int lane = thread_index() % 32;
@@ -61,12 +62,12 @@ FASTNCE_DEVICE void store_columns(float (&sums)[2 * NB], const At& at) {
   }
 }
 
-// Of the two rows of a strip, where 2^t is summed as it is.
-struct BothTotals {
+// The sums of a thread's two rows, of 2^t itself.
+struct BothAccumulator {
   float total[2] = {}, total_pos[2] = {}, pos[2] = {};
   int n_pos[2] = {};
 
-  // Negatives: negative(h, c) says which; into the rows and into by_column.
+  // Adds the pairs with negative(h, c) to the rows, and to by_column.
   template <int NB, class Negative>
   FASTNCE_DEVICE void add(const Strip<NB>& t, const Negative& negative, float (&by_column)[2 * NB]) {
 #pragma unroll
@@ -79,7 +80,8 @@ struct BothTotals {
       }
   }
 
-  // Positives, of which most strips have none; their sums by column into at(1..3, column). All lanes must come here.
+  // Adds the positives, of which most strips have none, to the rows, and stores their sums by column at(1..3, column). All lanes must come
+  // here.
   template <int NB, class At>
   FASTNCE_DEVICE void add_positives(const Strip<NB>& t, const Kinds& kinds, const At& at) {
     const bool some = any_lane(kinds.positive[0] | kinds.positive[1]);
@@ -103,7 +105,7 @@ struct BothTotals {
     for (int h = 0; h < 2; ++h) n_pos[h] += population(kinds.positive[h]);
   }
 
-  // Adds to memory: all lanes of a quad must come here.
+  // Adds the rows to memory. All lanes of a quad must come here.
   template <bool CONTENT>
   FASTNCE_DEVICE void store(const Rules& r, const BothSums& out, const Rows& rows) const {
 #pragma unroll
@@ -123,7 +125,7 @@ struct BothTotals {
   }
 };
 
-// A column's sums over the warps of a block, added to memory; over(which) is one of them.
+// Adds the sums of a column to memory. over(which) is one of them, over all warps of the block.
 template <bool CONTENT, class Over>
 FASTNCE_DEVICE void add_column(const Rules& r, const BothSums& out, int j, const Over& over) {
   atomic_add(out.column + j, over(0));
@@ -136,7 +138,7 @@ FASTNCE_DEVICE void add_column(const Rules& r, const BothSums& out, int j, const
   }
 }
 
-// The gradient of the two rows of a strip that starts at row `first`, from one split of the columns, and their moments.
+// Stores the gradient, and the moment, of a thread's two rows in a strip that starts at row `first`, over one split of the columns.
 template <int NB>
 FASTNCE_DEVICE void store_gradient(const Problem& p, const RowGradient& out, int split, int first, const Strip<NB>& dx,
                                    const float (&moment)[2]) {

@@ -1,5 +1,5 @@
-// Vectors of statistics, O(N) in float64: what the sums of the tiles become, and what the tiles of the backward pass are weighted with. The
-// torch lines in fastnce/backends/_gpu/rows.py are the definition.
+// Arithmetic with one number per row, O(N) in float64: statistics from the sums of the tiles, coefficients of the weights, the derivatives
+// by scale and bias. The lines of torch in fastnce/backends/_gpu/rows.py are the definition.
 //
 //     lse = ln 2 * log2(sum_splits total 2^top) + bias       pos = ln 2 * (sum of t) / n_pos + bias
 //     w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive
@@ -8,14 +8,14 @@
 #include <cfloat>
 #include <cmath>
 
-#include "finalise.h"
 #include "tile.cuh"
+#include "vectors.h"
 
 namespace fastnce::cuda {
 
 constexpr double LN2 = 0.6931471805599453, LOG2E_DOUBLE = 1.4426950408889634;
 constexpr int VECTOR_THREADS = 128;
-// Of kernels that sum over all rows, by few blocks.
+// Threads of a block that sums over all rows.
 constexpr int SUM_THREADS = 512, SUM_WARPS = SUM_THREADS / 32;
 // Log2 of the largest lifted weight: half of what float16 holds, as the bound may be off by roundings.
 constexpr int LIFTED = 15;
@@ -24,12 +24,12 @@ FASTNCE_DEVICE bool empty(double lse) { return lse == -infinity(); }
 
 // ---------------------------------------------------------------- statistics
 
-// log2 of a sum of total 2^top over splits, which are `step` apart, and of an unshifted sum.
+// log2 of the sum of total 2^top over the splits, `step` apart, and of an unshifted sum.
 FASTNCE_DEVICE double log_sum(const float* tops, const float* totals, int64_t step, int splits, const float* unshifted) {
   const double more = unshifted ? *unshifted : 0.0, top_of_more = more > 0.0 ? 0.0 : -infinity();
   double top = top_of_more;
   for (int n = 0; n < splits; ++n) top = fmax(top, static_cast<double>(tops[n * step]));
-  // Of an empty set, base 0 keeps -inf - -inf out.
+  // Without a term base 0: -inf - -inf would be nan.
   const double base = empty(top) ? 0.0 : top;
   double sum = 0.0;
   for (int n = 0; n < splits; ++n) sum += totals[n * step] * exp2(tops[n * step] - base);
@@ -40,16 +40,16 @@ FASTNCE_KERNEL(VECTOR_THREADS, 1) statistics_kernel(const __grid_constant__ Stat
   const int i = block_index() * VECTOR_THREADS + thread_index();
   if (i >= s.rows) return;
   const int64_t step = s.rows, field = s.splits * step;
-  const float* real = s.real + i;
+  const float* sums = s.sums + i;
   const double bias = s.bias ? *s.bias : 0.0;
   const auto unshifted = [&](int which) { return s.unshifted ? s.unshifted + which * step + i : nullptr; };
-  const double own_neg = log_sum(real, real + field, step, s.splits, unshifted(0));
+  const double own_neg = log_sum(sums, sums + field, step, s.splits, unshifted(0));
   double own_pos = 0.0, pos = 0.0;
   int64_t n_pos = 0;
   if (s.in_tile) {
-    own_pos = log_sum(real + 2 * field, real + 3 * field, step, s.splits, unshifted(1));
+    own_pos = log_sum(sums + 2 * field, sums + 3 * field, step, s.splits, unshifted(1));
     for (int n = 0; n < s.splits; ++n) {
-      pos += real[4 * field + n * step];
+      pos += sums[4 * field + n * step];
       n_pos += s.count[n * step + i];
     }
     if (s.unshifted) {
@@ -74,7 +74,7 @@ FASTNCE_KERNEL(VECTOR_THREADS, 1) statistics_kernel(const __grid_constant__ Stat
 
 // ---------------------------------------------------------------- sums over all rows
 
-// value[n] = merge(n, ..) of all threads of a block, for all of them, in one order.
+// value[n] = merge(n, ..) over all threads of a block, in one order. All threads get the result.
 template <int COUNT, class Merge>
 FASTNCE_DEVICE void over_block(double (&value)[COUNT], const Merge& merge) {
   double* shared = reinterpret_cast<double*>(shared_memory());
@@ -96,7 +96,7 @@ FASTNCE_DEVICE void over_block(double (&value)[COUNT], const Merge& merge) {
 
 // ---------------------------------------------------------------- coefficients
 
-// 0 for the log-sum and the mean of nothing, whatever came down for them.
+// Upstream gradients of a row: 0 where it has no negative, or no positive, whatever came down.
 struct RowGradients {
   bool no_negative, no_positive;
   double negative, positive, mean;
@@ -106,23 +106,24 @@ struct RowGradients {
     return {no_negative, no_positive, no_negative ? 0.0 : s.dlse_neg[i], no_positive ? 0.0 : s.dlse_pos[i], no_positive ? 0.0 : s.dpos[i]};
   }
 
-  // Weight of the one aligned pair of a row: with one positive lse_pos and pos are the same number.
+  // The weight of the aligned pair of a row. With one positive, lse_pos and pos are the same number, so their gradients add up.
   FASTNCE_DEVICE double aligned() const { return positive + mean; }
   FASTNCE_DEVICE double share(const SideOf& s, int i) const { return mean / static_cast<double>(s.n_pos[i] > 1 ? s.n_pos[i] : 1); }
 };
 
-// The largest of both sides' |w|, of the factors; sums of w, of the rows' pos, and over the aligned pairs of w t and of w.
-enum Total { PEAK, PEAK_OF_COLUMNS, FACTORS, DUE, POS, PAIR_MOMENT, PAIR_WEIGHT, TOTALS };
+// Quantities over all rows: the largest |w| of either side, and of the factors; the sums of w, of pos of the rows, and of w t and w of the
+// aligned pairs.
+enum Quantity { PEAK, PEAK_OF_COLUMNS, FACTORS, DUE, POS, PAIR_MOMENT, PAIR_WEIGHT, QUANTITIES };
 
 struct Sums {
-  double of[TOTALS] = {};
+  double of[QUANTITIES] = {};
 
-  FASTNCE_DEVICE static double merge(int total, double a, double b) { return total <= FACTORS ? fmax(a, b) : a + b; }
-  FASTNCE_DEVICE void add(int total, double value) { of[total] = merge(total, of[total], value); }
+  FASTNCE_DEVICE static double merge(int quantity, double a, double b) { return quantity <= FACTORS ? fmax(a, b) : a + b; }
+  FASTNCE_DEVICE void add(int quantity, double value) { of[quantity] = merge(quantity, of[quantity], value); }
   FASTNCE_DEVICE void over_all_threads() { over_block(of, merge); }
 };
 
-// As torch.nan_to_num: what is nan counts as nothing.
+// As torch.nan_to_num: 0 for nan.
 FASTNCE_DEVICE double bounded(double size, double most) { return size == size ? fmin(size, most) : 0.0; }
 
 FASTNCE_DEVICE double pair_weight(const Contributions& c, int pair) {
@@ -131,7 +132,7 @@ FASTNCE_DEVICE double pair_weight(const Contributions& c, int pair) {
   return c.symmetric || c.sides == 2 ? w + RowGradients::of(c.side[c.sides - 1], c.first[1] + pair).aligned() : w;
 }
 
-// What this thread meets on its way through all rows.
+// The quantities over the rows that this thread visits.
 FASTNCE_DEVICE Sums sums_of(const Contributions& c, int first, int step) {
   Sums sums;
   const double bias = c.bias ? *c.bias : 0.0;
@@ -141,7 +142,7 @@ FASTNCE_DEVICE Sums sums_of(const Contributions& c, int first, int step) {
     for (int i = first; i < s.rows; i += step) {
       const RowGradients row = RowGradients::of(s, i);
       const double negative = fabs(row.negative), positive = c.in_tile ? fabs(row.positive) + fabs(row.share(s, i)) : 0.0;
-      // Not fmax, which would pass over a nan.
+      // fmax would pass over a nan.
       sums.add(PEAK + n, bounded(negative > positive || negative != negative ? negative : positive, DBL_MAX));
       sums.add(DUE, row.negative + row.positive + row.mean);
       if (n == 0) sums.add(POS, s.pos[i] - bias);
@@ -165,7 +166,7 @@ FASTNCE_DEVICE double lift_of(double largest) {
   return ldexp(1.0, lift < -100 ? -100 : lift > 100 ? 100 : lift);
 }
 
-// The base as float32 holds it; what it lost, up to 1e-5 of a bit, goes into the factor.
+// Stores the base, rounded to float32, and the factor, which takes up the rounding of up to 1e-5 of a bit.
 FASTNCE_DEVICE void store_rounded(float* to, int64_t field, bool none, double base, double factor, double lift) {
   const float kept = none ? 0.0f : static_cast<float>(base);
   to[0] = kept;
@@ -186,9 +187,10 @@ FASTNCE_DEVICE void store_vectors(const Contributions& c, const SideOf& s, int i
   to[4 * field] = static_cast<float>(row.share(s, i) * lift);
 }
 
-// One block does all of it; many leave their sums in `scratch` (blocks, TOTALS) first, and read them when they are launched again: a lift
-// is known only after the last row, and factors without it may be too small for float32.
-enum class Phase { WHOLE, SUMS, VECTORS };
+// The lift is known only after the last row, and factors without it may be too small for float32. So there are two phases: sums over all
+// rows, then vectors. One block does both AT_ONCE. Many blocks are launched twice, and leave their sums in `scratch` (blocks, QUANTITIES)
+// between.
+enum class Phase { AT_ONCE, SUMS, VECTORS };
 
 template <Phase PHASE>
 FASTNCE_KERNEL(SUM_THREADS, 1)
@@ -199,13 +201,13 @@ coefficients_kernel(const __grid_constant__ Contributions c, double* scratch) {
     sums = sums_of(c, first, step);
   } else if (thread_index() < block_count()) {
 #pragma unroll
-    for (int n = 0; n < TOTALS; ++n) sums.of[n] = scratch[thread_index() * TOTALS + n];
+    for (int n = 0; n < QUANTITIES; ++n) sums.of[n] = scratch[thread_index() * QUANTITIES + n];
   }
   sums.over_all_threads();
   if (PHASE == Phase::SUMS) {
     if (thread_index() == 0)
 #pragma unroll
-      for (int n = 0; n < TOTALS; ++n) scratch[block_index() * TOTALS + n] = sums.of[n];
+      for (int n = 0; n < QUANTITIES; ++n) scratch[block_index() * QUANTITIES + n] = sums.of[n];
     return;
   }
   // Where the keys are the queries, a pair has the weights of both of its ends.
@@ -233,23 +235,6 @@ FASTNCE_KERNEL(SUM_THREADS, 1) scale_gradient_kernel(const __grid_constant__ Sca
   const double lift = g.scalars[0], center = g.scalars[1], due = g.scalars[2], moment = g.scalars[3];
   *g.dscale = static_cast<float>((center * due + moment + sum[0] / (g.divide * lift)) / (LOG2E_DOUBLE * *g.scale));
   *g.dbias = static_cast<float>(due);
-}
-
-// ---------------------------------------------------------------- loss of one positive
-
-// softplus(x) = log(1 + exp x), x = lse_neg - pos; beyond 80 the 1 is below float64's rounding, and beyond 709 exp x is infinite.
-FASTNCE_KERNEL(VECTOR_THREADS, 1) log1p_loss_kernel(const Log1p of) {
-  const int64_t i = int64_t{block_index()} * VECTOR_THREADS + thread_index();
-  if (i >= of.count) return;
-  const double x = of.lse_neg[i] - of.pos[i];
-  of.out[i] = x > 80.0 ? x : log1p(exp(x));
-}
-
-// d/dlse_neg = upstream * sigmoid(x),   d/dpos = -d/dlse_neg
-FASTNCE_KERNEL(VECTOR_THREADS, 1) log1p_loss_backward_kernel(const Log1p of) {
-  const int64_t i = int64_t{block_index()} * VECTOR_THREADS + thread_index();
-  if (i >= of.count) return;
-  of.out[i] = of.upstream[i * of.step] / (1.0 + exp(of.pos[i] - of.lse_neg[i]));
 }
 
 }  // namespace fastnce::cuda
