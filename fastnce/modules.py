@@ -1,4 +1,4 @@
-"""nn.Module twins of the losses: they hold what stays the same from step to step, and call losses.py."""
+"""nn.Module twins of the losses: they hold what stays the same from step to step, and call losses."""
 
 from __future__ import annotations
 

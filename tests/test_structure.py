@@ -61,7 +61,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formulas": {"precision", "statistics"},
     "negatives": {"arguments", "listed", "autograd", "statistics"},
     "dense_small": {"arguments", "precision", "autograd", "problem"},
-    "losses": {
+    "losses": {"losses.queries", "losses.views"},
+    "losses.queries": {
         "arguments",
         "formulas",
         "hints",
@@ -72,11 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "relations",
         "dense_small",
         "statistics",
-        "views",
         "wide",
     },
+    "losses.views": {"arguments", "formulas", "hints", "pairs", "problem", "relations", "dense_small", "statistics", "wide"},
     "retrieval": {"arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "statistics"},
-    "views": {"arguments", "hints", "pairs", "problem", "wide"},
     "logit_scale": set(),
     "modules": {"arguments", "formulas", "logit_scale", "losses", "negatives", "autograd", "queue", "statistics"},
     "selftest": {"losses"},
