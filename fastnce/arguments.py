@@ -43,11 +43,27 @@ _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
 
 @contextlib.contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Check values too, at the price of a device synchronisation per call. Results do not change.
+    """Check the values in tensors too, inside a with block; results do not change.
 
-    What cannot be meant raises ValueError: nan, zero rows, a temperature tensor <= 0, nothing to compare with. What is legal and looks like
-    a mistake is a UserWarning, once for each line that calls: a scale given as temperature, anchors without a positive, ids of hash().
-    docs/numerics.md lists both. The environment variable FASTNCE_DEBUG=1 does the same for the whole process.
+    Reading values back costs one device synchronisation per call. The environment variable FASTNCE_DEBUG=1 does the same for a whole
+    process.
+
+    Args:
+        enabled: False switches the checks off again, inside another block. Default: True.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: by a call inside the block, for values that cannot be meant: nan, a zero row, a temperature tensor that is not positive,
+            rows without anything to compare with. Values that are legal and look like a mistake are a UserWarning, once for each line that
+            calls: a scale given as temperature, anchors without a positive, ids of hash(). docs/numerics.md lists both.
+
+    Example:
+        >>> with fastnce.debug():
+        ...     fastnce.nt_xent(torch.zeros(2, 3))
+        Traceback (most recent call last):
+        ValueError: nt_xent: z0 row 0 is zero: its similarities and its gradient are defined as 0
     """
     global _debug
     before, _debug = _debug, enabled
