@@ -85,7 +85,7 @@ class LogitScale(StaysPrecise):
         return f"max={self.max}" if self.min is None else f"min={self.min}, max={self.max}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A pickle of a scale that had neither `min` nor `init`.
+        # Pickles of earlier versions have neither `min` nor `init`.
         super().__setstate__({"min": None, "init": min(1 / 0.07, state["max"] or math.inf)} | state)
         if self.log_scale.dim() == 0:
             self.log_scale = nn.Parameter(self.log_scale.detach().reshape(1), self.log_scale.requires_grad)

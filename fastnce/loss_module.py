@@ -36,12 +36,12 @@ class Loss(StaysPrecise):
 
     @property
     def _where(self) -> str:
-        """Messages begin with the name of the function, whoever called it."""
+        """The name of the loss function, with which messages begin, also those of the module."""
         return type(self)._function.__name__
 
     @property
     def temperature(self) -> float | Tensor:
-        """As it was given, or 1 / scale; differentiable."""
+        """The temperature as it was given, or 1 / scale; differentiable."""
         return self._value("temperature", "scale")
 
     @temperature.setter
@@ -52,7 +52,7 @@ class Loss(StaysPrecise):
 
     @property
     def scale(self) -> float | Tensor:
-        """As it was given, what a LogitScale gives, or 1 / temperature; differentiable."""
+        """The scale as it was given, the value of a LogitScale, or 1 / temperature; differentiable."""
         return self._value("scale", "temperature")
 
     @scale.setter
@@ -88,17 +88,17 @@ class Loss(StaysPrecise):
 
     def _value(self, name: str, other: str) -> Any:
         held = self._held()
-        if not held:  # nn.Module asks whether there is an attribute of that name before it registers one
+        if not held:  # nn.Module asks for an attribute of that name before it registers one
             raise AttributeError(f"{type(self).__name__} holds no {name}")
         return held[name] if name in held else 1 / held[other]
 
     def _held(self) -> dict[str, Any]:
-        """{"temperature": ...} or {"scale": ...}; empty while it is being set."""
+        """{"temperature": ...} or {"scale": ...}; empty while one of them is being set."""
         if "logit_scale" in self._modules:
             return {"scale": self.logit_scale()}
         names, stores = ("temperature", "scale"), (self.options, self._parameters, self._buffers)
         held = {name: store[name] for store in stores for name in names if name in store}
-        # torch.nn.utils.parametrize takes it out of these, and gives the class a property of its own by that name.
+        # torch.nn.utils.parametrize removes a tensor from these stores, and gives the class a property of that name.
         return held or {name: getattr(self, name) for name in names if getattr(type(self), name) is not getattr(Loss, name)}
 
     def _given(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Loss(StaysPrecise):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A pickle from when a loss also returned its metrics, and from when a default temperature and no scale were options too.
+        # Pickles of earlier versions hold return_stats, a default temperature, or a scale of None among the options.
         self.options.pop("return_stats", None)
         if self.options.get("scale", 0) is None:
             del self.options["scale"]

@@ -299,7 +299,7 @@ class ClipLoss(Loss):
         )
         if logit_scale is None or not isinstance(own, Tensor):
             return loss
-        # The sum of no element: 0 whatever it holds, and its gradient too.
+        # The sum of no elements is 0, and so is its gradient, whatever the scale is.
         return loss + own.reshape(1)[:0].sum().to(loss.dtype)
 
 
@@ -382,7 +382,7 @@ class MoCoLoss(Loss):
 
     @torch.no_grad()
     def _enqueue(self, k: Tensor) -> None:
-        """Put k into the queue and remember which rows it replaces: as many as k has, no buffer, in no state_dict."""
+        """Put k into the queue, and keep the rows that it replaces, as many as k has. They are no buffer and in no state_dict."""
         if torch.compiler.is_compiling():
             self.queue.enqueue(k)
             return
@@ -393,11 +393,11 @@ class MoCoLoss(Loss):
 
     @torch.no_grad()
     def _before(self, k: Tensor) -> Tensor:
-        """The queue before the last call, (queue_size, dim), if the keys of that call were k: an error, on a GPU nan, if they were not."""
+        """The queue before the last call, (queue_size, dim). Where the keys of that call were not k, an error, or on a GPU nan."""
         if self._replaced is not None and self._replaced[3] == len(k):
             places, rows, pointer, _ = self._replaced
             last, now = self.queue.keys[places], k[len(k) - len(places) :].to(rows.dtype)
-            # The second run may round otherwise than the first; another batch is further away than a tenth.
+            # The second run may round differently. The keys of another batch differ by more than a tenth of their norm.
             same = (self.queue.pointer == pointer) & ~((last - now).norm() > 0.1 * last.norm())
             if not arguments.free_to_read(same):
                 return self.queue.keys.index_copy(0, places, rows).where(same, torch.nan)

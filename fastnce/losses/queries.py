@@ -113,7 +113,7 @@ def info_nce(
     hints.temperature(where, temperature, scale, normalize)
     scale = arguments.scale_of(where, temperature, scale, query)
     weight = arguments.weights(where, weight, rows, query)
-    # A loss of one part, against positive_key, or of two.
+    # The loss has one part, against positive_key, or a second one against negative_keys.
     wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
     first, second = wide[:2], wide[2:]
 
@@ -141,7 +141,7 @@ def info_nce(
         return Problem(query, k, scale, None, pairs, symmetric, normalize, q_wide=q_wide, k_wide=k_wide)
 
     def with_none(loss: Tensor) -> Tensor:
-        """The loss; it depends on negatives that are none with a gradient of their shape."""
+        """The loss, from which an empty tensor of negatives gets its gradient, also empty."""
         return loss if none is None else loss + none.sum(dtype=loss.dtype)
 
     before = in_batch_keys if use_batch else 0

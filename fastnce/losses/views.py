@@ -235,7 +235,7 @@ def _two_views(
     reduction: str,
     weight: Tensor | None,
 ) -> tuple[Problem, Tensor | None]:
-    """Every row of z = [z0; z1] against all others, the other view of its example being its positive; and the weights of the rows."""
+    """The problem of nt_xent and dcl_loss, every row of z = [z0; z1] against all others, and the weights of the rows."""
     if z1 is None:
         arguments.features(where, z0=z0)
         if z0.shape[0] % 2:
