@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastnce
 from fastnce.compiled import build, find
 
 # Where nothing else is given. What is compiled for tests outlives them: minutes of compilers are in it. A folder of this name that somebody
@@ -20,6 +22,12 @@ for variable, name in (("FASTNCE_CACHE_DIR", "fastnce"), ("TRITON_CACHE_DIR", "t
 
 # No test finds a library of csrc/cpu by itself, whatever lies there: "auto" is "torch" on a CPU, and "cpu" needs the fixture `compiled`.
 as_users_have_it, find.candidates = find.candidates, lambda kind: iter(()) if kind == "cpu" else as_users_have_it(kind)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def examples(doctest_namespace: dict[str, object]) -> None:
+    """Examples in docstrings have imported what their reader has imported."""
+    doctest_namespace |= {"torch": torch, "fastnce": fastnce}
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Benchmark fastnce against the ways these losses are computed today, on this CPU or GPU.
 
-    python -m bench time memory [options]    what a step takes and needs, in one result; or one of the two alone
+    python -m bench time memory [options]    time and memory of a step, in one result; or one of the two alone
     python -m bench accuracy [options]       errors against float64, and the accuracy contract
-    python -m bench gpu [options] [part ...] what a GPU has to show; bench/gpu/run.sh says which parts there are
+    python -m bench gpu [options] [part ...] the tests and measurements for a GPU; bench/gpu/run.sh lists the parts
     python -m bench page [options]           README, docs and figures from recorded results, or a page of one's own
 
 time and memory, each with --help for the rest:
@@ -68,7 +68,7 @@ def _range(text: str) -> list[int]:
 
 
 def _sizes(text: str) -> list[int]:
-    """Ascending, so that what runs out of memory at one size need not be tried at the next."""
+    """Ascending, so that a contestant that runs out of memory at one size need not be tried at the next."""
     found = sorted({size for part in _names(text) for size in _range(part)})
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} names no size; give a list such as 1024,4096 or a range such as 4k:1M:x2")
@@ -188,7 +188,7 @@ def spelled_out(options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run what the arguments say. Returns the exit status."""
+    """Run the command that the arguments name. Returns the exit status."""
     command, rest = (arguments or [""])[0], arguments[1:]
     if command == "accuracy":
         from bench import accuracy
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
 
 @files.command(PROGRAM)
 def measure(arguments: list[str]) -> int:
-    """Of time and memory."""
+    """The commands time and memory. Returns the exit status."""
     options = parse(arguments)
     try:
         planned = plan(options)
@@ -236,7 +236,7 @@ def measure(arguments: list[str]) -> int:
 
 
 def _slower(rows: list[record.Row], least: float) -> int:
-    """1 where another contestant takes less than `least` times our time, or one of the times is missing; says which."""
+    """Print each contestant that takes less than `least` times our time, or has no time. Returns 1 where there is one."""
     timed = [row for row in rows if row["measure"] == "time" and row["contestant"] != peers.OURS]
     found = [(row, record.ratio(row) if row["status"] == "ok" else None) for row in timed]
     short = [(row, ratio) for row, ratio in found if ratio is None or ratio < least]

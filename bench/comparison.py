@@ -1,7 +1,7 @@
-"""From the recorded results: the ones that exist, and the rows of them that a page shows first.
+"""The rows of the recorded results that a page shows first: comparisons of fastnce with others over N.
 
-A comparison is one loss at D = 128, forward and backward, over N, from the result of a machine that has its times and its memory up to the
-largest N: float32 on a CPU, bfloat16 on a GPU. Shown are fastnce, torch's own ways, and the best of the other packages.
+A comparison is one loss at D = 128, forward and backward, on one machine: float32 on a CPU, bfloat16 on a GPU. It comes from the result
+with times and memory up to the largest N. It shows fastnce, torch's own ways, and the best of the other packages.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from bench.record import Recorded, Results, Row, clock, milliseconds, rows_of
 LOSSES = {"nt_xent": "NT-Xent", "clip": "CLIP"}
 WIDTH = 128
 SETTINGS = ("sources", "torch", "threads", "mem_limit_mib", "allocator")  # of env: equal where two runs are one
-# What a page calls them, and which contestants they are: the first that was measured. Under autocast GPUs are trained.
+# The label on a page, and its contestants: the first that was measured. On GPUs that is the one under autocast, as people train.
 TORCH = {"eager": ("eager autocast", "eager"), "torch.compile": ("compile autocast", "compile"), "chunked": ("chunked",)}
-# Torch in other words; packages that compute another loss.
+# Contestants that are no other package's: torch's own, and those that compute another loss.
 NO_LIBRARY = {OURS, "careful", "open_clip autocast", "siglip-kernel", *(name for names in TORCH.values() for name in names)}
 
 
@@ -34,13 +34,13 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """Of the files of its figure."""
+        """The name of its figure's file."""
         width = self.rows[0]["d"]
         return f"{self.result.machine}-{self.loss}" + (f"-d{width}" if width != WIDTH else "")
 
     @property
     def limit(self) -> float:
-        """MiB: what allocations were limited to, on a GPU what it has; 0 where there was no limit."""
+        """MiB: the limit of allocations, on a GPU its memory; 0 where there was no limit."""
         env = self.result.env
         return float(env["gpu"]["memory_gib"] * 1024 if "gpu" in env else env["mem_limit_mib"])
 
@@ -60,7 +60,7 @@ class Comparison:
         )
 
     def fits(self, label: str) -> list[int]:
-        """The N whose step ran within the memory there was."""
+        """Every N whose step ran within the memory."""
         return sorted(self.measured("memory", label).values)
 
     def chart(self) -> Chart:
@@ -80,7 +80,7 @@ def refused(row: Row) -> bool:
 
 
 def comparisons(results: Results, losses: Iterable[str] = LOSSES, width: int = WIDTH) -> list[Comparison]:
-    """At most one for every machine and loss: the one that reaches the largest N, of those the newest."""
+    """At most one for each machine and loss: the one that reaches the largest N, and the newest of several."""
     found: dict[tuple[str, str], Comparison] = {}
     for result in results.measured:
         for loss in losses:
@@ -91,7 +91,7 @@ def comparisons(results: Results, losses: Iterable[str] = LOSSES, width: int = W
 
 
 def every_comparison(results: Results) -> list[Comparison]:
-    """Of all losses and widths that were measured."""
+    """The comparisons of all losses and widths that were measured."""
     rows = [row for result in results.measured for row in result.rows if row["measure"] in ("time", "memory")]
     losses, widths = dict.fromkeys(row["loss"] for row in rows), sorted({row["d"] for row in rows})
     return [found for width in widths for found in comparisons(results, losses, width)]
@@ -100,7 +100,7 @@ def every_comparison(results: Results) -> list[Comparison]:
 def comparison_of(result: Recorded, loss: str, others: Sequence[Recorded] = (), width: int = WIDTH) -> Comparison | None:
     """None where fastnce or eager has not both its times and its memory at two N or more.
 
-    What ran into the time limit is taken from `others` where they measured it: same machine, same sources, same settings.
+    A row that ran into the time limit is replaced by a row of `others`, of the same machine, sources and settings, that measured it.
     """
     dtype = "bfloat16" if "gpu" in result.env else "float32"
     rows = shown_rows(result, loss, dtype, width)
@@ -132,7 +132,7 @@ def key_of(row: Row) -> tuple[str, str, int]:
 
 
 def best(rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """The one that runs at the largest N, and of those the fastest there."""
+    """The contestant that runs at the largest N, and of several the fastest there."""
     times = {(row["contestant"], row["n"]): milliseconds(row) for row in rows if row["measure"] == "time" and row["status"] == "ok"}
     reached = {name: max(n for other, n in times if other == name) for name in names if any(other == name for other, _ in times)}
     return min(reached, key=lambda name: (-reached[name], times[name, reached[name]]), default=None)

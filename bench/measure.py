@@ -1,12 +1,12 @@
-"""Time and memory of contestants, inside the fresh process that process.py starts for each cell.
+"""Time and memory of contestants, inside the fresh process that sweep.py starts for each cell.
 
-    time    one process per (loss, N, D). Every round runs every contestant once, starting with another one each round,
-            so that a slow moment of the machine falls on all of them; ratios are taken within a round.
+    time    one process per (loss, N, D). Every round runs every contestant once, and each round begins with another one, so that a slow
+            moment of the machine falls on all of them. Ratios are taken within a round.
     memory  one process per contestant: the peak of resident memory during one step, above what the process held with its
             inputs. A smaller problem ran before, so code and thread pools are already there.
     gemm    one N x N x N product, the rate that those of the losses are compared with.
 
-A contestant that fails is a row, and the others go on. What a cell on a GPU does instead is in gpu/measure.py.
+A contestant that fails becomes a row, and the others go on. gpu/measure.py has the same for a cell on a GPU.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from bench.record import Cell, Row, row_of
 from fastnce.backends._tiled.gemm import product
 
 MIB = 2**20
-GEMM_MS = 1000.0  # of products; then one more is not started
-# Rows of the small problem that runs first, so that code which is loaded at a first call is not counted: enough for the path that larger
-# problems take. With 64 rows, 7 MiB of a matrix library's code were counted as fastnce's at N = 512.
+GEMM_MS = 1000.0  # of products; after that no other one is started
+# Rows of the small problem that runs first, so that code which is loaded at a first call is not counted. They are enough for the path that
+# larger problems take: with 64 rows, 7 MiB of a matrix library's code were counted as fastnce's at N = 512.
 WARM_UP = 1024
 COMPILING = 4096  # MiB beyond the limit that a compiler may take
 
 
 def leaves_of(cell: Cell, rows: int | None = None) -> tuple[Tensor, ...]:
-    """The leaves of a cell, or of its like with another number of rows."""
+    """The leaves of a cell, or of the same cell with another number of rows."""
     return dense.leaves(cell.loss, rows or cell.n, cell.d, getattr(torch, cell.dtype), device=cell.device, noise=cell.noise)
 
 
@@ -48,7 +48,7 @@ def leaves_of(cell: Cell, rows: int | None = None) -> tuple[Tensor, ...]:
 
 
 def prepared(mode: str, function: Contestant, leaves: tuple[Tensor, ...]) -> Callable[[], Tensor]:
-    """One step, ready to be timed; it gives the loss. The gradients of the last one are gone, and for bwd the forward has run."""
+    """One step, ready to be timed; it returns the loss. Earlier gradients are dropped, and for bwd the forward has run."""
     for leaf in leaves:
         leaf.grad = None
     if mode == "bwd":
@@ -71,7 +71,7 @@ def gradient_norm(leaves: tuple[Tensor, ...]) -> float:
 
 
 def computed(loss: float, leaves: tuple[Tensor, ...]) -> dict[str, float]:
-    """What a row says of the result: a contestant that computes something else is no contestant."""
+    """The fields of a row that show the result, so that a contestant that computes something else is seen."""
     gradient = {"gradient_norm": gradient_norm(leaves)} if any(leaf.grad is not None for leaf in leaves) else {}
     return {"loss_value": loss, **gradient}
 
@@ -85,7 +85,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def status_of(error: Exception) -> tuple[str, str]:
-    """Status and detail of a row whose contestant raised: what was asked for, or the last line of what it said."""
+    """Status and detail of a row whose contestant raised: the size of the refused allocation, or the last line of the message."""
     said = str(error).strip()
     if is_out_of_memory(error):
         asked = re.search(r"tried to allocate [\d.]+ \w+", said, re.IGNORECASE)
@@ -95,11 +95,11 @@ def status_of(error: Exception) -> tuple[str, str]:
 
 
 def guarded(cell: Cell, name: str, call: Callable[[], Row]) -> Row:
-    """What a contestant gives, or the row of its failure."""
+    """The row of a contestant, or that of its failure."""
     try:
         return call()
     except Exception as error:
-        # Made inside: the traceback holds every tensor of the failed call until this clause ends.
+        # Only the words leave this clause: until it ends, the traceback holds every tensor of the failed call.
         status, detail = status_of(error)
     return row_of(cell, name, status, detail=detail)
 
@@ -113,7 +113,7 @@ def limit_memory(mebibytes: int) -> None:
 
 
 def warmed_up(cell: Cell, name: str) -> Contestant:
-    """The contestant, after a step of a small problem; one that is compiled, which is done for a shape, after one of this problem."""
+    """The contestant after a step of a small problem; a compiled one, which is compiled for a shape, after a step of this problem."""
     function = peers.contestant(cell.loss, name, cell.backend)
     compiled = name in peers.COMPILED
     if compiled and cell.mem_limit:
@@ -138,7 +138,7 @@ def clocks(call: Callable[[], Tensor]) -> tuple[float, float]:
 
 
 def measure_time(cell: Cell) -> list[Row]:
-    """Whoever fails, at the first call or in a later round, has a row that says so; the others go on."""
+    """A contestant that fails, at the first call or in a later round, has a row that says so; the others go on."""
     rows: dict[str, Row] = {}
     running: dict[str, Contestant] = {}
 
@@ -169,7 +169,7 @@ def measure_time(cell: Cell) -> list[Row]:
     gc.disable()
     order = list(running)
     for turn in range(cell.repeats):
-        # Forwards and backwards, from another one each time: nobody always has the same one before him.
+        # In turn forwards and backwards, and from another one each time: no contestant always follows the same other one.
         for name in order[:: 1 if turn % 2 else -1]:
             if name in running:
                 attempt(name, partial(sample, name))
@@ -195,7 +195,7 @@ def measure_gemm(cell: Cell) -> list[Row]:
 def _rate(cell: Cell, name: str, call: Callable[[], Tensor]) -> Row:
     call()
     pairs: list[tuple[float, float]] = []
-    # Without instructions for it, float16 runs at a hundredth of float32's rate.
+    # The time is limited because float16, on a CPU without instructions for it, runs at a hundredth of float32's rate.
     while len(pairs) < cell.repeats and sum(cpu for cpu, _ in pairs) < GEMM_MS:
         pairs.append(clocks(call))
     cpu, wall = (median(pair[of_round] for pair in pairs) for of_round in (0, 1))
@@ -216,7 +216,7 @@ def _memory(cell: Cell, name: str) -> Row:
     function = warmed_up(cell, name)
     leaves = leaves_of(cell)
     gc.collect()
-    # What building the inputs freed would otherwise be reused by the loss and not count.
+    # Memory that was freed while the inputs were made would otherwise be reused by the loss, and not count.
     ctypes.CDLL(None).malloc_trim(0)
     limit_memory(cell.mem_limit)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
@@ -237,7 +237,7 @@ MEASURES: dict[str, Callable[[Cell], list[Row]]] = {"time": measure_time, "memor
 
 
 def here(cell: Cell) -> list[Row]:
-    """A cell in this process: what the fresh one does."""
+    """The rows of a cell, measured in this process."""
     measures = MEASURES
     if cell.clock == "device":
         from bench.gpu import measure

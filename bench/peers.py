@@ -31,13 +31,13 @@ def fastnce_loss(loss: str, backend: str = "auto") -> Contestant:
     return partial(functions[loss], backend=backend)
 
 
-# ---------------------------------------------------------------- torch's own fused one
+# ---------------------------------------------------------------- torch's own fused loss
 
 
 def of_torch() -> Contestant:
     """F.linear_cross_entropy for info_nce, in chunks of rows, the keys as its weights. Raises ImportError where torch has none.
 
-    For clip it would be called twice; its gradients are then further from float64 than the tests allow a contestant, so it has none.
+    There is none for clip: that takes two calls, whose gradients are further from float64 than the tests allow a contestant.
     """
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
@@ -67,7 +67,7 @@ def of_info_nce_pytorch() -> Contestant:
 
 
 def of_open_clip() -> Contestant:
-    """open_clip's ClipLoss for clip, of rows normalised as its models do; where it is not installed, what it computes."""
+    """open_clip's ClipLoss for clip, of rows normalised as its models do; where it is not installed, the same formula."""
     try:
         loss = packages.open_clip_loss()()
     except ModuleNotFoundError:
@@ -138,7 +138,7 @@ FACTORIES["moco"]["info-nce-pytorch"] = of_info_nce_pytorch
 
 # torch.compile needs a C++ compiler and seconds for every new shape: it runs only when it is named.
 COMPILED = ("compile", "compile autocast")
-# It keeps all negative pairs for every positive pair, N^3 numbers, 4 GiB at N = 1,024: only when it is named, too.
+# It keeps all negative pairs for every positive pair, N^3 numbers, 4 GiB at N = 1,024: it too runs only when it is named.
 CUBIC = ("nt_xent", "pytorch-metric-learning")
 
 
@@ -148,7 +148,7 @@ def on_request(loss: str, name: str) -> bool:
 
 
 def factories(loss: str, device: str) -> dict[str, Callable[[], Contestant]]:
-    """Those of a loss; the ones that only run on, or only make sense on, a GPU come after the others."""
+    """The factories of a loss; those that only run on a GPU, or only make sense there, come after the others."""
     if device == "cpu":
         return FACTORIES[loss]
     from bench.gpu import peers as of_gpu
@@ -157,12 +157,12 @@ def factories(loss: str, device: str) -> dict[str, Callable[[], Contestant]]:
 
 
 def names(device: str) -> list[str]:
-    """Of every contestant of any loss."""
+    """The names of all contestants of all losses."""
     return list(dict.fromkeys(name for loss in LOSSES for name in factories(loss, device)))
 
 
 def contestant(loss: str, name: str, backend: str = "auto") -> Contestant:
-    """One of any device. Raises ImportError where its package is not installed. `backend` is that of fastnce."""
+    """A contestant for any device. Raises ImportError where its package is not installed. `backend` is that of fastnce."""
     if name == OURS:
         return fastnce_loss(loss, backend)
     return (FACTORIES[loss] if name in FACTORIES[loss] else factories(loss, "cuda"))[name]()

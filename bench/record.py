@@ -1,7 +1,7 @@
-"""What is measured, and what a result says: its rows, the machine, the versions, a digest of the sources. Writing one, and reading all.
+"""Results: the cells that are measured, their rows, the machine and versions, a digest of the sources; writing one, and reading all.
 
-A result (schema 2) is {"schema": 2, "env": {...}, "rows": [...]}. env is what record.environment gives, and mem_limit_mib (0: none) and
-cells_left, the number that the time budget left out. Every row has
+A result (schema 2) is {"schema": 2, "env": {...}, "rows": [...]}. env is that of record.environment with mem_limit_mib (0: none) and
+cells_left, the number of cells that the time budget left out. Every row has
 
     measure     time | memory | gemm | kernels
     mode        full (forward and backward) | fwd (forward, gradients enabled) | bwd (backward alone); gemm rows: fwd
@@ -38,11 +38,11 @@ from fastnce import files
 from fastnce.compiled import find
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"  # those that the pages show
-OUT = Path("fastnce-bench")  # in the current folder: who measures on a machine of theirs changes nothing of the checkout
+RESULTS = ROOT / "bench" / "results"  # the results that the pages show
+OUT = Path("fastnce-bench")  # in the current folder: measuring on a machine of one's own changes nothing of the checkout
 SOURCES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 
-# Settings of the C library and of torch that change what page faults cost, and with it the time of the dense losses.
+# Settings of the C library and of torch that change the cost of page faults, and with it the time of the dense losses.
 ALLOCATOR = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "MALLOC_ARENA_MAX", "LD_PRELOAD")
 
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ MODES = {"full": "forward + backward", "fwd": "forward", "bwd": "backward alone"
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem, one kind of measurement, and who is measured in one process."""
+    """One problem, one kind of measurement, and the contestants that are measured in one process."""
 
     measure: str  # "time", "memory", "gemm" or "kernels"
     loss: str
@@ -80,7 +80,7 @@ class Cell:
 
 
 def row_of(cell: Cell, name: str, status: str, **measured: Any) -> Row:
-    """The row of one contestant; table.py describes its fields."""
+    """The row of one contestant; the head of this file describes its fields."""
     problem = {"measure": cell.measure, "mode": cell.mode, "loss": cell.loss, "n": cell.n, "d": cell.d, "dtype": cell.dtype}
     return {**problem, "threads": cell.threads, "device": cell.device, "contestant": name, "status": status, **measured}
 
@@ -88,7 +88,7 @@ def row_of(cell: Cell, name: str, status: str, **measured: Any) -> Row:
 def clock(row: Row) -> tuple[str, str]:
     """Prefix of the fields that hold a row's time, and the words for it.
 
-    One thread's CPU time leaves out what other processes did meanwhile; with more threads only the wall clock counts.
+    The CPU time of one thread leaves out other processes that ran meanwhile. With more threads only the wall clock counts.
     """
     if row["device"] == "cuda":
         return "gpu", "CUDA events"
@@ -133,7 +133,7 @@ def cpu_model() -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """The GPU and what stands between it and us; never its serial number."""
+    """The GPU, its CUDA and Triton; never its serial number."""
     seen = torch.cuda.get_device_properties(0)
     major, minor = torch.cuda.get_device_capability(0)
     try:
@@ -157,7 +157,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def environment(command: list[str], threads: int, device: str = "cpu") -> dict[str, Any]:
-    """What a result says of where it comes from; `command` is what repeats it."""
+    """The env of a result: machine, versions, settings, and the command that repeats it."""
     return ({} if device == "cpu" else {"gpu": gpu()}) | {
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
@@ -168,7 +168,7 @@ def environment(command: list[str], threads: int, device: str = "cpu") -> dict[s
         "fastnce": fastnce.__version__,
         "peers": peers.versions(),
         "threads": threads,
-        # Of an objection what it is about, and not where: a record names no place.
+        # Of an objection only the part before the colon: the rest names a path of this machine.
         "compiled": (find.objection("cpu") or find.level("cpu")).partition(":")[0],
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
         "load": [round(load, 2) for load in os.getloadavg()],
@@ -182,7 +182,7 @@ def environment(command: list[str], threads: int, device: str = "cpu") -> dict[s
 
 
 def text(result: Result) -> str:
-    """As JSON: a line for every row, and for every entry of env."""
+    """The JSON of a result, with a line for each row and each entry of env."""
 
     def lines(value: Any) -> str:
         if isinstance(value, dict):
@@ -230,7 +230,9 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Results:
-    """Of time and memory, and of accuracy, the newest first; `left_out` are files of the former in another schema."""
+    """Results of time and memory (measured) and of accuracy (judged), the newest first.
+
+    `left_out` are results of time and memory in another schema."""
 
     measured: list[Recorded]
     judged: list[Recorded]
@@ -238,7 +240,7 @@ class Results:
 
 
 def load(folder: Path) -> Results:
-    """Every result of a folder, but for the parts of gpu/. Raises ValueError for a file that is none."""
+    """Every result of a folder, without the parts of gpu/. Raises ValueError for a file that is no result."""
     found = [Recorded(path.parent.name, path.name, content(path)) for path in sorted(folder.glob("*/*.json"))]
     found = sorted((result for result in found if "part" not in result.content), key=lambda result: (result.env["time"], result.name))
     judged = [result for result in reversed(found) if re.search(r"-accuracy(-\d+)?\.json$", result.name)]
@@ -248,7 +250,7 @@ def load(folder: Path) -> Results:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Of a file that holds at least what every result has."""
+    """The content of a file. Raises ValueError where it lacks what every result has."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         wrong = not isinstance(found["schema"], int) or not isinstance(found["rows"], list) or not isinstance(found["env"]["time"], str)

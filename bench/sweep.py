@@ -1,4 +1,4 @@
-"""The cells of a run one after the other: what need not be tried is skipped, progress is shown, a time budget ends it early."""
+"""Run cells one after the other: skip those that cannot succeed, show progress, end early at a time budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.record import ROOT, Cell, Row, milliseconds, row_of
 
 GEMM = {"cpu": 1024, "cuda": 8192}  # rows of the matrix product: large enough for its full rate, and under a second
 GEMM_REPEATS = 10
-# Of a cell's cost: starting a process takes a few seconds, as long as this many FLOP on one core. Only the ratio matters, for the ETA.
+# The part of a cell's cost for starting a process: a few seconds, in which one core does so many FLOP. Only the ETA depends on it.
 START = 5e11
 
 
@@ -25,9 +25,10 @@ START = 5e11
 
 
 def in_a_process(cell: Cell, timeout: float) -> list[Row]:
-    """One row per contestant of a cell: crash or timeout (seconds) for all of them where the process dies.
+    """One row per contestant of a cell. Where the process dies, or takes longer than the timeout (seconds), all of them say so.
 
-    SIGKILL ends a process whose memory was granted and is not there: of a single contestant that is oom, and larger N are not tried.
+    The kernel ends a process by SIGKILL where memory that it had granted is not there. With a single contestant that counts as oom, and
+    larger N are not tried.
     """
     command = [sys.executable, "-m", "bench.measure", json.dumps(asdict(cell))]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -52,9 +53,9 @@ def in_a_process(cell: Cell, timeout: float) -> list[Row]:
 
 
 def isolated(cell: Cell, timeout: float) -> list[Row]:
-    """As in_a_process; where a shared process dies, every contestant again in one of its own, so that only the culprit is lost.
+    """As in_a_process, but where a shared process dies, each contestant runs again in one of its own, so that only the culprit is lost.
 
-    Those rows say "alone": true and have no ratio: nothing was measured in turn with them.
+    Those rows say "alone": true. They have no ratio, because no other contestant was measured in turn with them.
     """
     rows = in_a_process(cell, timeout)
     if len(cell.names) == 1 or any(row["status"] not in ("crash", "timeout") for row in rows):
@@ -69,7 +70,7 @@ Runner = Callable[[Cell, float], list[Row]]
 
 
 class Sweep(NamedTuple):
-    """What came of a run: its rows, and how many cells the time budget left out."""
+    """The rows of a run, and how many cells the time budget left out."""
 
     rows: list[Row]
     left: int
@@ -105,17 +106,17 @@ def _say(words: str) -> None:
 
 
 def calls(cell: Cell) -> int:
-    """Steps that a cell does of each contestant."""
+    """How many steps of each contestant a cell runs."""
     return 1 + cell.repeats if cell.measure == "time" else 1
 
 
 def cost(cell: Cell) -> float:
-    """About how long a cell takes, in FLOP; nothing where nobody is left to run."""
+    """About how long a cell takes, in FLOP; 0 where no contestant is left to run."""
     return START + len(cell.names) * calls(cell) * dense.products(cell.loss, cell.n, cell.d) if cell.names else 0.0
 
 
 class Past:
-    """What contestants did at smaller N, and so which cells are beyond them: more memory than there is, more time than a process has."""
+    """The outcomes at smaller N, from which follows that a contestant would need more memory, or more time, than there is at this N."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
@@ -147,7 +148,7 @@ class Past:
             return "timeout", f"N={failed['n']} {failed['detail']}"
         if timed is not None:
             seconds = timed["wall_ms"]["median"] / 1e3
-            # All of these losses multiply every row with every other.
+            # All of these losses multiply every row with every other, so the time grows with N^2.
             needed = calls(cell) * seconds * (cell.n / timed["n"]) ** 2
             if needed > self.timeout:
                 return "timeout", f"N={timed['n']} took {seconds:.3g} s a step, so this needs {needed:.0f} of {self.timeout:g} s"
@@ -171,12 +172,12 @@ def gemm(like: Cell, dtypes: list[str], timeout: float) -> list[Row]:
 
 
 def better(first: list[Row], second: list[Row]) -> list[Row]:
-    """Of two measurements of the same products the faster: a slow moment of the machine lowers a rate, nothing raises it."""
+    """The faster of two measurements of each product: a slow moment of the machine lowers a rate, and nothing raises it."""
     return [max(pair, key=lambda row: row.get("tflops", 0.0)) for pair in zip(first, second, strict=True)]
 
 
 def with_shares(rows: list[Row], products: list[Row]) -> list[Row]:
-    """Every ok row of measure time with its nominal rate in percent of its dtype's matrix product."""
+    """The rows; each ok row of measure time with its nominal rate in percent of its dtype's matrix product."""
     rates = table.gemm_rates(products)
 
     def share(row: Row) -> dict[str, float]:

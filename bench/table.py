@@ -20,13 +20,13 @@ def number(value: float) -> str:
 
 
 def status(row: Row) -> str:
-    """As a table shows it: in brackets where it was foreseen and not run."""
+    """The status as a table shows it: in brackets where the contestant was not run because it was foreseen."""
     found: str = row["status"]
     return f"({found})" if found == "timeout" and row.get("detail", "").startswith("not run") else SHOWN.get(found, found)
 
 
 def table(rows: list[Row], figure: Callable[[Row], float], against: Against) -> list[str]:
-    """One line per N and D, one column per contestant; `against` gives what stands in brackets, of a row and fastnce's."""
+    """One line per N and D, one column per contestant. `against` gives the number in brackets, from a row and that of fastnce."""
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     lines = ["| N | D | " + " | ".join(names) + " |", "|" + "--:|" * (2 + len(names))]
     for n, d in dict.fromkeys((row["n"], row["d"]) for row in rows):
@@ -55,7 +55,7 @@ def gemm_rates(rows: list[Row]) -> dict[str, float]:
 
 
 def time_tables(rows: list[Row], gemm: float | None) -> list[str]:
-    """Of rows of one loss, dtype and mode: milliseconds, and percent of the rate of a matrix product."""
+    """Tables of rows of one loss, dtype and mode: milliseconds, and percent of the rate of a matrix product."""
     lines = [f"{clock(rows[0])[1]}, median ms (× = the same round's {OURS})", "", *table(rows, milliseconds, lambda row, _: ratio(row)), ""]
     if gemm is None or not any("gemm_share" in row for row in rows):
         return lines
@@ -64,7 +64,7 @@ def time_tables(rows: list[Row], gemm: float | None) -> list[str]:
 
 
 def memory_tables(rows: list[Row]) -> list[str]:
-    """Of rows of one loss, dtype and mode: the peak above the inputs."""
+    """The table of rows of one loss, dtype and mode: the peak above the inputs."""
 
     def against(row: Row, ours: Row | None) -> float | None:
         return None if ours is None else float(row["peak_mib"]) / max(float(ours["peak_mib"]), RESOLUTION)
@@ -82,7 +82,7 @@ def place(env: dict[str, Any]) -> str:
 
 
 def conditions(env: dict[str, Any]) -> list[str]:
-    """When, with which versions and settings, how loaded, by which command; what was left out."""
+    """The lines below the title: time, versions, settings, load, command, and the number of cells that were left out."""
     versions = ", ".join(f"{name} {version}" for name, version in env["peers"].items())
     limit = f"{env['mem_limit_mib']:,} MiB above the inputs" if env["mem_limit_mib"] else "none"
     lines = [

@@ -1,4 +1,4 @@
-"""`python -m fastnce`: versions, device, every backend with what it lacks, which one "auto" takes, and a self-test.
+"""`python -m fastnce`: versions, device, every backend and the reasons against it, the one that "auto" takes, and a self-test.
 
 `python -m fastnce build-cpu` compiles the kernels of backend="cpu" into the user's cache: seconds, a C++ compiler and ninja.
 `python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
@@ -28,7 +28,7 @@ COMMANDS = {f"build-{kind}": kind for kind in find.KINDS}
 
 
 def report() -> dict[str, Any]:
-    """Everything this command knows, ready for JSON."""
+    """All that this command prints, ready for JSON."""
     compiled = {kind: _compiled(kind) for kind in find.KINDS}
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = [_backend(name, device) for device in devices for name in backends.BACKENDS]
@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
 
 
 def _problem(device: str) -> Problem:
-    """The smallest problem there is: what a backend objects to here, it objects to everywhere on this device."""
+    """The smallest problem there is: a backend that objects to it objects to every problem on this device."""
     q, k = torch.ones(2, 1, 1, device=device)
     return Problem(q, k, torch.ones((), device=device), None, Pairs(offset=0), two_sided=False, normalize=True)
 
@@ -63,7 +63,7 @@ def _backend(name: str, device: str) -> dict[str, Any]:
 def _auto(device: str) -> str | None:
     """Of CUDA also where there is none: a fake tensor has no values, and a backend is chosen without reading any."""
     with warnings.catch_warnings(), FakeTensorMode():
-        # What the report says itself.
+        # The table of backends says already that there is no fused kernel for this device.
         warnings.simplefilter("ignore")
         try:
             return backends.pick("python -m fastnce", "auto", _problem(device))
@@ -83,7 +83,7 @@ def _self_test(name: str, device: str) -> dict[str, Any]:
 
 
 def _compiled(kind: str) -> str:
-    """What runs of a library, or why it does not; of one that is not built what it would bring, and what is here to build it with."""
+    """The state of a library in one line: the level that runs; or the reason why none does; or its use and the tools to build it with."""
     reason = _objection(kind)
     if reason is None:
         aside = find.left_aside(kind)
@@ -92,7 +92,7 @@ def _compiled(kind: str) -> str:
 
 
 def _objection(kind: str) -> str | None:
-    """find.objection, which this command prints and therefore need not say aloud."""
+    """find.objection without its warning, because this command prints the reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return find.objection(kind)

@@ -1,5 +1,8 @@
-"""Bad input: what is wrong with one argument, or with how two of them fit; relations.py has what says which rows belong together. What the
-host knows is always checked; values only in debug mode, because reading one from a GPU stalls it."""
+"""Checks of arguments, each by itself and of two that have to fit; ids, labels and masks are in relations.py.
+
+Types, shapes, dtypes and devices are known to the host and always checked. Values in tensors are checked only in debug mode, because
+reading one from a GPU stalls it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from fastnce.precision import EPS, LARGEST, autocasts, compute_dtype, vector_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
-# Of options that are one of a few words; an option that is not listed here is true or false.
+# Options that are one of a few words. An option that is not listed here is True or False.
 CHOICES = {
     "reduction": REDUCTIONS,
     "negative_mode": ("unpaired", "paired"),
@@ -26,12 +29,12 @@ CHOICES = {
     "no_positive": ("zero", "skip", "error"),
     "unlabelled": ("alone", "own_views"),
 }
-# Options that are True, False, or None: then what else is given decides.
+# Options that may also be None, where the other arguments decide.
 OPEN = ("in_batch", "exclude_self")
-# Of the loss of that name, where neither temperature nor scale is given.
+# The temperature of each loss where neither temperature nor scale is given.
 TEMPERATURES = {"info_nce": 0.1, "nt_xent": 0.5, "dcl_loss": 0.1, "sup_con": 0.1, "moco_loss": 0.07}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Not uint64: int64, as which ids are compared, does not hold all of its numbers.
+# Ids are compared as int64, which does not hold all numbers of uint64.
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.bool)
 _LARGEST_COUNT = 2**31 - 1
 
@@ -43,11 +46,27 @@ _debug = os.environ.get("FASTNCE_DEBUG", "0") not in ("", "0")
 
 @contextlib.contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Check values too, at the price of a device synchronisation per call. Results do not change.
+    """Check the values in tensors too, inside a with block; results do not change.
 
-    What cannot be meant raises ValueError: nan, zero rows, a temperature tensor <= 0, nothing to compare with. What is legal and looks like
-    a mistake is a UserWarning, once for each line that calls: a scale given as temperature, anchors without a positive, ids of hash().
-    docs/numerics.md lists both. The environment variable FASTNCE_DEBUG=1 does the same for the whole process.
+    Reading values back costs one device synchronisation per call. The environment variable FASTNCE_DEBUG=1 does the same for a whole
+    process.
+
+    Args:
+        enabled: False switches the checks off again, inside another block. Default: True.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        ValueError: by a call inside the block, for values that cannot be meant: nan, a zero row, a temperature tensor that is not positive,
+            rows without anything to compare with. Values that are legal and look like a mistake are a UserWarning, once for each line that
+            calls: a scale given as temperature, anchors without a positive, ids of hash(). docs/numerics.md lists both.
+
+    Example:
+        >>> with fastnce.debug():
+        ...     fastnce.nt_xent(torch.zeros(2, 3))
+        Traceback (most recent call last):
+        ValueError: nt_xent: z0 row 0 is zero: its similarities and its gradient are defined as 0
     """
     global _debug
     before, _debug = _debug, enabled
@@ -58,12 +77,12 @@ def debug(enabled: bool = True) -> Iterator[None]:
 
 
 def debugging(*read: Tensor) -> bool:
-    """Whether debug mode is on here, and may read these tensors; never in code that is being compiled."""
+    """Whether debug mode is on and these tensors may be read; False in code that is being compiled."""
     return _debug and not torch.compiler.is_compiling() and all(has_values(x) for x in read)
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether x's values exist and may be read here: not where it is meta or fake, traced, or batched by vmap."""
+    """Whether x has values that may be read here. A tensor that is meta, fake, traced, or batched by vmap has none."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
@@ -137,7 +156,7 @@ def one_dtype(where: str, **named: Tensor) -> list[Tensor]:
 
 
 def without_return_stats(function: Callable[P, R]) -> Callable[P, R]:
-    """A loss function, or the __init__ of its module: given return_stats, it raises and names the calls that have the metrics."""
+    """A decorator of a loss function or its module's __init__: return_stats, an option of earlier versions, raises and names its heirs."""
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -185,7 +204,7 @@ def reduction(where: str, value: str, rows: int) -> None:
 
 
 def some_keys(where: str, name: str, keys: Tensor, rows: int) -> None:
-    """A query without any key to be compared with is a mistake."""
+    """Raise where there are queries and no keys to compare them with."""
     if keys.shape[0] == 0 and rows > 0:
         raise ValueError(f"{where}: {name} is {tuple(keys.shape)}; at least one key is needed")
 
@@ -224,7 +243,7 @@ def weights(where: str, value: object, rows: int, like: Tensor, examples: int | 
 
 
 def savable(x: Tensor) -> Tensor:
-    """x, or a copy where torch's own operations could not save it for backward: tensors made in inference mode."""
+    """x, or a copy of a tensor made in inference mode, which torch's own operations cannot save for backward."""
     refused = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference()
     return x.clone() if refused else x
 
@@ -232,7 +251,7 @@ def savable(x: Tensor) -> Tensor:
 def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = True) -> Tensor:
     """A Python number or a one-element tensor as a 0-dim tensor in the dtype of the logits, differentiable if it was.
 
-    The value of a tensor is known to its device alone: where it must be positive and is not, the result is nan; debug mode raises.
+    Only its device knows the value of a tensor. Where that has to be positive and is not, the result is nan, and debug mode raises.
     """
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
@@ -246,7 +265,7 @@ def scalar(where: str, name: str, value: object, like: Tensor, positive: bool = 
 
 
 def held_scale(where: str, name: str, value: object) -> None:
-    """A temperature or scale that a module is given to keep: all that `scalar` asks of it and that no features are needed for."""
+    """Check a temperature or scale that a module is to hold, as `scalar` does, but without features to compare it with."""
     if isinstance(value, Tensor):
         # Where FSDP splits a parameter, all processes but one hold an empty part of it.
         _one_element(where, name, value, at_least=0)
@@ -264,12 +283,12 @@ def _one_element(where: str, name: str, value: Tensor, at_least: int = 1) -> Non
 def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {name} must be a float or a one-element tensor, got {type(value).__name__}")
-    # 1 / temperature must be a number too. Not float(value) of a float: where torch.compile traces one as a symbol, that makes a constant
-    # of it.
+    # 1 / temperature must be a finite number too. A float stays as it is: torch.compile traces it as a symbol, and float(value) would make
+    # a constant of that.
     number, largest = value if isinstance(value, int | float) else float(value), torch.finfo(dtype).max
     if not abs(number) <= largest or (positive and not number >= 1 / largest):
         rule = "a positive finite number" if positive else "a finite number"
-        if abs(number) < math.inf and (number > 0 or not positive):  # it is that, but too large or too small
+        if abs(number) < math.inf and (number > 0 or not positive):  # finite and of the right sign, but too large or too small
             rule = f"between {1 / largest if positive else -largest:.1e} and {largest:.1e}, in {str(dtype)[6:]}"
         hint = " (CLIP starts at 0.07, SimCLR uses 0.1 to 0.5)" if name == "temperature" else ""
         given = float(value) if isinstance(value, float) else value  # a symbol has no text
@@ -278,7 +297,7 @@ def _number(where: str, name: str, value: object, dtype: torch.dtype, positive: 
 
 
 def scale_of(where: str, temperature: float | Tensor | None, scale: float | Tensor | None, like: Tensor) -> Tensor:
-    """scale = 1 / temperature, from whichever of the two was given; the temperature of TEMPERATURES where neither was."""
+    """scale = 1 / temperature, from the one of the two that was given, or else from TEMPERATURES."""
     not_both(where, temperature, scale)
     if scale is not None:
         return scalar(where, "scale", scale, like)
@@ -293,8 +312,8 @@ def _filled(number: float, like: Tensor, inverse: bool = False) -> Tensor:
     """A Python number, or 1 over it, as a 0-dim tensor in the dtype of the logits."""
     dtype = compute_dtype(like.dtype)
     if torch.compiler.is_compiling():
-        # A float that changes from step to step is a symbol here. Arithmetic between it and a tensor keeps it one; torch.full, and in torch
-        # 2.11 also 1.0 / number, would compile once for each value.
+        # A float that changes from step to step is a symbol here, and arithmetic with a tensor keeps it one. torch.full would compile the
+        # code once for each value; so would 1.0 / number in torch 2.11.
         one = torch.ones((), dtype=vector_dtype(like), device=like.device)
         return (one / number if inverse else one * number).to(dtype)
     return torch.full((), 1.0 / number if inverse else number, dtype=dtype, device=like.device)
@@ -307,7 +326,7 @@ def not_both(where: str, temperature: object, scale: object) -> None:
 
 
 def values(where: str, normalize: bool, **named: Tensor) -> None:
-    """Debug mode only: rows that are not finite, zero, or too long, by name and first index."""
+    """In debug mode, raise for rows that are not finite, zero, or too long, and name the first of them."""
     for name, x in named.items():
         if not _debug or not has_values(x):
             continue
@@ -343,7 +362,7 @@ def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | No
 
 
 def offset(where: str, value: object) -> int | None:
-    """An integer between two rows that there may be, of Python or of numpy; None stays None."""
+    """The distance of two rows as an integer, of Python or of numpy, within the largest number of rows; None stays None."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral | None):
         raise TypeError(f"{where}: offset must be an integer, got {type(value).__name__} {value}")
     found = value if isinstance(value, int | torch.SymInt | None) else int(value)

@@ -1,9 +1,11 @@
-"""Small problems on the CPU: torch's own dense cross-entropy, where a tiled pass would spend its time on being called.
+"""Small problems on the CPU: torch's own dense cross-entropy, which is faster there than tiles.
 
-A tiled forward and backward start with 0.4 ms of bookkeeping; in that time a core multiplies 256 x 256 logits of dimension 128 three
-times. Up to about there a dozen dense operations with torch's own backward are faster. Cross-entropy is -log_softmax at the positive: its
-rounding, 6e-8 absolute, would show in a small loss and in its gradient, so that below SOLVED the loss is taken from the same logits as
-log1p(sum exp(s - pos)), which is exact there and a little slower. Values are read to find out, which costs nothing on a CPU.
+A tiled forward and backward begin with 0.4 ms of bookkeeping. In that time a core multiplies 256 x 256 logits of dimension 128 three times.
+Up to about that size a dozen dense operations with torch's own backward take less time.
+
+Cross-entropy is -log_softmax at the positive. Its rounding, 6e-8 absolute, would show in a small loss and its gradient. So a loss below
+SOLVED is computed again from the same logits, as log1p(sum exp(s - pos)), which is exact there and a little slower. The value of the loss
+is read to decide; on a CPU that costs nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ SOLVED = 0.05
 
 
 def mean_cross_entropy(problem: Problem, backend: str, reduction: str, weight: Tensor | None) -> Tensor | None:
-    """Mean over the rows (with two_sided: and over both directions) of log sum exp - positive logit, where every row has exactly one
-    positive, at `offset`; None where this shortcut does not serve the problem, or anything but that plain mean is asked for."""
+    """Mean over the rows, and with two_sided over both directions, of log sum exp - positive logit.
+
+    None where this shortcut does not serve: it takes a plain mean, and exactly one positive for every row, at `offset`."""
     if reduction != "mean" or weight is not None or not _serves(problem, backend):
         return None
     q, k, pairs, scale = problem.q, problem.keys, problem.pairs, problem.scale
@@ -39,8 +42,9 @@ def mean_cross_entropy(problem: Problem, backend: str, reduction: str, weight: T
         return None
     rows, offset = q.shape[0], pairs.offset or 0
     if scale.requires_grad:
-        # A constant in all logits changes no loss. Without it the derivative by scale is a sum of differences of cosines, and not of
-        # cosines that cancel: in a collapsed batch it is 0 and no rounding, which an optimizer would follow.
+        # A constant taken from all logits changes no loss. Less one of them, the derivative by scale is a sum of differences of cosines.
+        # In a collapsed batch, where all cosines are equal, it is then 0. Of the cosines themselves it would be the rounding of a sum that
+        # cancels, and an optimizer would follow it.
         cosines = x @ y.T
         s = (cosines - cosines[0, offset].detach()) * scale
         if pairs.exclude_self:
@@ -68,8 +72,8 @@ def _mean(parts: list[Tensor]) -> Tensor:
 def _apart(s: Tensor, target: Tensor) -> Tensor:
     """Mean over the rows of log(1 + sum over the negatives of exp(s_ij - positive)).
 
-    No maximum is needed: there are at most 512 rows, since there are as many columns, and where their mean loss is below SOLVED (in one
-    of two directions, below twice that) no row is above 52 nats; exp overflows at 88.
+    No maximum is needed: there are at most 512 rows, since there are as many columns. Where their mean loss is below SOLVED (in one of two
+    directions, below twice that) no row is above 52 nats, and exp overflows at 88.
     """
     positive = s.gather(1, target[:, None])
     return (s.scatter(1, target[:, None], -torch.inf) - positive).exp().sum(1).log1p().mean()
@@ -78,7 +82,7 @@ def _apart(s: Tensor, target: Tensor) -> Tensor:
 def _serves(problem: Problem, backend: str) -> bool:
     q, k, pairs = problem.q, problem.keys, problem.pairs
     rows, columns = q.shape[0], k.shape[0]
-    # What traces comes first: a shape that is looked at before would become a guard of the traced code.
+    # Whether the code is traced is asked first: a shape that is looked at before would become a guard of the traced code.
     return (
         backend == "auto"
         and all(arguments.has_values(t) and t.device.type == "cpu" for t in (q, k, problem.scale))

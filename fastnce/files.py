@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and commands that end in one line where one cannot be written."""
+"""Files that are written whole or not at all, and commands whose failures are one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ P = ParamSpec("P")
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Put a file there in one step; text as UTF-8.
+    """Write a file in one step; text as UTF-8.
 
-    It is written beside its place, flushed to the disk, and renamed. So a reader finds what was there before or all of the new content,
-    also where the disk is full or the process is ended.
-    Raises OSError, which names path; nothing is left behind then.
+    The content goes into a file beside it, is flushed to the disk, and then renamed. So a reader finds the old content or all of the new,
+    also where the disk is full or the process is ended. Raises OSError, which names path; nothing is left behind then.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -44,16 +43,16 @@ class Stopped(Exception):
 
 
 def stopped(error: BaseException, more: str = "") -> Stopped:
-    """The line and the status for what has ended a command: Ctrl-C, what the system refuses, or anything else in its own words."""
+    """The line and the status for an error that has ended a command: Ctrl-C, an OSError, or another error in its own words."""
     if isinstance(error, KeyboardInterrupt):
-        return Stopped(f"interrupted{more}", 130)  # as a shell says it: 128 and the number of the signal
+        return Stopped(f"interrupted{more}", 130)  # a shell's status: 128 and the number of the signal
     if isinstance(error, OSError) and error.strerror:
         return Stopped(": ".join(filter(None, [str(error.filename or ""), error.strerror])) + more)
     return Stopped(f"{error}{more}")
 
 
 def command(program: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """For a main() that returns the exit status: Ctrl-C and what the system refuses are a line on stderr instead of a traceback."""
+    """For a main() that returns the exit status: Ctrl-C and an OSError become a line on stderr instead of a traceback."""
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @functools.wraps(main)
@@ -67,7 +66,8 @@ def command(program: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
             try:
                 sys.stdout.flush()
             except OSError:
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115  where it went has no room: Python would say so once more at the end
+                # There is no room where the output goes. Python would report that once more when it ends.
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             print(f"{program}: {end}", file=sys.stderr)
             return end.status
 

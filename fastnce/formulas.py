@@ -1,4 +1,4 @@
-"""From the statistics of a row to the value of its loss, and from the rows to the result. All of it O(N) torch."""
+"""From the statistics of a row to the value of its loss, and from the values to the result: O(N) operations of torch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,40 @@ Reduction = Literal["none", "mean", "sum"]
 
 
 def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
-    """log(sum over negatives and positives) - mean positive logit = softplus(lse_neg - a) + (a - pos), 0 for a row without positives;
-    a = lse_pos, which is pos itself where there is one positive.
+    """InfoNCE, NT-Xent, CLIP and SupCon's L_out (Khosla et al. 2020, eq. 2); 0 for a row without positives.
 
-    In this form a small loss is never the difference of two large numbers: at a loss of 2.5e-5 the gradient is 2.5e-6 off where that of
-    eager float32 is 1.6e-2 off. InfoNCE, NT-Xent, CLIP and SupCon's L_out (Khosla et al. 2020, eq. 2) are all this line.
+        log(sum over negatives and positives) - mean positive logit = softplus(lse_neg - lse_pos) + (lse_pos - pos)
+
+    In the second form a small loss is never the difference of two large numbers. At a loss of 2.5e-5 the relative error of its gradient is
+    2.5e-6, and that of eager float32 1.6e-2. one_positive: every row has exactly one, so lse_pos = pos.
     """
-    if one_positive:  # every row is known to have exactly one
+    if one_positive:
         return softplus(found.lse_neg - found.pos)
     several = found.n_pos > 1
     anchor = torch.where(several, found.lse_pos, found.pos)
-    # Not anchor - pos: with one positive that is 0 in value, but its gradient, +1 - 1 beside -p, would round p away.
+    # Where a row has one positive, anchor - pos would be 0 too, but its gradient is +1 - 1, and p added to it in between is rounded away.
     values = softplus(found.lse_neg - anchor) + torch.where(several, found.lse_pos - found.pos, 0.0)
     return values.masked_fill(found.n_pos == 0, 0.0)
 
 
 def l_in(found: ContrastiveStats) -> Tensor:
-    """log(sum over negatives and positives) - log(mean over positives): SupCon's L_in (Khosla et al. 2020, eq. 3), 0 without positives."""
+    """SupCon's L_in (Khosla et al. 2020, eq. 3): log(sum over negatives and positives) - log(mean over positives); 0 without positives."""
     none = found.n_pos == 0
     values = softplus(found.lse_neg - found.lse_pos.masked_fill(none, 0.0)) + found.n_pos.clamp(min=1).to(found.pos.dtype).log()
     return values.masked_fill(none, 0.0)
 
 
 def decoupled(found: ContrastiveStats) -> Tensor:
-    """log(sum over negatives) - mean positive logit (Yeh et al. 2021, eq. 6), 0 for a row without positives or without negatives."""
+    """DCL (Yeh et al. 2021, eq. 6): log(sum over negatives) - mean positive logit; 0 for a row without positives or without negatives."""
     nothing = (found.n_pos == 0) | (found.lse_neg == -torch.inf)
     return (found.lse_neg.masked_fill(nothing, 0.0) - found.pos).masked_fill(nothing, 0.0)
 
 
 def reduced(values: Tensor, weight: Tensor | None, reduction: Reduction, like: Tensor) -> Tensor:
-    """none, sum, or mean (with weights: sum of weight * value over sum of weight, 0 where that is 0), in the dtype of results for
-    features `like`."""
+    """The values themselves, their sum or their mean, in the dtype of results for features `like`.
+
+    The weighted mean is sum(weight * value) / sum(weight), and 0 where the weights sum to 0.
+    """
     if weight is not None:
         values = values * weight
     if reduction == "sum":

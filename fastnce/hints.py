@@ -1,5 +1,5 @@
-"""What debug mode says about a whole call: an error where nothing can be learned or compared, a warning about legal input that looks like a
-mistake. Values are read only here, in `checks`, and where reading them is free."""
+"""Debug mode's findings about a whole call: an error where nothing can be learned or compared, a warning about legal input that looks like
+a mistake. Apart from these, only arguments.py reads values, and code that runs where reading is free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fastnce import arguments, relations
 
-# With unit rows logits span 2 * scale nats: below a scale of 0.2 the loss is that of rows which are all equal, within 0.4 nats.
+# Logits of unit rows span 2 * scale nats. Below a scale of 0.2 the loss is within 0.4 nats of that of equal rows.
 _FLAT = 0.2
-# CLIP starts at 1 / 0.07 and ends at 100; the logarithms of these, which it learns, are 2.66 and 4.61.
+# CLIP's scale starts at 1 / 0.07 and ends at 100. CLIP learns the logarithm, from 2.66 to 4.61.
 _LOGARITHM = 5.0
 
 
 class _Hint(str):
-    """A warning's text. Those of one kind are equal, whatever their numbers: Python then shows one of them for each line of the caller."""
+    """A warning's text. Texts of one kind are equal whatever their numbers, so Python shows one of them for each line of the caller."""
 
     kind: str
 
@@ -41,7 +41,7 @@ def _warn(where: str, kind: str, text: str) -> None:
 
 
 def temperature(where: str, temperature: object, scale: object, normalize: bool) -> None:
-    """A temperature that looks like a scale, or the other way round. Rows that are not normalised have logits of any size."""
+    """Warn of a temperature that looks like a scale, and the other way round; not without normalisation, where logits have any size."""
     name, given = ("temperature", temperature) if scale is None else ("scale", scale)
     number = _number(given) if normalize and arguments.debugging() else None
     if number is None or not 0 < number < torch.inf:
@@ -53,7 +53,7 @@ def temperature(where: str, temperature: object, scale: object, normalize: bool)
 
 
 def logit_scale(where: str, given: object, normalize: bool) -> None:
-    """CLIP learns the logarithm of its scale, and the loss takes the scale itself."""
+    """Warn of a logit scale that looks like its logarithm, which CLIP learns; the loss takes the scale itself."""
     number = _number(given) if normalize and arguments.debugging() else None
     if number is not None and 0 < number < _LOGARITHM:
         _warn(
@@ -72,7 +72,7 @@ def _number(given: object) -> float | None:
 
 
 def negative_ids(where: str, names: tuple[str, ...], given: tuple[Tensor | None, ...]) -> None:
-    """Ids below -1 look like hashes, whose sign means nothing; and ids that are all negative do nothing. `given` are the caller's own."""
+    """Warn of ids below -1, which look like hashes, and of ids that are all negative, which do nothing. `given` are the caller's own."""
     for name, ids in zip(names, given, strict=True):
         if ids is None or not arguments.debugging(ids) or ids.numel() == 0:
             continue
@@ -84,7 +84,7 @@ def negative_ids(where: str, names: tuple[str, ...], given: tuple[Tensor | None,
 
 
 def views_second(where: str, features: Tensor) -> None:
-    """Without labels nothing else tells (views, examples, columns) from (examples, views, columns)."""
+    """Warn of features with more views than examples: without labels, only that tells (views, examples, D) from (examples, views, D)."""
     if arguments.debugging() and features.dim() == 3 and features.shape[0] < features.shape[1]:
         examples, views = features.shape[:2]
         _warn(
@@ -96,7 +96,7 @@ def views_second(where: str, features: Tensor) -> None:
 
 
 def partners(where: str, names: tuple[str, str], a: Tensor | None, b: Tensor | None) -> None:
-    """Ids that say of a query and its own key that they do not belong together, while they are positives by their place."""
+    """Warn of a query and a key that are positives by their place and have different ids."""
     if a is not None and b is not None and arguments.debugging(a, b):
         row = relations.disagreement(a, b)
         if row is not None:
@@ -104,7 +104,7 @@ def partners(where: str, names: tuple[str, str], a: Tensor | None, b: Tensor | N
 
 
 def without_positive(where: str, n_pos: Tensor, rows: str, then: str) -> None:
-    """Rows without a positive, of a batch of several: how many, and what becomes of them."""
+    """Warn of rows without a positive, in a batch of several: how many there are, and their fate (`then`)."""
     if arguments.debugging(n_pos) and n_pos.numel() > 1:
         count = int((n_pos == 0).sum())
         if count:
@@ -112,8 +112,8 @@ def without_positive(where: str, n_pos: Tensor, rows: str, then: str) -> None:
 
 
 def anchors(where: str, n_pos: Tensor, views: int, masked: bool, skipped: bool) -> None:
-    """Anchors of sup_con without a positive. Where there are several views, they have lost even their own others."""
-    if views == 1 and skipped:  # that is how the caller deals with them
+    """Warn of sup_con's anchors without a positive. With several views, such an anchor has lost even the others of its own example."""
+    if views == 1 and skipped:  # the caller knows of them
         return
     then = " and are left out" if skipped else " and count 0"
     if views > 1 and masked:

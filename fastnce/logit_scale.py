@@ -1,4 +1,4 @@
-"""CLIP's learnable scale, and what keeps it precise in a model of half precision."""
+"""CLIP's learnable scale, and the base that keeps it precise in a model of half precision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PRECISE = (torch.float32, torch.float64)
 
 
 class StaysPrecise(nn.Module):
-    """What lies in this module itself, not in its children, stays float32 or float64 where a model is cast to half precision.
+    """A module whose own parameters and buffers, not those of its children, stay float32 or float64 in a model cast to half precision.
 
-    The logarithm of a scale of 14.3 is 2.66. In bfloat16 it moves in steps of 0.016, and steps of 0.001 are rounded away.
+    The logarithm of a scale of 14.3 is 2.66. In bfloat16 it moves in steps of 0.016, and an update of 0.001 is rounded away.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -31,17 +31,31 @@ class StaysPrecise(nn.Module):
 
 
 class LogitScale(StaysPrecise):
-    """A learnable logit scale, exp(log_scale), kept at or below `max` and at or above `min`: CLIP's, 1 / 0.07 at first and at most 100.
+    """CLIP's learnable logit scale, exp(log_scale), kept between `min` and `max`.
 
-    log_scale   (1,) parameter, the natural logarithm: FSDP splits no 0-dim tensor. A state_dict with a 0-dim one loads. It stays float32
-                where a model is cast to half precision
+    Args:
+        init: the scale to begin with. Default: 1 / 0.07.
+        max: upper limit; None: no limit. Default: 100.
+        min: lower limit. Default: no limit.
 
-    forward() returns a 0-dim tensor. It clamps the value and never writes the parameter. At or beyond a limit, a gradient that would push
-    the parameter further is 0, and one that leads back is whole. So plain descent ends at most one step beyond the limit, and comes back.
+    Attributes:
+        log_scale: (1,) parameter, the natural logarithm of the scale: FSDP splits no 0-dim tensor. A state_dict with a 0-dim one loads. It
+            stays float32 where a model is cast to half precision.
+
+    Calling it returns the scale, a 0-dim tensor. The value is clamped, the parameter never written. At or beyond a limit, a gradient that
+    would push the parameter further is 0, and one that leads back is whole. So plain descent ends at most one step beyond the limit, and
+    comes back.
+
+    Raises:
+        TypeError: a limit or init is no float.
+        ValueError: init is not positive or not between min and max.
+
+    Example:
+        >>> scale = fastnce.LogitScale(init=10.0)
+        >>> round(scale().item(), 4)
+        10.0
+
     Radford et al. 2021 (arXiv:2103.00020), section 2.5.
-
-    >>> round(LogitScale(init=10.0)().item(), 4)
-    10.0
     """
 
     def __init__(self, init: float = 1 / 0.07, max: float | None = 100.0, min: float | None = None) -> None:
@@ -59,10 +73,11 @@ class LogitScale(StaysPrecise):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """`init` again, in place: what a scale made on the meta device needs after to_empty."""
+        """`init` again, in place. A scale made on the meta device needs it after to_empty."""
         self.log_scale.fill_(math.log(self.init))
 
     def forward(self) -> Tensor:
+        """The scale between its limits, a 0-dim tensor."""
         scale: Tensor = _Exp.apply(self.log_scale.reshape(()), self.min, self.max)
         return scale
 
@@ -70,7 +85,7 @@ class LogitScale(StaysPrecise):
         return f"max={self.max}" if self.min is None else f"min={self.min}, max={self.max}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A pickle of a scale that had neither `min` nor `init`.
+        # Pickles of earlier versions have neither `min` nor `init`.
         super().__setstate__({"min": None, "init": min(1 / 0.07, state["max"] or math.inf)} | state)
         if self.log_scale.dim() == 0:
             self.log_scale = nn.Parameter(self.log_scale.detach().reshape(1), self.log_scale.requires_grad)
@@ -83,7 +98,7 @@ class LogitScale(StaysPrecise):
 
 
 class _Exp(torch.autograd.Function):
-    """y = exp(x) between low and high; dL/dx = y dL/dy, but 0 where x is at a limit or beyond it and descent would push it further."""
+    """y = exp(x), clamped to low and high; dL/dx = y dL/dy, but 0 at or beyond a limit where descent would push x further."""
 
     generate_vmap_rule = True
 

@@ -1,131 +1,40 @@
-"""nn.Module twins of the losses: they hold what stays the same from step to step, and call losses.py."""
+"""nn.Module twins of the losses: they hold the options that stay the same from step to step, and call losses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastnce import arguments, autograd, losses, statistics
+from fastnce import arguments, autograd, losses
 from fastnce.formulas import Reduction
-from fastnce.logit_scale import LogitScale, StaysPrecise
+from fastnce.logit_scale import LogitScale
+from fastnce.loss_module import Loss
 from fastnce.negatives import Ragged
 from fastnce.queue import NegativeQueue
 
 
-class _Loss(StaysPrecise):
-    """Holds the options of a loss function, and its temperature or its scale: whichever was given.
+class InfoNCE(Loss):
+    """info_nce as a module: a query has to find its own key among all the keys it meets.
 
-    temperature, scale   a float, an nn.Parameter (learned) or another tensor (a buffer); scale may be a LogitScale, which is then the
-                         submodule `logit_scale`. Both can be read, each as 1 over the other. Setting one drops what was held before
+    Args:
+        temperature: a float, an nn.Parameter (learned) or another tensor (a buffer). Default: 0.1. It and scale can be read and set.
+        scale: 1 / temperature, instead of temperature. It may be a LogitScale, which becomes the submodule `logit_scale`.
+        reduction, negative_mode, normalize, in_batch, symmetric, backend: as in info_nce.
+
+    Raises:
+        TypeError, ValueError: an option that info_nce does not take, when the module is made; temperature and scale at once.
+
+    Example:
+        >>> loss = fastnce.InfoNCE(temperature=1.0)
+        >>> loss(torch.eye(4), torch.eye(4))
+        tensor(0.7437)
+        >>> loss.scale
+        1.0
+
+    van den Oord et al. 2018 (arXiv:1807.03748), eq. 4.
     """
-
-    _function: ClassVar[Callable[..., Tensor]]
-    options: dict[str, Any]
-    logit_scale: LogitScale  # where one is held
-
-    def __init__(self, temperature: float | Tensor | None = None, scale: float | Tensor | LogitScale | None = None, **options: Any) -> None:
-        super().__init__()
-        where = self._where
-        arguments.options(where, **{name: value for name, value in options.items() if name != "backend"})
-        statistics.check_backend(where, options["backend"])
-        arguments.not_both(where, temperature, scale)
-        self.options = options
-        if scale is not None:
-            self.scale = scale
-        else:
-            self.temperature = arguments.TEMPERATURES[where] if temperature is None else temperature
-
-    @property
-    def _where(self) -> str:
-        """Messages begin with the name of the function, whoever called it."""
-        return type(self)._function.__name__
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """As it was given, or 1 / scale; differentiable."""
-        return self._value("temperature", "scale")
-
-    @temperature.setter
-    def temperature(self, value: float | Tensor) -> None:
-        if isinstance(value, LogitScale):
-            raise TypeError(f"{self._where}: a LogitScale is no temperature; give it as scale")
-        self._hold("temperature", value)
-
-    @property
-    def scale(self) -> float | Tensor:
-        """As it was given, what a LogitScale gives, or 1 / temperature; differentiable."""
-        return self._value("scale", "temperature")
-
-    @scale.setter
-    def scale(self, value: float | Tensor | LogitScale) -> None:
-        self._hold("scale", value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module registers a Parameter before it looks for a property.
-        if name in ("temperature", "scale"):
-            object.__setattr__(self, name, value)
-        elif name == "logit_scale" and isinstance(value, LogitScale):
-            self.scale = value
-        elif name == "logit_scale" and not isinstance(value, nn.Module):
-            given = f"{self._where}: logit_scale must be a LogitScale, got {type(value).__name__}"
-            raise TypeError(f"{given}; a scale that is exponentiated already is set as scale")
-        else:
-            super().__setattr__(name, value)
-
-    def _hold(self, name: str, value: Any) -> None:
-        if not isinstance(value, LogitScale):
-            arguments.held_scale(self._where, name, value)
-        for store in (self.options, self._parameters, self._buffers, self._modules):
-            for held in ("temperature", "scale", "logit_scale"):
-                store.pop(held, None)
-        if isinstance(value, LogitScale):
-            super().__setattr__("logit_scale", value)
-        elif isinstance(value, nn.Parameter):
-            self.register_parameter(name, value)
-        elif isinstance(value, Tensor):
-            self.register_buffer(name, value)
-        else:
-            self.options[name] = value
-
-    def _value(self, name: str, other: str) -> Any:
-        held = self._held()
-        if not held:  # nn.Module asks whether there is an attribute of that name before it registers one
-            raise AttributeError(f"{type(self).__name__} holds no {name}")
-        return held[name] if name in held else 1 / held[other]
-
-    def _held(self) -> dict[str, Any]:
-        """{"temperature": ...} or {"scale": ...}; empty while it is being set."""
-        if "logit_scale" in self._modules:
-            return {"scale": self.logit_scale()}
-        names, stores = ("temperature", "scale"), (self.options, self._parameters, self._buffers)
-        held = {name: store[name] for store in stores for name in names if name in store}
-        # torch.nn.utils.parametrize takes it out of these, and gives the class a property of its own by that name.
-        return held or {name: getattr(self, name) for name in names if getattr(type(self), name) is not getattr(_Loss, name)}
-
-    def _given(self) -> dict[str, Any]:
-        held = self._held()
-        if not held:
-            raise AttributeError(f"{type(self).__name__} holds neither temperature nor scale any more: set one of them")
-        return self.options | held
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A pickle from when a loss also returned its metrics, and from when a default temperature and no scale were options too.
-        self.options.pop("return_stats", None)
-        if self.options.get("scale", 0) is None:
-            del self.options["scale"]
-        if any("scale" in store for store in (self.options, self._parameters, self._buffers)):
-            self.options.pop("temperature", None)
-
-
-class InfoNCE(_Loss):
-    """losses.info_nce as a module; forward(query, positive_key, negative_keys=None, **ids and weight)."""
 
     _function = staticmethod(losses.info_nce)
 
@@ -165,6 +74,7 @@ class InfoNCE(_Loss):
         exclude_query_ids: Tensor | None = None,
         exclude_key_ids: Tensor | None = None,
     ) -> Tensor:
+        """info_nce of these features, with the options of this module; its arguments, shapes and errors are described there."""
         return losses.info_nce(
             query,
             positive_key,
@@ -178,8 +88,24 @@ class InfoNCE(_Loss):
         )
 
 
-class NTXentLoss(_Loss):
-    """losses.nt_xent as a module; forward(z0, z1=None, weight=None)."""
+class NTXentLoss(Loss):
+    """nt_xent as a module: SimCLR's loss of two views of a batch.
+
+    Args:
+        temperature: a float, an nn.Parameter (learned) or another tensor (a buffer). Default: 0.5. It and scale can be read and set.
+        scale: 1 / temperature, instead of temperature. It may be a LogitScale, which becomes the submodule `logit_scale`.
+        reduction, normalize, backend: as in nt_xent.
+
+    Raises:
+        TypeError, ValueError: an option that nt_xent does not take, when the module is made; temperature and scale at once.
+
+    Example:
+        >>> loss = fastnce.NTXentLoss(temperature=1.0)
+        >>> loss(torch.eye(4)[:2], torch.eye(4)[2:])
+        tensor(1.0986)
+
+    Chen et al. 2020 (arXiv:2002.05709), eq. 1.
+    """
 
     _function = staticmethod(losses.nt_xent)
 
@@ -202,11 +128,28 @@ class NTXentLoss(_Loss):
         )
 
     def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """nt_xent of two views (B, D), or of one tensor (2B, D), with the options of this module; it is described there."""
         return losses.nt_xent(z0, z1, weight=weight, **self._given())
 
 
-class DCLLoss(_Loss):
-    """losses.dcl_loss as a module; forward(z0, z1=None, weight=None)."""
+class DCLLoss(Loss):
+    """dcl_loss as a module: NT-Xent whose denominator leaves the positive out.
+
+    Args:
+        temperature: a float, an nn.Parameter (learned) or another tensor (a buffer). Default: 0.1. It and scale can be read and set.
+        scale: 1 / temperature, instead of temperature. It may be a LogitScale, which becomes the submodule `logit_scale`.
+        reduction, normalize, backend: as in dcl_loss.
+
+    Raises:
+        TypeError, ValueError: an option that dcl_loss does not take, when the module is made; temperature and scale at once.
+
+    Example:
+        >>> loss = fastnce.DCLLoss(temperature=1.0)
+        >>> loss(torch.eye(4)[:2], torch.eye(4)[2:])
+        tensor(0.6931)
+
+    Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
+    """
 
     _function = staticmethod(losses.dcl_loss)
 
@@ -223,11 +166,28 @@ class DCLLoss(_Loss):
         super().__init__(temperature=temperature, reduction=reduction, scale=scale, normalize=normalize, backend=backend)
 
     def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """dcl_loss of two views (B, D), or of one tensor (2B, D), with the options of this module; it is described there."""
         return losses.dcl_loss(z0, z1, weight=weight, **self._given())
 
 
-class SupConLoss(_Loss):
-    """losses.sup_con as a module; forward(features, labels=None, mask=None, weight=None)."""
+class SupConLoss(Loss):
+    """sup_con as a module: positives by label or mask.
+
+    Args:
+        temperature: a float, an nn.Parameter (learned) or another tensor (a buffer). Default: 0.1. It and scale can be read and set.
+        scale: 1 / temperature, instead of temperature. It may be a LogitScale, which becomes the submodule `logit_scale`.
+        variant, views, reduction, no_positive, unlabelled, normalize, backend: as in sup_con.
+
+    Raises:
+        TypeError, ValueError: an option that sup_con does not take, when the module is made; temperature and scale at once.
+
+    Example:
+        >>> loss = fastnce.SupConLoss(temperature=1.0)
+        >>> loss(torch.eye(4), torch.tensor([0, 0, 1, 1]))
+        tensor(1.0986)
+
+    Khosla et al. 2020 (arXiv:2004.11362), eq. 2 and 3.
+    """
 
     _function = staticmethod(losses.sup_con)
 
@@ -258,18 +218,31 @@ class SupConLoss(_Loss):
         )
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """sup_con of features (B, V, D) or (N, D), with the options of this module; its arguments and errors are described there."""
         return losses.sup_con(features, labels, mask, weight=weight, **self._given())
 
 
-class ClipLoss(_Loss):
-    """losses.clip_loss as a module; forward(image, text, logit_scale=None, logit_bias=None, ids and weight).
+class ClipLoss(Loss):
+    """clip_loss as a module, which learns its logit scale: put its parameters into the optimizer, without weight decay.
 
-    init_scale, max_scale   of its own LogitScale, `logit_scale`: 1 / 0.07 and 100 unless given
-    scale                   instead of those two: the model's LogitScale, a parameter or a tensor, already exponentiated; a float is fixed,
-                            and the module then owns no parameter
+    Args:
+        init_scale: where the module's own LogitScale, `logit_scale`, begins. Default: 1 / 0.07.
+        max_scale: its upper limit; None: no limit.
+        scale: instead of these two, the model's LogitScale, a parameter or another tensor, already exponentiated; or a float: it is fixed,
+            and the module owns no parameter. `loss.scale` can be read and set.
+        reduction, normalize, backend: as in clip_loss.
 
-    logit_scale given to forward (as open_clip calls it) is used as it is, in place of the module's. The module's own parameter then has a
-    gradient of 0, so that DistributedDataParallel finds every parameter used; weight decay alone would move it.
+    Raises:
+        TypeError, ValueError: an option that clip_loss does not take, when the module is made; scale beside init_scale or max_scale.
+
+    Example:
+        >>> loss = fastnce.ClipLoss(init_scale=1.0)
+        >>> round(loss(torch.eye(4), torch.eye(4)).item(), 4)
+        0.7437
+        >>> loss.scale.item()
+        1.0
+
+    Radford et al. 2021 (arXiv:2103.00020), figure 3.
     """
 
     _function = staticmethod(losses.clip_loss)
@@ -305,6 +278,11 @@ class ClipLoss(_Loss):
         aligned: bool | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """clip_loss of these features, with the options of this module; its arguments, shapes and errors are described there.
+
+        logit_scale given here (as open_clip calls it) is used as it is, in place of the module's. The module's own parameter then has a
+        gradient of 0, so that DistributedDataParallel finds every parameter used; weight decay alone would move it.
+        """
         own = self.scale
         loss = losses.clip_loss(
             image,
@@ -321,24 +299,44 @@ class ClipLoss(_Loss):
         )
         if logit_scale is None or not isinstance(own, Tensor):
             return loss
-        # The sum of no element: 0 whatever it holds, and its gradient too.
+        # The sum of no elements is 0, and so is its gradient, whatever the scale is.
         return loss + own.reshape(1)[:0].sum().to(loss.dtype)
 
 
-class MoCoLoss(_Loss):
-    """losses.moco_loss with its NegativeQueue, `queue`; forward(q, k, weight=None).
+class MoCoLoss(Loss):
+    """moco_loss with a NegativeQueue of its own, `queue`: the keys of a call are negatives from the next call on.
 
-    The keys of a call in training mode are negatives from the next call on, in eval mode of none. They are detached: k gets no gradient.
-    The loss is computed with a copy of the queue, (queue_size, dim), which lives until its backward. So several calls may precede one
-    backward, gradients may be accumulated, and the state may be saved or loaded in between. To do without the copy, use moco_loss with a
-    NegativeQueue, and enqueue after backward.
+    Args:
+        queue_size: K, how many keys the queue holds.
+        dim: D, the width of a key.
+        temperature: a float, an nn.Parameter (learned) or another tensor (a buffer). Default: 0.07. It and scale can be read and set.
+        scale: 1 / temperature, instead of temperature. It may be a LogitScale, which becomes the submodule `logit_scale`.
+        reduction, normalize, backend: as in moco_loss.
 
-    Under DistributedDataParallel every process enqueues the keys of its own part of the batch, and broadcast_buffers=True, its default,
-    replaces all queues by that of process 0 at every step. Gather the keys first (as MoCo does), or keep a queue each with
-    broadcast_buffers=False.
+    Raises:
+        TypeError, ValueError: an option that moco_loss does not take, when the module is made; temperature and scale at once; a
+            queue_size or dim that is no positive integer.
 
-    Under activation checkpointing the second run of the last call, inside backward, sees the queue of the first and enqueues nothing. That
-    of an earlier call raises.
+    Example:
+        >>> loss = fastnce.MoCoLoss(2, 4, temperature=1.0)
+        >>> loss.queue.enqueue(torch.eye(4)[2:])
+        >>> q, k = torch.eye(4)[:2], torch.eye(4)[:2]
+        >>> loss(q, k)  # log(e + 2) - 1
+        tensor(0.5514)
+        >>> torch.equal(loss.queue.keys, k)  # enqueued by the call
+        True
+
+    Order of calls. In training mode a call puts its keys into the queue; in eval mode it does not. The loss is computed with a copy of the
+    queue, (K, D), which lives until its backward. So several calls may precede one backward, gradients may be accumulated, and the state
+    may be saved or loaded in between. To do without the copy, use moco_loss with a NegativeQueue, and enqueue after backward.
+
+    DistributedDataParallel. Every process enqueues the keys of its own part of the batch, and broadcast_buffers=True, the default, replaces
+    all queues by that of process 0 at every step. Gather the keys first (as MoCo does), or keep a queue each with broadcast_buffers=False.
+
+    Activation checkpointing. The second run of the last call, inside backward, sees the queue of the first and enqueues nothing. That of an
+    earlier call raises RuntimeError.
+
+    He et al. 2020 (arXiv:1911.05722), eq. 1 and algorithm 1.
     """
 
     _function = staticmethod(losses.moco_loss)
@@ -368,6 +366,7 @@ class MoCoLoss(_Loss):
         self.queue = NegativeQueue(queue_size, dim)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
+        """moco_loss of q (N, D) and its keys k (N, D), detached, against the queue; after that, in training mode, k enters the queue."""
         if isinstance(k, Tensor):
             k = k.detach()
         # Inside backward this is the second run of a checkpointed call.
@@ -383,7 +382,7 @@ class MoCoLoss(_Loss):
 
     @torch.no_grad()
     def _enqueue(self, k: Tensor) -> None:
-        """Put k into the queue and remember which rows it replaces: as many as k has, no buffer, in no state_dict."""
+        """Put k into the queue, and keep the rows that it replaces, as many as k has. They are no buffer and in no state_dict."""
         if torch.compiler.is_compiling():
             self.queue.enqueue(k)
             return
@@ -394,11 +393,11 @@ class MoCoLoss(_Loss):
 
     @torch.no_grad()
     def _before(self, k: Tensor) -> Tensor:
-        """The queue before the last call, (queue_size, dim), if the keys of that call were k: an error, on a GPU nan, if they were not."""
+        """The queue before the last call, (queue_size, dim). Where the keys of that call were not k, an error, or on a GPU nan."""
         if self._replaced is not None and self._replaced[3] == len(k):
             places, rows, pointer, _ = self._replaced
             last, now = self.queue.keys[places], k[len(k) - len(places) :].to(rows.dtype)
-            # The second run may round otherwise than the first; another batch is further away than a tenth.
+            # The second run may round differently. The keys of another batch differ by more than a tenth of their norm.
             same = (self.queue.pointer == pointer) & ~((last - now).norm() > 0.1 * last.norm())
             if not arguments.free_to_read(same):
                 return self.queue.keys.index_copy(0, places, rows).where(same, torch.nan)

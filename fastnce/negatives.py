@@ -16,13 +16,18 @@ from fastnce.statistics import ContrastiveStats
 
 Ragged: TypeAlias = tuple[Tensor, Tensor]
 
-# The two of a ragged tuple as the caller writes them.
+# How a caller writes the two entries of a ragged tuple.
 VALUES, OFFSETS = "negative_keys[0]", "negative_keys[1]"
 NONE_OF_THEM = "; with in_batch=True there may be none"
 
 
 class Negatives(NamedTuple):
-    """kind "unpaired": keys (K, D). "paired": keys (M, K, D). "ragged": keys (T, D), rows (T,) the query of each, M for nobody's."""
+    """Negatives of one of three kinds.
+
+    "unpaired"   keys (K, D), the same ones for all queries
+    "paired"     keys (M, K, D), K for each query
+    "ragged"     keys (T, D), and rows (T,): the query that each belongs to, or M where it belongs to none
+    """
 
     kind: str
     keys: Tensor
@@ -30,12 +35,12 @@ class Negatives(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The caller's name of the keys."""
+        """The caller's name for the keys, for messages."""
         return VALUES if self.kind == "ragged" else "negative_keys"
 
     @staticmethod
     def of(where: str, given: Tensor | Ragged | None, mode: str, query: Tensor, may_be_none: bool) -> Negatives | None:
-        """What the caller passed as negative_keys, checked; None stays None. may_be_none: zero keys are no mistake, others are there."""
+        """The caller's negative_keys, checked; None stays None. may_be_none: there are in-batch keys, so zero keys are no mistake."""
         if given is None:
             return None
         if isinstance(given, tuple | list):
@@ -52,7 +57,7 @@ class Negatives(NamedTuple):
         return Negatives(mode, given)
 
     def statistics(self, query: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool) -> ContrastiveStats:
-        """Row statistics of listed negatives. wide: stand-ins for query and keys."""
+        """Row statistics of paired or ragged negatives. `wide` are the stand-ins for query and keys, see wide.py."""
         s = listed_logits(Listed(query, self.keys, self.rows, scale, wide[0], wide[1], normalize))
         lse = self._by_segment(s, query.shape[0]) if self.rows is not None else s.logsumexp(1) if s.shape[1] else s.sum(1)
         none = torch.full_like(lse, -torch.inf)
@@ -61,17 +66,17 @@ class Negatives(NamedTuple):
     def _by_segment(self, s: Tensor, n: int) -> Tensor:
         """Log-sum-exp over the values of each of n queries; -inf for a query without any."""
         assert self.rows is not None
-        nobody, rows = self.rows >= n, self.rows.clamp(max=n - 1)
-        s = s.masked_fill(nobody, -torch.inf)
+        of_none, rows = self.rows >= n, self.rows.clamp(max=n - 1)
+        s = s.masked_fill(of_none, -torch.inf)
         most = s.new_full((n,), -torch.inf).scatter_reduce(0, rows, s.detach(), "amax")
         base = most.masked_fill(most == -torch.inf, 0.0)
         total = s.new_zeros(n).index_add(0, rows, (s - base[rows]).exp())
-        # log(0) has an infinite gradient; a query without values takes none.
+        # A query without values takes no logarithm: log(0) has an infinite gradient.
         return torch.where(total == 0, -torch.inf, total.masked_fill(total == 0, 1.0).log() + base)
 
 
 def one_positive(query: Tensor, key: Tensor, wide: Sequence[Tensor | None], scale: Tensor, normalize: bool) -> ContrastiveStats:
-    """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo. wide: their stand-ins."""
+    """Statistics of rows whose only pair is their positive, key i for query i: the positive half of MoCo. `wide`: stand-ins of both."""
     query_wide, key_wide = wide
     listed = Listed(query, key[:, None], None, scale, query_wide, None if key_wide is None else key_wide[:, None], normalize)
     pos = listed_logits(listed).squeeze(1)
@@ -79,7 +84,7 @@ def one_positive(query: Tensor, key: Tensor, wide: Sequence[Tensor | None], scal
 
 
 def _no_temperature(where: str, given: object) -> None:
-    """The third argument of other losses is the temperature."""
+    """Raise where negative_keys is one number: a temperature, which is the third argument of other losses."""
     is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
     if not (is_number or (isinstance(given, Tensor) and given.dim() < 2 and given.numel() == 1)):
         return
@@ -102,12 +107,12 @@ def _ragged(where: str, given: Ragged, query: Tensor, may_be_none: bool) -> Nega
             f"{where}: {OFFSETS} has {queries} entries, one per query; offsets have one more, where the values of each query begin and "
             "the last ones end: from counts, torch.nn.functional.pad(counts.cumsum(0), (1, 0))"
         )
-    # One more offset than queries; searchsorted finds the query of every value without reading an offset on the host.
+    # There is one more offset than queries.
     ends = arguments.ids(where, OFFSETS, offsets, queries + 1, query, "query rows + 1", "one where each query begins, and the end")
     assert ends is not None
     if arguments.free_to_read(ends) and (ends[0] != 0 or ends[-1] != values.shape[0] or bool((ends.diff() < 0).any())):
         raise ValueError(f"{where}: {OFFSETS} must rise from 0 to {values.shape[0]}, the number of values; got {ends.tolist()}")
     positions = torch.arange(values.shape[0], device=values.device)
-    # Positions below the first or above the last offset belong to nobody.
+    # The host reads no offset to find the query of each value. Positions below the first offset or above the last belong to no query.
     rows = torch.searchsorted(ends, positions, right=True) - 1
     return Negatives("ragged", values, rows.where(rows >= 0, query.shape[0]))

@@ -10,17 +10,33 @@ from fastnce import arguments
 
 
 class NegativeQueue(nn.Module):
-    """The last `size` keys, a ring buffer that wraps at any batch size; keys and pointer are in the state_dict (persistent=True).
+    """The last `size` keys, in a ring buffer: the negatives of moco_loss.
 
-    keys      (size, dim) buffer; random unit rows to start with, as MoCo
-    pointer   0-dim int64 buffer: where the next key goes
+    Args:
+        size: K, how many keys it holds.
+        dim: D, the width of a key.
+        persistent: whether keys and pointer are in the state_dict. Default: True.
+        dtype: floating-point dtype of the keys. Default: torch's default dtype.
 
-    moco_loss reads `keys` in place, without a copy. Call enqueue after backward: in between, backward raises and says so. MoCoLoss takes a
-    copy instead. He et al. 2020 (arXiv:1911.05722), algorithm 1.
+    Attributes:
+        keys: (K, D) buffer. It begins with random unit rows, as in MoCo.
+        pointer: 0-dim int64 buffer, the row that the next key goes to.
 
-    >>> queue = NegativeQueue(4, 2)
-    >>> queue.enqueue(torch.ones(3, 2)); queue.enqueue(torch.zeros(3, 2)); queue.keys[:, 0].tolist()
-    [0.0, 0.0, 1.0, 0.0]
+    Raises:
+        ValueError: size or dim is no positive integer.
+        TypeError: dtype is no floating-point dtype.
+
+    Example:
+        >>> queue = fastnce.NegativeQueue(4, 2)
+        >>> queue.enqueue(torch.ones(3, 2))
+        >>> queue.enqueue(torch.zeros(3, 2))
+        >>> queue.keys[:, 0].tolist()
+        [0.0, 0.0, 1.0, 0.0]
+
+    moco_loss reads `keys` in place, without a copy, so call enqueue after backward; in between, backward raises and says so. MoCoLoss takes
+    a copy instead, and any order is right there.
+
+    He et al. 2020 (arXiv:1911.05722), algorithm 1.
     """
 
     keys: Tensor
@@ -39,19 +55,22 @@ class NegativeQueue(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random unit rows and pointer 0 again, in place: what a queue made on the meta device needs after to_empty."""
+        """Random unit rows and pointer 0 again, in place. A queue made on the meta device needs it after to_empty."""
         self.keys.copy_(F.normalize(torch.randn(self.keys.shape, device=self.keys.device), dim=1))
         self.pointer.zero_()
 
     def places(self, n: int) -> Tensor:
-        """Where the next n keys go, int64; of more than `size`, the places of the last ones."""
+        """The rows that the next n keys go to, (n,) int64; of more than `size` keys, the rows of the last `size`."""
         size = self.keys.shape[0]
         kept = min(n, size)
         return (self.pointer + (n - kept) + torch.arange(kept, device=self.keys.device)) % size
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Put keys (B, dim) in the place of the oldest; of more than `size`, the last ones stay. No host synchronisation."""
+        """Replace the oldest keys by these, (B, dim), cast to the queue's dtype; of more than `size`, the last ones stay.
+
+        The host does not wait for the device. Raises TypeError, ValueError, RuntimeError: no features, another width, another device.
+        """
         arguments.features("NegativeQueue.enqueue", keys=keys)
         n, (size, dim) = keys.shape[0], self.keys.shape
         if keys.shape[1] != dim:

@@ -1,4 +1,4 @@
-"""Bad input, continued: ids, labels and masks, which say which rows belong together, and what follows where none are given."""
+"""Checks of ids, labels and masks, the arguments that say which rows belong together, and of their absence."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def id_pair(
     sizes: tuple[int, int],
     paired: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ids of queries and of keys; where only one is given and row i of one belongs to row i of the other (paired), it serves both.
+    """Ids of queries and of keys. Where row i of one belongs to row i of the other (paired), ids of one side serve both.
 
-    `of` are the caller's names of what has the ids, `sizes` its numbers of rows."""
+    `of` are the caller's names for queries and keys, `sizes` their numbers of rows."""
     if given[0] is None and given[1] is None:
         return None, None
     if (given[0] is None or given[1] is None) and not paired:
@@ -34,7 +34,7 @@ def id_pair(
 
 
 def labels(where: str, value: object, features: Tensor) -> Tensor | None:
-    """sup_con's labels, one per example, as int64; None stays None. Each of the shapes that users give instead has its remedy."""
+    """sup_con's labels, one per example, as int64; None stays None. Each wrong shape that users give has a remedy in its message."""
     examples, views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
     remedy = ""
     if isinstance(value, Tensor) and value.shape != (examples,):
@@ -71,8 +71,9 @@ def mask(
     shape: tuple[int, int] | None = None,
     each: str = "one row and column per example",
 ) -> Tensor | None:
-    """A boolean matrix of positives, of this shape or, repeated, of any that has a place for every pair; None stays None. `each` says what
-    its rows and columns are."""
+    """A boolean matrix of positives; None stays None. Without `shape` any matrix that is not empty will do: it is repeated.
+
+    `each` describes its rows and columns in the message."""
     if value is None:
         return None
     x = arguments.a_tensor(where, name, value)
@@ -87,7 +88,7 @@ def mask(
 
 
 def some_positive(where: str, features: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
-    """One view of each example, and nothing that says which examples belong together, leave every anchor of sup_con without a positive."""
+    """Raise where no anchor of sup_con could have a positive: one view of each example, and neither labels nor mask."""
     if (features.dim() == 2 or features.shape[1] == 1) and labels is mask is None and features.shape[0] > 0:
         whole = "; where rows are [view 0; view 1], use nt_xent(features)" if features.dim() == 2 else ""
         raise ValueError(
@@ -99,7 +100,7 @@ def some_positive(where: str, features: Tensor, labels: Tensor | None, mask: Ten
 def alignment(
     where: str, image: Tensor, text: Tensor, aligned: bool | None, label: tuple[Tensor | None, Tensor | None], exclude: bool, by_pair: bool
 ) -> None:
-    """What clip_loss may ask for where row i belongs to row i, and where positives come from ids alone."""
+    """Raise where clip_loss cannot have its positives as asked: by row and by ids, or, with aligned=False, by ids alone."""
     rows, columns, wrong = image.shape[0], text.shape[0], ""
     if aligned and rows != columns:
         wrong = "with aligned=True row i of one belongs to row i of the other: as many of both"
@@ -127,7 +128,7 @@ def alignment(
 
 
 def disagreement(a: Tensor | None, b: Tensor | None) -> int | None:
-    """The first row at which two vectors of ids differ, neither being negative; None without, and where reading them is not free."""
+    """The first row at which two vectors of ids differ and neither is negative. None: there is none, or reading is not free."""
     if a is None or b is None or a is b or not (arguments.free_to_read(a) and arguments.free_to_read(b)):
         return None
     differ = (a != b) & (a >= 0) & (b >= 0)
@@ -135,8 +136,9 @@ def disagreement(a: Tensor | None, b: Tensor | None) -> int | None:
 
 
 def with_own_labels(labels: Tensor) -> Tensor:
-    """Each negative label replaced by one that no other example has. Any int64 may be in use, so the others are renumbered, from 0 or 1 to
-    at most their number."""
+    """Each negative label replaced by one that no other example has.
+
+    Any int64 may be in use. So the labels are renumbered, from 0 or 1 to at most their number, and the new ones come after."""
     ranked, order = labels.sort()
     numbers = torch.empty_like(labels).scatter(0, order, (ranked != ranked.roll(1)).cumsum(0))
     return numbers.where(labels >= 0, len(labels) + 1 + torch.arange(len(labels), device=labels.device))

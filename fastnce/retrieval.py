@@ -1,4 +1,4 @@
-"""Retrieval: how well every query finds its positives among the keys, and which negatives come nearest. Nothing here has a gradient."""
+"""Retrieval: how well every query finds its positives among the keys, and which negatives come nearest. Without gradients."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from fastnce.statistics import ContrastiveStats
 
 
 class RetrievalStats(NamedTuple):
-    """How well M queries find their positives; of the other direction, `columns` holds the same for N keys.
+    """How well M queries find their positives among the keys.
 
-    rank      (M,) int64: negatives above the best positive. All of them where the query is nan or has no positive
-    ties      (M,) int64: negatives that cannot be told from it in this precision: cosines within 3 * 2^-24 (float64 features: 2^-49)
-    hits      for each k of `ks`, (M,) bool: the best positive is among the first k, whatever the order of ties: rank + ties < k.
-              False where the query is nan or has no positive
-    mrr       0-dim, the mean reciprocal rank: mean of 1 / (1 + rank + ties / 2), the place in the middle of those that ties allow.
-              A query that is nan or has no positive adds 0. nan where there is no query
-    hardest   (M, hardest) int64: indices of the hardest negatives, from the hardest on, the first of equals first; -1 where there are
-              no more. A negative that is nan is never one of them
-    hardest_similarity   (M, hardest): their similarities (cosines where normalize); -inf where there are no more
-    columns   the same for every key among the queries, where two_sided
+    Attributes:
+        rank: (M,) int64, how many negatives are above the best positive. All of them, where the query is nan or has no positive.
+        ties: (M,) int64, how many negatives cannot be told from the best positive in this precision: cosines within 3 * 2^-24 (float64
+            features: 2^-49).
+        hits: for each k of `ks`, (M,) bool: the best positive is among the first k in any order of the ties, rank + ties < k. False where
+            the query is nan or has no positive.
+        mrr: 0-dim, mean reciprocal rank: the mean of 1 / (1 + rank + ties / 2), the middle of the places that the ties allow. A query that
+            is nan or has no positive adds 0. nan where there is no query.
+        hardest: (M, hardest) int64, indices of the hardest negatives, the hardest first, of equal ones the one with the lower index. -1
+            where there are no more. A negative that is nan is left out.
+        hardest_similarity: (M, hardest), their similarities (cosines, where normalize); -inf where there are no more.
+        columns: the same for every key among the queries, (N,) each. None without two_sided=True.
     """
 
     rank: Tensor
@@ -66,30 +68,31 @@ def retrieval(
         query: (M, D) in any scale: rows are normalised here unless normalize=False.
         key: (N, D), N >= M: row i is the positive of query i, and all others are its negatives (more rows: a queue, or negatives of one's
             own, torch.cat([key, negatives])). Ids, a mask or an offset may say otherwise. None: the queries search each other.
-        ks: for which k `hits` says whether a positive is among the first k.
-        hardest: how many of the hardest negatives of each query.
+        ks: for which k `hits` says whether a positive is among the first k. Default: 1, 5, 10.
+        hardest: how many of the hardest negatives of each query are found. Default: 1.
         offset: key i + offset is a positive of query i (without key: also query i is one of query i + offset; two views one after the
             other have offset=len(query) // 2). Default: 0, or none where ids or a mask say what is positive.
         query_ids, key_ids: integers (M,), (N,): keys with the query's id are its positives. A negative id matches nothing.
-        exclude_query_ids, exclude_key_ids: integers (M,), (N,): keys with the query's id are left out, unless they are its positive by
-            `offset` (other copies of the same document).
+        exclude_query_ids, exclude_key_ids: integers (M,), (N,): keys with the query's id are left out (other copies of the same document),
+            unless they are its positive by `offset`. They win over equal query_ids and key_ids, and over the mask.
         positive_mask: bool (M, N): key j is a positive of query i where positive_mask[i, j].
         exclude_self: leave out key i for query i. Default: where key is None.
         two_sided: also how well every key finds its queries, in `columns`, from the same pass.
         normalize: False takes dot products as they are, instead of cosines.
         backend: "auto" or the name of one, as for the losses. More than one hardest negative comes from one routine, whatever the backend.
 
-    Of ids, one side serves both where row i of key belongs to row i of query.
+    Where row i of key belongs to row i of query, ids of one side serve both.
 
     Returns:
         RetrievalStats.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as docs/numerics.md lists.
+        ValueError: fewer keys than queries where nothing else says what is positive, no key and nothing that says so, a k below 1.
+        TypeError, RuntimeError, NotImplementedError: as docs/numerics.md lists; each message says what to write instead.
 
     Example:
         >>> query = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        >>> found = retrieval(query, query[[0, 2, 1]])
+        >>> found = fastnce.retrieval(query, query[[0, 2, 1]])
         >>> found.rank, found.hits[1], found.mrr
         (tensor([0, 2, 1]), tensor([ True, False, False]), tensor(0.6111))
     """
@@ -144,7 +147,7 @@ def _ks(where: str, given: object) -> tuple[int, ...]:
 
 
 def _alone(where: str, rows: int, offset: int | None, by_place: bool, two_sided: bool, mask: Tensor | None, no_key_ids: bool) -> None:
-    """Queries that search each other."""
+    """Raise where an argument needs key, or where nothing says which queries are positives of each other."""
     wrong = ""
     if two_sided:
         wrong = "two_sided needs key; where the queries search each other, both directions are the same"
@@ -161,7 +164,7 @@ def _alone(where: str, rows: int, offset: int | None, by_place: bool, two_sided:
 
 
 def _in_place(where: str, query: Tensor, key: Tensor, exclude_self: bool) -> None:
-    """Key i is the positive of query i, because nothing else was said."""
+    """Raise where key i cannot be the positive of query i, which it is where no argument says otherwise."""
     shapes = f"{where}: query is {tuple(query.shape)} and key is {tuple(key.shape)}"
     if exclude_self:
         raise ValueError(f"{shapes}; exclude_self leaves out key i for query i: give query_ids and key_ids, positive_mask or offset")
@@ -175,13 +178,13 @@ def _in_place(where: str, query: Tensor, key: Tensor, exclude_self: bool) -> Non
 def _public(
     found: ContrastiveStats, ks: tuple[int, ...], more: Sequence[tuple[Tensor, Tensor] | None], dtype: torch.dtype
 ) -> RetrievalStats:
-    """more: of this side and of the columns, indices and similarities of more hardest negatives than one."""
+    """`more` are the indices and similarities of several hardest negatives, of this side and then of the columns; None for one."""
     rank, ties, index, similarity, best = found.rank, found.ties, found.hardest, found.hardest_logit, found.pos_max
     assert rank is not None and ties is not None and index is not None and similarity is not None and best is not None
     there = best > -torch.inf
     reciprocal = (1 + rank.to(dtype) + ties.to(dtype) / 2).reciprocal().masked_fill(~there, 0.0)
     indices, similarities = (index[:, None], similarity.to(dtype)[:, None]) if more[0] is None else more[0]
     hits = {k: (rank + ties < k) & there for k in ks}
-    # Made in one go: Dynamo of torch 2.11 cannot return a tuple that _replace made of one with a dict.
+    # Made in one call: Dynamo of torch 2.11 cannot return a tuple with a dict in it that _replace has made.
     columns = None if found.columns is None else _public(found.columns, ks, more[1:], dtype)
     return RetrievalStats(rank, ties, hits, reciprocal.mean(), indices, similarities, columns)

@@ -1,4 +1,4 @@
-"""Does this installation compute the right numbers? Every loss, forward and backward, in float32 against float64."""
+"""The self-test of an installation: every loss, forward and backward, in float32 against float64."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from fastnce import losses
 
 # float32 rounding reaches 7e-7 here. Matrix products in TF32 show as 4e-5 or more, one lost row of a gradient as 1e-3 or more.
 LIMIT = 1e-5
-
 ROWS, COLUMNS, QUEUE = 600, 40, 700  # more than one tile of rows, and no multiple of any tile
 
 
 class Result(NamedTuple):
-    """One loss on one backend. error: largest relative error of its values and gradients, None where it could not be computed."""
+    """One loss on one backend. `error` is the largest relative error of its values and gradients, None where there is none to compute."""
 
     loss: str
     error: float | None
@@ -69,7 +68,7 @@ def _run(loss: str, backend: str, device: str) -> Result:
         start = time.perf_counter()
         found = _outputs(loss, backend, device, torch.float32)
         seconds = time.perf_counter() - start
-        # The maximum of a tensor, because that of a list may step over a nan.
+        # Of a tensor the maximum is nan where an entry is; of a list it may not be.
         errors = [(got.double() - true).norm() / true.norm() for got, true in zip(found, exact, strict=True)]
         error = float(torch.stack(errors).max())
     except Exception as failure:
@@ -87,7 +86,7 @@ def _exact(loss: str) -> list[Tensor]:
 
 
 def _outputs(loss: str, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Row values, then the gradient of every input the loss reads, on the CPU."""
+    """The row values, then the gradient of every input that the loss reads, on the CPU."""
     inputs = Inputs.make(device, dtype)
     values = CASES[loss](inputs, backend)
     assert isinstance(values, Tensor)

@@ -1,4 +1,4 @@
-"""The primitive every loss is a formula over: differentiable row statistics of a similarity matrix that is never stored."""
+"""The primitive of every loss: differentiable statistics of the rows of a matrix of similarities that is never stored."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from fastnce.wide import shared
 
 
 class ContrastiveStats(NamedTuple):
-    """Per-row statistics of the logits; `columns` holds the same per column where two_sided.
+    """Statistics of the logits of every row, (M,) each; floats in nats, float32 (float64 for float64 features).
 
-    lse_neg   log sum exp over the negatives of the row, nats; -inf without any         differentiable
-    lse_pos   the same over its positives; equal to pos where there is exactly one      differentiable
-    pos       mean logit of its positives; 0 without any                                differentiable
-    n_pos     number of positives, int64
-    With metrics=True, else None:
-    rank      negatives whose logit is above the threshold (the row's best positive by default), int64
-    ties      negatives that cannot be told from it in this precision, int64; 0 of both is a top-1 hit. Between the best and the worst
-              place that the rounding allows are rank and rank + ties, in the middle rank + ties / 2
-              A logit that is nan is above, and so is every negative where the threshold is nan or there is no positive
-    hardest   index of the largest negative that is not nan, int64; -1 without any
-    hardest_logit, pos_max   logits of the largest negative and of the best positive; -inf without any
+    Attributes:
+        lse_neg: log sum exp over the negatives of the row; -inf without any. Differentiable.
+        lse_pos: the same over its positives; equal to pos where there is exactly one. Differentiable.
+        pos: mean logit of its positives; 0 without any. Differentiable.
+        n_pos: how many positives it has, int64.
+        rank: how many negatives are above the threshold (by default, the row's best positive), int64. A logit of nan is above, and so is
+            every negative where the threshold is nan or there is no positive.
+        ties: how many negatives cannot be told from the threshold in this precision, int64. The place of the positive, counted from 0, is
+            between rank and rank + ties; both are 0 for a top-1 hit.
+        hardest: index of the largest negative that is not nan, int64; -1 without any.
+        hardest_logit: its logit; -inf without any.
+        pos_max: logit of the best positive; -inf without any.
+        columns: the same statistics of every column, (N,) each. None without two_sided=True.
+
+    The five from rank to pos_max are None without metrics=True, and have no gradient.
     """
 
     lse_neg: Tensor
@@ -61,28 +65,45 @@ def contrastive_stats(
     threshold: Tensor | None = None,
     backend: str = "auto",
 ) -> ContrastiveStats:
-    """Row statistics of s_ij = scale * cos(q_i, k_j) + bias over negatives and positives: lse_neg, lse_pos, pos, n_pos.
+    """The statistics that every loss here is a formula over: sums over the negatives and positives of every row of similarities.
 
-    q               (M, D) queries, any length of row: they are normalised here unless normalize=False
-    k               (N, D) keys; None: the keys are the queries, and only half of the logits are computed
-    scale           1 / temperature, float or one-element tensor, > 0; bias is added to every logit. Both differentiable
-    exclude_self    drop pairs with j == i; default: where k is None
-    offset          key i + offset is the positive of query i (where k is None: also query i is that of i + offset; offset >= 1 there).
-                    From -(2^31 - 1) to 2^31 - 1
-    q_labels, k_labels             integers (M,), (N,): equal labels are positives; a negative label matches nothing
-    q_exclude_ids, k_exclude_ids   integers (M,), (N,): pairs with equal ids are dropped, except those at `offset`
-    positive_mask   bool (B, C): pair (i, j) is positive where positive_mask[i % B, j % C]
-    two_sided       also the statistics of every key over the queries, from the same tiles, in `columns`
-    metrics         also rank, ties, hardest negative and best positive (no gradient)
-    threshold       (M,) logits from which rank and ties count; default: each row's best positive
-    backend         "auto"; or by name "torch" (any device), "cpu" (the C++ library), "triton", "cuda" (NVIDIA GPUs), "reference" (dense)
+        s_ij = scale * cos(q_i, k_j) + bias     lse_neg_i = log sum_{negatives j} exp s_ij     pos_i = mean_{positives j} s_ij
 
-    Returns ContrastiveStats, float32 (float64 for float64 input). Memory is O((M + N) D), never O(M N).
-    Raises TypeError, ValueError, RuntimeError, NotImplementedError as docs/numerics.md lists.
+    The similarities are never stored: memory is O((M + N) D). InfoNCE is softplus(lse_neg - pos); docs/math.md derives the others.
 
-    >>> z = torch.eye(4)
-    >>> contrastive_stats(z, scale=1.0, offset=2).lse_neg  # two negatives each, at similarity 0: log 2
-    tensor([0.6931, 0.6931, 0.6931, 0.6931])
+    Args:
+        q: (M, D) queries. Rows may have any length: they are normalised here unless normalize=False.
+        k: (N, D) keys. Default: the keys are the queries, and each logit is computed once for both of its rows.
+        scale: 1 / temperature, a positive float or a one-element tensor, which gets its gradient.
+        bias: a float or a one-element tensor, added to every logit, with its gradient. Default: none.
+        normalize: False takes dot products of the rows as they are, instead of cosines.
+        exclude_self: leave out the pairs with j == i. Default: where k is None.
+        offset: key i + offset is a positive of query i. Without k, query i is one of query i + offset as well; offset is then at least 1.
+            From -(2^31 - 1) to 2^31 - 1. Default: no positives by place.
+        q_labels, k_labels: integers (M,), (N,). Equal labels make a positive.
+        q_exclude_ids, k_exclude_ids: integers (M,), (N,). Equal ids leave a pair out.
+        positive_mask: bool (B, C): pair (i, j) is a positive where positive_mask[i % B, j % C].
+        two_sided: also the statistics of every key over the queries, in `columns`, from the same pass.
+        metrics: also rank, ties, the hardest negative and the best positive of every row.
+        threshold: (M,) logits from which rank and ties count, with metrics=True. Default: the row's best positive.
+        backend: "auto", or by name "torch" (any device), "cpu" (the C++ library), "triton", "cuda" (NVIDIA GPUs), "reference" (dense).
+
+    The first rule that applies to a pair decides: exclude_self leaves it out; offset makes it a positive; equal exclude ids leave it out;
+    equal labels or the mask make it a positive; otherwise it is a negative. So exclusion wins over equal labels. A negative label or id
+    matches nothing.
+
+    Returns:
+        ContrastiveStats. Statistics over several disjoint sets of keys are added up by `merge`.
+
+    Raises:
+        ValueError: shapes or options that do not fit together, a scale that is not positive, positive_mask and offset without k.
+        TypeError, RuntimeError, NotImplementedError: as docs/numerics.md lists; each message says what to write instead.
+
+    Example:
+        >>> z = torch.eye(4)
+        >>> found = fastnce.contrastive_stats(z, scale=1.0, offset=2)  # two negatives each, at similarity 0: log 2
+        >>> found.lse_neg, found.pos
+        (tensor([0.6931, 0.6931, 0.6931, 0.6931]), tensor([0., 0., 0., 0.]))
     """
     where = "contrastive_stats"
     if k is None:
@@ -132,18 +153,18 @@ def contrastive_stats(
 
 
 def check_backend(where: str, name: str) -> None:
-    """For losses that may not come to ask a backend."""
+    """Raise for an unknown backend, also in a loss that dense_small answers before any backend is asked."""
     arguments.backend(where, name, backends.BACKENDS)
 
 
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
-    """Statistics of a problem whose inputs have been checked, in vector_dtype. Errors start with `where`."""
+    """Statistics of a checked problem, in vector_dtype. Messages begin with `where`."""
     pairs = problem.pairs
-    if pairs.mask is not None and 0 in pairs.mask.shape:  # checked: there is no pair that it could speak of
+    if pairs.mask is not None and 0 in pairs.mask.shape:  # the check of the mask has seen that there is no pair either
         pairs = pairs._replace(mask=None)
         problem = problem._replace(pairs=pairs)
     if problem.symmetric and pairs.mask is not None:
-        # A caller's mask need not be symmetric: compute the whole matrix, with keys that are a tensor of their own.
+        # The mask need not be symmetric, so the whole matrix is computed: the keys become a tensor of their own.
         pairs = pairs._replace(k_label=pairs.q_label, k_exclude=pairs.q_exclude)
         q_wide, k_wide = shared(problem.q, problem.q)
         problem = problem._replace(k=problem.q.clone(), pairs=pairs, q_wide=q_wide, k_wide=k_wide)
@@ -165,13 +186,27 @@ def _rounded(found: ContrastiveStats, dtype: torch.dtype) -> ContrastiveStats:
 
 
 def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> ContrastiveStats:
-    """Statistics (M,) of the same rows over two disjoint sets of keys, as if they were one: what a ring, a queue or a chunk adds up.
+    """Statistics of the same rows over two disjoint sets of keys, as if the sets were one: for a ring, a queue, or keys in chunks.
 
-        lse = log(exp lse_a + exp lse_b)      pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)      n_pos, rank, ties: sums
+        lse = log(exp lse_a + exp lse_b)        pos = (n_a pos_a + n_b pos_b) / (n_a + n_b)        n_pos, rank, ties: sums
 
-    Rank and ties are right if both counted from the same threshold. `shift` is added to the hardest index of b: the number of keys
-    before b's.
-    Returns ContrastiveStats. `columns` are dropped: the columns of the two are different keys.
+    Args:
+        a, b: ContrastiveStats of the same M rows, (M,) each.
+        shift: added to the hardest index of b: the number of keys that come before those of b. Default: 0.
+
+    Returns:
+        ContrastiveStats. Rank and ties are right where both counted from the same threshold. `columns` is None: the columns of the two are
+        different keys.
+
+    Raises:
+        RuntimeError: a and b have different numbers of rows.
+
+    Example:
+        >>> q, k = torch.eye(4), torch.eye(4)
+        >>> a = fastnce.contrastive_stats(q, k[:3], scale=1.0)
+        >>> b = fastnce.contrastive_stats(q, k[3:], scale=1.0)
+        >>> fastnce.merge(a, b).lse_neg  # log(e + 3), as over all four keys
+        tensor([1.7437, 1.7437, 1.7437, 1.7437])
     """
     n_pos = a.n_pos + b.n_pos
     total = n_pos.clamp(min=1)

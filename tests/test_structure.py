@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import fastnce
@@ -61,7 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formulas": {"precision", "statistics"},
     "negatives": {"arguments", "listed", "autograd", "statistics"},
     "dense_small": {"arguments", "precision", "autograd", "problem"},
-    "losses": {
+    "losses": {"losses.queries", "losses.views"},
+    "losses.queries": {
         "arguments",
         "formulas",
         "hints",
@@ -72,13 +74,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "relations",
         "dense_small",
         "statistics",
-        "views",
         "wide",
     },
+    "losses.views": {"arguments", "formulas", "hints", "pairs", "problem", "relations", "dense_small", "statistics", "wide"},
     "retrieval": {"arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "statistics"},
-    "views": {"arguments", "hints", "pairs", "problem", "wide"},
     "logit_scale": set(),
-    "modules": {"arguments", "formulas", "logit_scale", "losses", "negatives", "autograd", "queue", "statistics"},
+    "loss_module": {"arguments", "logit_scale", "statistics"},
+    "modules": {"arguments", "autograd", "formulas", "logit_scale", "loss_module", "losses", "negatives", "queue"},
     "selftest": {"losses"},
     "__init__": {"_version", "arguments", "logit_scale", "losses", "modules", "queue", "retrieval", "statistics"},
     "__main__": {"__init__", "backends", "compiled.build", "files", "compiled.find", "pairs", "problem", "selftest"},
@@ -213,24 +215,99 @@ def test_public_names_are_listed_sorted_and_there() -> None:
     assert imported == {*FUNCTIONS, *CLASSES}
 
 
+def sections(text: str) -> dict[str, str]:
+    """The parts of a docstring by their headings (Args, Returns, ...), "" the text before the first of them, each without its margin."""
+    found, heading = {"": []}, ""
+    for line in inspect.cleandoc(text).splitlines():
+        if match := re.fullmatch(r"(Args|Attributes|Returns|Raises|Example):", line):
+            heading = match[1]
+            assert heading not in found, f"{heading} twice"
+            found[heading] = []
+        elif not heading or line.startswith(" ") or not line:
+            found[heading].append(line)
+        else:  # text after a section
+            heading = ""
+            found[""].append(line)
+    return {name: inspect.cleandoc("\n".join(["", *lines])).strip() for name, lines in found.items()}
+
+
+def entries(section: str) -> dict[str, str]:
+    """The name of each entry and its text; of `a, b: text`, both have it."""
+    found = re.findall(r"^(\w+(?:, \w+)*): (.*(?:\n +.*)*)", section, re.MULTILINE)
+    return {name: text for names, text in found for name in names.split(", ")}
+
+
+def lacks(thing: typing.Any) -> list[str]:
+    """What a public docstring should have and has not."""
+    text, is_class = thing.__doc__ or "", inspect.isclass(thing)
+    parts, is_tuple = sections(text), is_class and issubclass(thing, tuple)
+    wanted = ["Attributes"] if is_tuple else ["Args", "Raises", "Example"] if is_class else ["Args", "Returns", "Raises", "Example"]
+    missing = [heading for heading in wanted if not parts.get(heading)]
+    if not re.match(r"\S.{20,}\.(\n|$)", parts[""].replace(":\n", ".\n")):
+        missing.append("a first sentence")
+    names = set(thing._fields) if is_tuple else inspect.signature(thing).parameters.keys()
+    described = entries(parts.get(wanted[0], ""))
+    missing += [f"the argument {name}" for name in names if len(described.get(name, "").split()) < 3]
+    missing += [f"{name}, which is no argument" for name in described.keys() - names]
+    if not is_tuple:
+        if ">>> " not in parts.get("Example", ""):
+            missing.append("an example that runs")
+        if not any(name.endswith(("Error", "Exception")) for name in entries(parts.get("Raises", ""))):
+            missing.append("an exception by its name")
+    return missing
+
+
 @pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
 def test_public_names_say_what_they_are(name: str) -> None:
-    """A docstring of its own (a NamedTuple without one has a generated list of its fields), and one for every method but forward."""
-    thing = getattr(fastnce, name)
-    documented = [thing.__doc__] + [f.__doc__ for n, f in public_methods(name) if n not in ("__init__", "forward", "extra_repr")]
-    if name in CLASSES:
-        assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
-    assert all(text and len(text.split()) >= 5 for text in documented)
+    """A sentence, every argument, the result, the errors and an example; and a docstring for every method."""
+    assert lacks(getattr(fastnce, name)) == []
+    assert not [n for n, f in public_methods(name) if n not in ("__init__", "extra_repr") and len((f.__doc__ or "").split()) < 5]
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "debug"])
-def test_public_functions_give_shapes_and_what_they_return(name: str) -> None:
-    text = getattr(fastnce, name).__doc__
-    assert "Returns" in text
-    assert re.search(r"\([A-Z0-9]+, ?[A-Z0-9]*\)", text), "no shape"
-    for argument in inspect.signature(getattr(fastnce, name)).parameters:
-        shared = {"reduction", "normalize", "weight", "backend", "scale"} if "Others as in info_nce" in text else {"normalize"}
-        assert argument in shared or re.search(rf"\b{argument}\b", text), f"{argument} is not described"
+def test_a_docstring_that_lacks_something_is_found() -> None:
+    def documented(x: int) -> int:
+        """The number that follows another one.
+
+        Args:
+            x: any integer at all.
+
+        Returns:
+            x + 1.
+
+        Raises:
+            TypeError: x is no number.
+
+        Example:
+            >>> 1 + 1
+            2
+        """
+        return x + 1
+
+    assert lacks(documented) == []
+    whole = documented.__doc__
+    for part, lost in (
+        ("Args:", ["Args", "the argument x"]),
+        ("x: any integer at all.", ["Args", "the argument x"]),
+        ("any integer at all.", ["the argument x"]),
+        ("x: any", ["the argument x", "y, which is no argument"]),
+        ("Returns:", ["Returns"]),
+        ("Raises:", ["Raises", "an exception by its name"]),
+        ("TypeError: ", ["an exception by its name"]),
+        (">>> 1 + 1", ["an example that runs"]),
+        ("The number that follows another one.", ["a first sentence"]),
+    ):
+        documented.__doc__ = whole.replace(part, "y: any" if part == "x: any" else "")
+        assert lacks(documented) == lost, part
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("debug", "merge")])
+def test_public_functions_give_shapes(name: str) -> None:
+    """Each tensor among the arguments has a shape, or is one number."""
+    function = getattr(fastnce, name)
+    described = entries(sections(function.__doc__)["Args"])
+    for argument, hint in typing.get_type_hints(function).items():
+        if argument != "return" and torch.Tensor in (hint, *typing.get_args(hint)) and float not in typing.get_args(hint):
+            assert re.search(r"\((\w+ ?\* ?)?\w+,( ?\w+)*\)", described[argument]), argument
 
 
 @pytest.mark.parametrize("name", FUNCTIONS + CLASSES)

@@ -1,8 +1,8 @@
-"""Part `bench`: what a GPU has to show before a speed is claimed for it, one row per bar.
+"""Part `bench`: the bars that a GPU has to reach before a speed is claimed for it, one row each.
 
-Forward and backward with normalisation, bfloat16, all contestants of a case in one process and interleaved (measure.py). A ratio is
-the peer's time over ours, at least the bar; a rate is a part of a plain bfloat16 matrix product's, measured on the same device; memory is
-above inputs and gradients. A peer that is not installed or fails leaves its row open.
+Forward and backward with normalisation, bfloat16, all contestants of a case in one process and interleaved (measure.py). A ratio is the
+peer's time over ours, and has to be at least the bar. A rate is a part of that of a plain bfloat16 matrix product, measured on the same
+device. Memory is above inputs and gradients. A peer that is not installed or fails leaves its row open.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from bench.record import Cell, Row
 from bench.sweep import in_a_process
 
 COLUMNS = ("bar", "case", "peer", "ours", "theirs", "unit", "ratio", "at_least", "at_most", "met", "status")
-SOLVED: dict[str, Any] = {
-    "noise": 0.1,
-    "temperature": 0.02,
-}  # positives at cosine 0.995: the loss is 0 to seven digits, and logits reach 50 nats
+# Positives have a cosine of 0.995: the loss is 0 to seven digits, and logits reach 50 nats.
+SOLVED: dict[str, Any] = {"noise": 0.1, "temperature": 0.02}
 GEMM = 8192
-FLASH_WIDTH = 256  # above it weights pass through a workspace
+FLASH_WIDTH = 256  # columns; with more, weights pass through a workspace
 WORKSPACE_MIB = 128.0
 FIGURES = ("ours", "theirs", "ratio", "met")
-CELL_SECONDS = 150.0  # the slowest: torch.compile of an eager loss, and its runs
+CELL_SECONDS = 150.0  # of the slowest contestant: torch.compile of an eager loss, and its runs
 
 
 class Case(NamedTuple):
-    """Times of one problem against several peers: name -> the least ratio."""
+    """A problem that is timed against several peers; `peers` gives the least ratio of each by its name."""
 
     bar: int
     loss: str
@@ -61,8 +59,8 @@ RATIOS = (
 RATES = ((65_536, 128, 0.50), (65_536, 256, 0.60), (65_536, 512, 0.90), (65_536, 1024, 0.95))
 MEMORY = (("nt_xent", 32_768, 128), ("clip", 32_768, 256), ("nt_xent", 32_768, 512), ("clip", 32_768, 768), ("nt_xent", 262_144, 128))
 LARGEST = (1_048_576, 128, 3_000.0)  # rows, columns, milliseconds
-# Rows, columns, a word of the kernel's name, the products of 2 N^2 D that it executes, the part of a plain product's rate. backward_rows
-# makes all logits and multiplies by them; weights_block the logits of 36 of 64 blocks, those on and above the diagonal.
+# Rows, columns, a word of the kernel's name, its work in products of 2 N^2 D, and the least part of a plain product's rate. backward_rows
+# computes all logits and multiplies by them. weights_block computes the logits of 36 of 64 blocks, those on and above the diagonal.
 KERNELS = ((32_768, 128, "backward_rows", 2.0, 0.45), (32_768, 512, "weights_block", 36 / 64, 0.65))
 
 
@@ -78,11 +76,11 @@ class Bars:
         return replace(cell, **more)
 
     def measured(self, cell: Cell) -> list[Row]:
-        """The rows of a cell. Where its whole process died, every peer again alone with ours: one of them took the others along."""
+        """The rows of a cell. Where one contestant ended the process for all, each peer runs again, with ours alone."""
 
         def once(*names: str) -> list[Row]:
             one = replace(cell, names=names)
-            # A dry run starts one process, for the matrix product, to show that it can: each takes seconds to import torch.
+            # A dry run starts a single process, for the matrix product, to show that it can. Each takes seconds to import torch.
             return (
                 here(one)
                 if self.report.dry and cell.measure != "gemm"
@@ -100,7 +98,7 @@ class Bars:
         return rows
 
     def late(self, bar: int, case: str) -> bool:
-        """Whether there is no time for another row; the row says so."""
+        """Whether there is no time for another row; then a row says so."""
         if self.report.left() > (0 if self.report.dry else 20):
             return False
         self.report.add({"bar": bar, "case": case, "met": None, "status": "no time left"})
@@ -173,7 +171,7 @@ class Bars:
 
 
 def _agreement(ours: Row, theirs: Row) -> str:
-    """Whether both computed the same loss: a faster wrong one would win. bfloat16 logits are off by 2^-9 of 14 nats, more when solved."""
+    """ "ok" where both computed the same loss, since a faster wrong one would win. bfloat16 logits of 14 nats are off by 2^-9 of that."""
     if theirs["contestant"] in OTHER_VALUE:
         return "another loss"
     value, other = ours["loss_value"], theirs["loss_value"]
@@ -186,7 +184,7 @@ def main() -> int:
     first, rest = RATIOS[:4], RATIOS[4:12] if report.dry else RATIOS[4:]
     for case in (*first, None, *rest):
         if case is None:
-            # Between the bars that matter most and the many small ones.
+            # After the bars that matter most, and before the many small ones.
             for n, d, least in RATES:
                 if not bars.late(6, f"nt_xent N={n} D={d} nominal rate"):
                     with report.step(f"rate N={n} D={d}"):

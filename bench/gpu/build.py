@@ -1,8 +1,8 @@
-"""Part `build`: the CUDA library for the architecture of this device alone, what ptxas said of it, and whether its kernels end.
+"""Part `build`: the CUDA library for the architecture of this device alone, the report of ptxas, and whether the kernels end.
 
 A library of these very sources that is there already, in the package or in FASTNCE_CACHE_DIR, is not compiled again. Without nvcc, ninja or
-a C++ compiler a row says so, and the other parts say that the library is not built. Then each of its kinds of kernels solves the shapes of
-sanitize.py once, in a process of its own: a barrier that nobody arrives at shows here, and not in the middle of a thousand tests.
+a C++ compiler a row says so, and the other parts say that the library is not built. Then each kind of its kernels solves the shapes of
+sanitize.py once, in a process of its own: a kernel that waits for ever shows here, and not in the middle of a thousand tests.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from bench.record import ROOT
 from fastnce.compiled import build, find
 
 COLUMNS = ("what", "kernels", "arch", "entries", "registers", "stack", "spilled", "mib", "seconds", "status")
-SOLVING = 60.0  # seconds for all shapes; a GPU takes one of them, starting the process ten
+SOLVING = 60.0  # seconds for all shapes; the GPU needs about one of them, the start of the process ten
 
 
 def arch_of(capability: tuple[int, int]) -> str:
-    """Of build.ARCHS, for a device of this compute capability."""
-    # Code for 8.0 and for 10.0 runs on what differs in the second number; beyond that the driver compiles.
+    """The entry of build.ARCHS for a device of this compute capability."""
+    # Code for 8.0 runs on all of 8.x, that for 10.0 on all of 10.x. For any other device the driver compiles.
     return {8: "sm_80", 9: "sm_90a", 10: "sm_100"}.get(capability[0], "compute_100")
 
 
 def missing() -> str:
-    """What there is not to build with; empty where all is there."""
+    """The missing tool without which the library cannot be built; empty where none is missing."""
     try:
         build.nvcc()
         build.compiler()
@@ -46,7 +46,7 @@ def missing() -> str:
 
 
 def compiled(report: part.Report, arch: str) -> dict[str, Any]:
-    """The row of the library, made if it is not there."""
+    """The row of the library, which is built unless it is there."""
     row: dict[str, Any] = {"what": "library", "arch": arch}
     found = find.library_path("cuda")
     if found is not None and arch in find.archs(found):
@@ -70,7 +70,7 @@ def compiled(report: part.Report, arch: str) -> dict[str, Any]:
 
 
 def emulated(report: part.Report) -> dict[str, Any]:
-    """The same of the emulated library, put where that of CUDA is looked for: run.sh names a cache for it alone."""
+    """The row of the emulated library. It is put where the CUDA library is looked for; run.sh names a cache for it alone."""
     sys.path.append(str(ROOT / "tests"))
     emulator: Any = importlib.import_module("emulated")
     begun = time.monotonic()
@@ -82,7 +82,7 @@ def emulated(report: part.Report) -> dict[str, Any]:
 
 
 def resources(said: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
-    """By unit, from what ptxas said of each kernel: the most registers, the most bytes of stack, bytes spilled by all."""
+    """A row for each unit, from the report of ptxas on its kernels: most registers, most bytes of stack, bytes spilled by all."""
     for unit, lines in sorted(said.items()):
         text = "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Which kernels a part runs.
+"""The kinds of kernels that a part runs.
 
-    cuda           backend "cuda" as its tile table chooses: wgmma on compute capability 9.0 for what it serves, mma.sync for the rest
+    cuda           backend "cuda" as its tile table chooses: on compute capability 9.0 wgmma, for the problems it serves; else mma.sync
     cuda-mma       the same without wgmma, as on every other GPU
     triton         backend "triton"; arithmetic over single rows in the CUDA library where that is built
     triton-alone   the same without that library: the race has both
 
-Without a GPU all of them are the backend "torch", or, emulated, the two of cuda run csrc/cuda as compiled for the CPU (tests/emulated.py).
+Without a GPU all of them are the backend "torch". Emulated, the two of cuda run csrc/cuda, compiled for the CPU (tests/emulated.py).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastnce.problem import Problem
 NAMES = ("cuda", "cuda-mma", "triton")
 RACERS = (*NAMES, "triton-alone")
 HOPPER, OLDEST = 90, 80  # architectures of launches.architecture: with wgmma, without
-# Where: "gpu", or without one "cpu" or "emulated". The variable says it to processes that take no arguments.
+# `where` is "gpu", or without one "cpu" or "emulated". The variable tells processes that take no arguments.
 WHERE, WORDS = "FASTNCE_GPU_DRY_RUN", {"": "gpu", "1": "cpu", "emulated": "emulated"}
 ASKED = "FASTNCE_GPU_KERNELS"
 
 
 class Kernels(NamedTuple):
-    """name: of RACERS. architecture: in place of the device's, 0 for that."""
+    """A kind of kernels: its name in RACERS, and how to run it. `architecture` replaces the device's, 0: does not."""
 
     name: str
     device: str
@@ -46,7 +46,7 @@ class Kernels(NamedTuple):
         backend, _, variant = name.partition("-")
         if where == "cpu" or (where == "emulated" and backend != "cuda"):
             return Kernels(name, "cpu", "torch")
-        # Emulated, the table is asked for the tiles of a Hopper; the library's own answer is that of the oldest GPU.
+        # Emulated, the tiles are those of a Hopper; left to itself, the emulated library would say that it is the oldest GPU.
         architecture = OLDEST if variant == "mma" else HOPPER if where == "emulated" else 0
         return Kernels(name, "cuda" if where == "gpu" else "cpu", backend, architecture, variant == "alone")
 
@@ -64,7 +64,7 @@ class Kernels(NamedTuple):
 
 
 def _wgmma(device: torch.device) -> bool:
-    """Whether the table chooses wgmma for what it serves."""
+    """Whether the table chooses wgmma here, for the problems it serves."""
     return launches._tile("forward_rows", "index", 1, 64, launches.architecture(device)).family != 0
 
 
@@ -80,21 +80,21 @@ def chosen(kernels: Kernels) -> Iterator[None]:
 
 
 def names(where: str) -> tuple[str, ...]:
-    """Those that differ there."""
+    """The kernels that differ from each other there."""
     return {"gpu": NAMES, "emulated": NAMES[:2], "cpu": ("torch",)}[where]
 
 
 def where() -> str:
-    """As the environment says it."""
+    """Where the kernels run, from the environment."""
     return WORDS[os.environ.get(WHERE, "")]
 
 
 def asked() -> tuple[str, ...]:
-    """As the environment says it; all by default."""
+    """The names of the kernels, from the environment; all by default."""
     return tuple(filter(None, os.environ.get(ASKED, "").split(","))) or names(where())
 
 
 def environment(where: str, kernels: tuple[str, ...]) -> dict[str, str]:
-    """What says it there to a process."""
+    """The variables from which a process reads both."""
     word = next(word for word, found in WORDS.items() if found == where)
     return {WHERE: word, ASKED: ",".join(kernels)}

@@ -1,16 +1,16 @@
-"""Time and memory on a GPU: what a fresh process of measure.py does when the device has a clock of its own.
+"""Time and memory on a GPU: measure.py's fresh process runs this where the device has a clock of its own.
 
-    time     every contestant is called three times first: kernels are compiled, libraries make their handles. Then rounds, each
-             running every contestant once and starting with another one. Before a step a buffer larger than the L2 cache is
-             written, so that nobody finds his inputs there, and the device is idle when the first event is recorded: a backlog
-             would hide what launching costs. The clock is a pair of CUDA events; ratios are taken within a round.
-    memory   the allocator's peak during one step, above what it held with the inputs. A small problem ran before, so that
-             workspaces of libraries, which stay, are already there.
-    gemm     one N x N x N product of normally distributed values: zeros would run up to 13 % faster.
-    kernels  what the profiler sees during one step: every kernel, its calls and its time.
+    time     Every contestant is called three times first: kernels are compiled, libraries make their handles. Then come rounds. Each runs
+             every contestant once and begins with another one. Before a step a buffer larger than the L2 cache is written, so that no
+             inputs are found there. The device is idle when the first event is recorded: a backlog would hide the cost of launching. The
+             clock is a pair of CUDA events; ratios are taken within a round.
+    memory   The allocator's peak during one step, above its level with the inputs. A small problem ran before, so that workspaces of
+             libraries, which stay, are already there.
+    gemm     One N x N x N product of normally distributed values: zeros would run up to 13 % faster.
+    kernels  The profiler's list of one step: every kernel, its calls and its time.
 
-A contestant that fails is a row, and the others go on. Where there is no GPU the same code runs with the host's clock: that
-proves the code and measures nothing.
+A contestant that fails becomes a row, and the others go on. Where there is no GPU the same code runs with the host's clock, which proves
+the code and measures nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def milliseconds(device: str, call: Callable[[], object]) -> float:
 
 
 def release(leaves: tuple[Tensor, ...]) -> None:
-    """Give back what a contestant left behind, so that the next one has the whole device."""
+    """Free the memory that a contestant left behind, so that the next one has the whole device."""
     for leaf in leaves:
         leaf.grad = None
     if torch.cuda.is_initialized():
@@ -62,7 +62,7 @@ def release(leaves: tuple[Tensor, ...]) -> None:
 
 
 def lost() -> bool:
-    """Whether a fault has taken the device from this process: every later call would fail too."""
+    """Whether the device is lost to this process after a fault: every later call would fail too."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -82,7 +82,9 @@ def interleaved(
     contestant: Callable[[str, str, str], Contestant] = peers.contestant,
     within: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
 ) -> tuple[dict[str, Row], dict[str, list[float]]]:
-    """By name the row of each contestant, and its milliseconds round by round. contestant(loss, name, backend), run within(name)."""
+    """The row of each contestant by its name, and its milliseconds round by round.
+
+    contestant(loss, name, backend) makes each, and within(name) is the context that it runs in."""
     leaves = measure.leaves_of(cell)
     running: dict[str, Contestant] = {}
     rows: dict[str, Row] = {}
@@ -110,7 +112,7 @@ def interleaved(
                 call = prepared(cell.mode, running[name], leaves)
                 flush.zero_()
                 samples[name].append(milliseconds(cell.device, call))
-            del call  # and with it what the forward saved
+            del call  # frees the tensors that the forward saved
         order.append(order.pop(0))
         rounds += 1
     gc.enable()
@@ -128,7 +130,7 @@ def measure_time(cell: Cell) -> list[Row]:
 
 
 def _peak(device: str, call: Callable[[], object]) -> float:
-    """MiB that a call takes at its most, above what is there before."""
+    """The peak of memory during a call, MiB above the level before it."""
     if device == "cpu":
         before = measure.resident("VmRSS")
         call()
@@ -166,7 +168,7 @@ def measure_memory(cell: Cell) -> list[Row]:
 
 
 def measure_gemm(cell: Cell) -> list[Row]:
-    """TFLOP/s of the library's matrix product, median: the ceiling that rates are compared with."""
+    """The median TFLOP/s of the library's matrix product, the ceiling that rates are compared with."""
     a, b = (torch.randn(cell.n, cell.n, device=cell.device).to(getattr(torch, cell.dtype)) for _ in range(2))
     times = [milliseconds(cell.device, lambda: a @ b) for _ in range(WARM_UP + max(cell.repeats, FEWEST))][WARM_UP:]
     return [row_of(cell, cell.names[0], "ok", gpu_ms={"median": median(times)}, tflops=2.0 * cell.n**3 / median(times) / 1e9)]

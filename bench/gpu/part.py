@@ -1,11 +1,11 @@
-"""What the parts of run.sh share: their options, their share of ten minutes, and what they leave behind.
+"""The frame of all parts of run.sh: options, a time budget, and the report that a part leaves behind.
 
-A part is a module with main(); it fills a Report and calls finish(), which prints the table, writes <out>/<part>.json and gives
-the exit status: 1 where something raised that should not have, whatever the figures say. `python -m bench.gpu.part summary` shows
-what all parts left.
+A part is a module with main(). It fills a Report and calls finish(), which prints the table, writes <out>/<part>.json and returns the exit
+status: 1 where an error was raised that should not have been, whatever the figures are. `python -m bench.gpu.part summary` shows the
+reports of all parts.
 
-The dry run is the same code at tiny sizes on the CPU, with backend="torch": its figures mean nothing, its exit status does. --emulate is a
-dry run whose parts for the CUDA library run its sources, compiled for the CPU by the part `build`.
+The dry run is the same code at tiny sizes on the CPU, with backend="torch". Its figures mean nothing, its exit status does. --emulate is a
+dry run in which the part `build` compiles the sources of the CUDA library for the CPU, and the parts that use this library run them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bench.record import ROOT
 from fastnce import files
 
 PARTS = ("build", "tests", "sanitize", "accuracy", "bench", "race", "tiles")
-BUDGET = 540.0  # seconds of a part: a command of ten minutes then ends by itself, with its results written
+BUDGET = 540.0  # seconds of a part, so that a command of ten minutes ends by itself, with its results written
 
 
 class Options(argparse.Namespace):
@@ -68,16 +68,17 @@ class Report:
         self._begun, self._budget = time.monotonic(), options.budget
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds of the budget that are left."""
         return self._budget - (time.monotonic() - self._begun)
 
     def names(self) -> tuple[str, ...]:
-        """Of the kernels that were asked for."""
+        """The names of the kernels that were asked for."""
         return self.asked or known.names(self.where)
 
     def kernels(self, names: tuple[str, ...] | None = None, needed: bool = True) -> list[Kernels]:
-        """Those that run here, of `names` or of all that were asked for; a row for each that does not. None at all where some are needed is
-        an error."""
+        """The kernels that run here, of `names` or of all that were asked for. Each that does not gets a row with the reason.
+
+        Where some are needed and none run, that is an error."""
         found = []
         for name in self.names() if names is None else names:
             kernels = Kernels.of(name, self.where)
@@ -91,7 +92,7 @@ class Report:
 
     @property
     def log(self) -> Path:
-        """Of all parts together, since what comes back from a rented machine is often few files."""
+        """The log of all parts together, since often only a few files come back from a rented machine."""
         self.out.mkdir(parents=True, exist_ok=True)
         return self.out / "parts.log"
 
@@ -102,14 +103,14 @@ class Report:
         shown = " ".join(f"{name}={_text(value)}" for name, value in row.items())
         print(f"[{self.part}, {time.monotonic() - self._begun:.0f} s] {shown}", file=sys.stderr, flush=True)
 
-    def fail(self, what: str) -> None:
-        """Something raised that should not have: the part goes on, and its exit status is 1."""
-        self.errors.append(what)
-        print(f"[{self.part}] ERROR {what}", file=sys.stderr, flush=True)
+    def fail(self, error: str) -> None:
+        """Record an error. The part goes on, and its exit status is 1."""
+        self.errors.append(error)
+        print(f"[{self.part}] ERROR {error}", file=sys.stderr, flush=True)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """A step may fail without the next ones."""
+        """A step whose exception is recorded, so that the next steps run."""
         try:
             yield
         except Exception as error:
@@ -145,7 +146,7 @@ def _text(value: Any) -> str:
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
-    """The columns that any row has, aligned."""
+    """The rows as text, aligned; a column that no row has is left out."""
     shown = [name for name in columns if any(name in row for row in rows)]
     cells = [shown, *([_text(row[name]) if name in row else "" for name in shown] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
@@ -153,13 +154,13 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Entry point of a part."""
+    """Run the main() of a part as a command."""
     torch.set_num_threads(1 if {"--dry-run", "--emulate"} & set(sys.argv) else torch.get_num_threads())
     raise SystemExit(files.command(Path(sys.argv[0]).name)(main)())
 
 
 def summary(out: Path, parts: list[str]) -> int:
-    """One line for each part that was asked for; 1 where one failed or left nothing."""
+    """Print a line for each part that was asked for. Returns 1 where one failed or left no result."""
     lines, failed = [], 0
     for part in parts:
         path = out / f"{part}.json"

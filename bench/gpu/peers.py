@@ -3,13 +3,13 @@
 eager autocast      peers.py's eager form under bfloat16 autocast, as mixed-precision training runs it
 compile autocast    torch.compile of that
 chunked cuBLAS      ours, plain: chunks of rows, each a cuBLAS product whose bfloat16 logits are read once for the log-sums and once for
-                    their gradient, which is made in the forward and is exact. What siglip-kernel and Liger do for their losses
+                    their gradient, which is made in the forward and is exact. siglip-kernel and Liger do the same for their losses
 inf-cl              Inf-CL's Triton loss (Cheng et al. 2024, arXiv:2410.17243), one call per direction
 cut-cross-entropy   Apple's linear_cross_entropy (Wijmans et al. 2024, arXiv:2411.09009), keys as classifier, without its gradient filter
 liger-kernel        its fused linear cross-entropy, keys as classifier
-memeff              its CLIP loss, both directions in one pass; the scale is a constant there, so that it has one gradient less to make.
-                    stable=False, since its default multiplies the gradient by sqrt(batch * temperature)
-siglip-kernel       another loss of the same two towers and products: sigmoids, one direction. Its time compares, its value does not
+memeff              its CLIP loss, both directions in one pass. Its scale is a constant, so it makes one gradient less. stable=False, since
+                    its default multiplies the gradient by sqrt(batch * temperature)
+siglip-kernel       another loss of the same two towers and products: sigmoids, one direction. Its time can be compared, its value cannot
 
 The last five compare rows with keys, so they have no form that leaves a row's own column out: they serve info_nce and clip only.
 """
@@ -29,7 +29,7 @@ from bench import dense
 from bench.dense import EAGER, Contestant, indices, open_clip_form, partners, supcontrast_form
 from bench.peers import Factories
 
-ROWS = 4096  # of a chunk: its logits at N = 65,536 are 512 MiB in bfloat16, siglip-kernel's own choice on Hopper
+ROWS = 4096  # of a chunk, as siglip-kernel has on Hopper: its logits at N = 65,536 are 512 MiB in bfloat16
 OTHER_VALUE = ("siglip-kernel",)  # contestants that compute another loss
 
 
@@ -45,7 +45,7 @@ def autocast(function: Contestant) -> Contestant:
 
 
 def compiled(function: Contestant) -> Contestant:
-    # The CPU has it for the sake of a dry run: without the C++ compiler that its usual backend needs there.
+    # On a CPU this is a dry run, and does without the C++ compiler that the usual backend needs there.
     found: Contestant = torch.compile(function, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     return found
 
@@ -111,7 +111,7 @@ class Chunked(torch.autograd.Function):
                 gradients(start, _fast(_weights, device)(part, scale, rows[chunk], share))
         for start in starts if both else ():
             gradients(start, _fast(_both_weights, device)(logits(start), scale, rows[start : start + ROWS], columns, share))
-        # The positive's weight, -1 / n, apart: next to a probability it would be rounded to the dtype of the products.
+        # The positive's weight, -1 / n, is added apart: as one number with a probability it would be rounded to the products' dtype.
         toward = k[positive].float()
         wide = dq.float() - toward / n
         dk.index_add_(0, positive, q.float(), alpha=-1 / n)
@@ -134,7 +134,7 @@ def _row_sums(logits: Tensor, scale: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Norms in float32, rows in the dtype they came in."""
+    """Rows of length one: norms in float32, rows in their own dtype."""
     return F.normalize(x.float(), dim=1).to(x.dtype)
 
 
@@ -168,7 +168,7 @@ OneDirection = Callable[[Tensor, Tensor], Tensor]
 
 
 def _member(module: str, name: str) -> Any:
-    """Some packages ask for a GPU while they are imported, and fail in ways of their own where there is none."""
+    """A function of a package. Some packages fail to be imported without a GPU, each in its own way: here all raise ImportError."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:
@@ -176,7 +176,7 @@ def _member(module: str, name: str) -> Any:
 
 
 def _inf_cl() -> OneDirection:
-    # Not cal_inf_loss: the gradient of its scale is summed over processes, and here there is no group of them.
+    # cal_inf_loss would not do: it sums the gradient of its scale over a group of processes, and here there is none.
     loss = _member("inf_cl", "cal_flash_loss")
 
     def call(q: Tensor, k: Tensor) -> Tensor:

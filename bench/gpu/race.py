@@ -1,13 +1,13 @@
 """Part `race`: the kinds of kernels against each other, shape by shape, and at small N against eager torch.
 
-Forward and backward with normalisation, all contestants of a shape in one process and in turn (measure.py): a ratio is taken within a
-round, and the median over the rounds counts. A row says who is first, with everybody within ENOUGH of him; up to N = 1,024 also whether
-the first is not slower than eager torch (bar 10). A backend enters "auto" for a kind of device by a recorded run on it that shows it right
-and no slower than the next one: this is where that is seen.
+Forward and backward with normalisation, all contestants of a shape in one process and in turn (measure.py). A ratio is taken within a
+round, and the median over the rounds counts. A row names the first, and every kind within ENOUGH of it; up to N = 1,024 also whether the
+first is not slower than eager torch (bar 10). A backend enters "auto" for a kind of device by a recorded run of this part on it that shows
+it right and no slower than the next one.
 
-One process runs shape after shape and answers each with a row. Where it dies, or says nothing for PATIENCE seconds, every contestant of
-that shape runs alone: who ends his process again is out of the race, and the others go on. Triton's kernels are compiled before, by several
-processes at once.
+One process runs shape after shape and answers each with a row. Where it dies, or prints nothing for PATIENCE seconds, every contestant of
+that shape runs alone. One that ends its process again is out of the race, and the others go on. Triton's kernels are compiled before, by
+several processes at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLUMNS = ("loss", "n", "d", "dtype", *RACERS, *EAGER, "first", "ahead", "eager_
 FIGURES = (*RACERS, *EAGER, "first", "ahead", "eager_over", "met", "ratios")
 SMALL, LARGE = (64, 256, 1024), (4096, 16_384, 65_536)
 ENOUGH = 1.02  # ratios below are noise
-SECONDS = 1.5  # of rounds, if three are done
+SECONDS = 1.5  # of rounds; three are done in any case
 PATIENCE = 45.0
 WORKERS = 8  # processes that compile
 
@@ -51,7 +51,7 @@ def cells(device: str, names: tuple[str, ...], dry: bool) -> Iterator[Cell]:
     for dtype in ("bfloat16", "float32"):
         for widths in ((8,),) if dry else ((128,), (64, 256, 512)):
             for n in (32,) if dry else (*SMALL, *LARGE):
-                # bfloat16 inputs are what autocast gives; float32 under autocast would be another precision than ours.
+                # Autocast goes with bfloat16 inputs. In float32 it would have another precision than our kernels.
                 eager = EAGER[: 2 if dtype == "bfloat16" else 1] if n <= SMALL[-1] else ()
                 for d in widths:
                     for loss in dense.LOSSES:
@@ -77,7 +77,7 @@ def problem(cell: Cell) -> Row:
 
 
 def judged(cell: Cell, rows: dict[str, Row], samples: dict[str, list[float]]) -> Row:
-    """Medians in milliseconds by name, who is first, and `ratios`: the time of each over that of the first, round by round."""
+    """Medians in milliseconds by name, the first of them, and `ratios`: the time of each over that of the first, round by round."""
     found: Row = problem(cell) | {name: median(times) for name, times in samples.items()}
     broken = [f"{name}: {row['status']} {row.get('detail', '')}".strip() for name, row in rows.items() if row["status"] != "ok"]
     ours = sorted((name for name in samples if name in RACERS), key=found.__getitem__)
@@ -94,7 +94,7 @@ def judged(cell: Cell, rows: dict[str, Row], samples: dict[str, list[float]]) ->
 
 
 def same(a: Row, b: Row) -> bool:
-    """All kernels make the same of the same inputs: they differ in the order of float32 sums, and by what gradients are rounded to."""
+    """Whether two kinds of kernels computed the same: they differ in the order of float32 sums and in the rounding of gradients."""
     loss, norm = (abs(a[key] - b[key]) for key in ("loss_value", "gradient_norm"))
     return loss <= 1e-4 * abs(b["loss_value"]) + 1e-5 and norm <= 1e-2 * b["gradient_norm"]
 
@@ -233,7 +233,7 @@ def main() -> int:
         else:
             compile_ahead(report, names)
             race(report, given)
-    report.more = {"first": standings(report.rows), "meaning": "milliseconds; first: and whoever is within 2 % of him; ahead: of the next"}
+    report.more = {"first": standings(report.rows), "meaning": "milliseconds; first: with all within 2 % of it; ahead: of the next"}
     for size, counts in report.more["first"].items():
         print(f"first: {size}: {', '.join(f'{name} {count}' for name, count in counts.items())}")
     return report.finish(COLUMNS)

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What a GPU has to show, in parts that each end within ten minutes and leave $OUT/<part>.json (OUT: build/gpu unless it is set).
+# The tests and measurements for a GPU, in parts that each end within ten minutes and leave $OUT/<part>.json (by default build/gpu).
 #
 #     python -m bench gpu [options] [part ...]      parts: build tests sanitize accuracy bench race tiles
-#     python -m bench gpu record                    says which files to keep, and where
+#     python -m bench gpu record                    prints which files to keep, and where
 #
 #     --budget SECONDS       of each part
-#     --kernels cuda,...     those that build, tests, sanitize, accuracy and race look at: kernels.py names them
-#     --backend cuda         the one that bench times and whose bars it checks; triton by default
+#     --kernels cuda,...     the kernels for build, tests, sanitize, accuracy and race: kernels.py names them
+#     --backend cuda         the backend that bench times and compares with its bars; triton by default
 #     --wheels DIR           install the wheels of a folder (peers, compute-sanitizer) beside the environment, without asking any index
 #     --dry-run              everything at tiny sizes on the CPU with backend="torch": no figure means anything, but nothing may raise
-#     --emulate              a dry run, in which build compiles csrc/cuda for the CPU, and what is about its kernels runs them there
+#     --emulate              a dry run in which build compiles csrc/cuda for the CPU, and the parts about these kernels run them there
 #
-# The CUDA library is found and built in FASTNCE_CACHE_DIR. A part that fails does not stop the others; the exit status is then 1. Bars that
-# are missed and peers, or a library, that are not there are rows, not failures.
+# The CUDA library is found and built in FASTNCE_CACHE_DIR. A part that fails does not stop the others; the exit status is then 1. A bar
+# that is missed, and a peer or a library that is not there, are rows and no failures.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -39,7 +39,8 @@ export OUT CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${
 interpret=0
 ((${#dry[@]})) && export OMP_NUM_THREADS=1 && interpret=1
 limit=590
-# A library for the CPU lies where no other one is looked for. A step of its kernels takes a tenth of a second, and nobody waits for a GPU.
+# The library for the CPU has a folder of its own, where no other one is looked for. A step of its kernels takes a tenth of a second, and no
+# GPU is kept waiting.
 [[ ${dry[*]} == --emulate ]] && export FASTNCE_CACHE_DIR=$PWD/build/gpu_emulated && limit=3600 && options=(--budget 3500 "${options[@]}")
 
 if [[ -n $wheels ]]; then
@@ -52,7 +53,7 @@ failed=0
 for part in "${parts[@]}"; do
     echo "=== $part"
     rm -f "$OUT/$part.json"
-    # The part watches its own budget, nine minutes unless --budget says otherwise; this is for one that hangs.
+    # A part watches its own budget, nine minutes unless --budget says otherwise. This limit ends one that hangs.
     TRITON_INTERPRET=$interpret timeout --kill-after=10 "$limit" python3 -m "bench.gpu.$part" --out "$OUT" "${options[@]}" "${dry[@]}"
     status=$?
     ((status)) && failed=1 && echo "=== $part: exit status $status" >&2

@@ -1,10 +1,11 @@
-"""Part `sanitize`: memcheck, initcheck, racecheck and synccheck of compute-sanitizer over ragged shapes, of every kind of kernels.
+"""Part `sanitize`: memcheck, initcheck, racecheck and synccheck of compute-sanitizer over ragged shapes, for every kind of kernels.
 
-`python -m bench.gpu.sanitize --inside ...` runs the shapes, forward and backward, and is what the tools run under: first without any, so
-that Triton's kernels are compiled; both kinds of the CUDA library in one process, since starting one takes longer than its shapes. The four
+The tools watch `python -m bench.gpu.sanitize --inside ...`, which runs the shapes forward and backward. It runs first without a tool, so
+that Triton's kernels are compiled. Both kinds of the CUDA library share a process, since its start takes longer than its shapes. The four
 tools run at the same time. They are looked for on PATH, below the CUDA toolkit, and in an installed wheel (nvidia-cuda-sanitizer-api).
-Without caching every tensor is an allocation of its own, so that a read beyond it is one beyond what is allocated. racecheck knows shared
-memory only, and reports copies by the bulk engine as hazards that are none: its rows are to be read, not only counted.
+
+Without caching every tensor is an allocation of its own, so that a read beyond a tensor is a read beyond an allocation. racecheck sees
+shared memory only, and reports copies by the bulk engine as hazards that are none: its rows are to be read, not only counted.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
     scale: float = 10.0
 
 
-# No number of rows is a multiple of a tile, no width but 64 and 512 of a step; scale 90 needs a running maximum.
+# No number of rows is a multiple of a tile, and of the widths only 64 and 512 are one of a step. Scale 90 needs a running maximum.
 SHAPES = (
     Shape("nt_xent", 130, 24),
     Shape("nt_xent", 258, 64, torch.float32),
@@ -91,7 +92,7 @@ def solve(shape: Shape, device: str, backend: str) -> None:
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
-    """What no loss asks for: a mask, exclude ids, both sides at once, ranks."""
+    """A call with all that no loss asks for: a mask and exclude ids on both sides at once, and ranks."""
     index = torch.arange(len(q), device=q.device)
     found = fastnce.contrastive_stats(
         q, k, scale=scale, two_sided=True, metrics=True, positive_mask=(index[:, None] + index) % 7 == 0,
@@ -115,17 +116,17 @@ def solved_in(log: str) -> int:
 
 
 def sanitizer() -> str | None:
-    """The program, where there is one."""
+    """The path of compute-sanitizer; None where it is not installed."""
     found = shutil.which("compute-sanitizer")
-    places = [Path("/usr/local/cuda/bin")]
+    folders = [Path("/usr/local/cuda/bin")]
     for folder in sys.path:
         # Wheels of different CUDA versions put it at different depths.
-        places += [path.parent for path in sorted((Path(folder) / "nvidia").glob("**/compute-sanitizer")) if path.is_file()]
-    return found or next((str(place / "compute-sanitizer") for place in places if (place / "compute-sanitizer").is_file()), None)
+        folders += [path.parent for path in sorted((Path(folder) / "nvidia").glob("**/compute-sanitizer")) if path.is_file()]
+    return found or next((str(path) for path in (folder / "compute-sanitizer" for folder in folders) if path.is_file()), None)
 
 
 def reports_of(log: str) -> int | None:
-    """Errors that a tool counted; None where it printed no summary, because it was cut off or could not start."""
+    """How many errors a tool counted. None where it printed no summary: it was cut off, or could not start."""
     counts = re.findall(r"ERROR SUMMARY: (\d+) error", log)
     counts += [
         str(int(errors) + int(warnings)) for errors, warnings in re.findall(r"RACECHECK SUMMARY: .*?(\d+) error.*?(\d+) warning", log)
@@ -156,7 +157,7 @@ def named(kernels: list[Kernels]) -> str:
 
 
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> tuple[str, str]:
-    """What became of it, and all it printed."""
+    """Run a command for at most so many seconds: its outcome in words, and its output."""
     path = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     environment = environment | {"PYTHONPATH": path}
     # Of its own session, because a sanitizer starts the program as a child, which would outlive it and hold the pipe.
@@ -172,7 +173,7 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
 
 
 def rows(report: part.Report, kernels: list[Kernels], seconds: float) -> Iterator[dict[str, Any]]:
-    """Of kernels that share a process: without a tool, then with each."""
+    """The rows of kernels that share a process: first without a tool, then with each."""
     begun = time.monotonic()
     status, log = execute(this_program(report, kernels), dict(os.environ), max(seconds / 3, 1.0))
     yield {"tool": "none", "kernels": named(kernels), "shapes": solved_in(log), "seconds": time.monotonic() - begun, "status": status}

@@ -1,4 +1,4 @@
-"""Part `tests`: pytest -m gpu tests/test_gpu.py, counted from its log, so that a run that is cut off has shown what it came to.
+"""Part `tests`: pytest -m gpu tests/test_gpu.py. Tests are counted from the log, so that a run that is cut off counts too.
 
 The dry run executes the bodies of tests/test_gpu.py at tiny sizes on the CPU.
 """
@@ -17,12 +17,12 @@ from bench.gpu import kernels, part
 from bench.record import ROOT
 from fastnce.compiled import build
 
-TESTS = "tests/test_gpu.py"  # the only file that has the marker: collecting all of them takes seconds
-WORKERS = 6  # processes, where pytest-xdist is installed: most of the time of Triton's goes into compiling
+TESTS = "tests/test_gpu.py"  # the only file with the marker; to collect all files takes seconds
+WORKERS = 6  # processes, where pytest-xdist is installed: the tests of Triton spend most of their time on compiling
 
 
 class Group(NamedTuple):
-    """words: for pytest -k. share: the part of what is left that they may take. of: the backend whose kernels are in there."""
+    """Tests that run together: their words for pytest -k, their share of the time that is left, and the backend of their kernels."""
 
     words: str
     share: float
@@ -30,9 +30,9 @@ class Group(NamedTuple):
     workers: int = WORKERS
 
 
-# What needs the device for itself: most of its memory, or to be quicker than it is busy.
+# Tests that need the device for themselves: they take most of its memory, or measure whether the host waits for it.
 ALONE = "elements or nobody"
-# First what is compiled already and takes a second a test, last what takes minutes.
+# First the tests whose kernels are compiled already, a second each; last those that take minutes.
 GROUPS = (
     Group(f"cuda and not problems and not ({ALONE})", 0.5, "cuda"),
     Group(f"cuda and problems and not ({ALONE})", 0.5, "cuda"),
@@ -40,12 +40,12 @@ GROUPS = (
     Group(f"not cuda and not problems and not ({ALONE})", 0.5, "triton"),
     Group(f"not cuda and problems and not ({ALONE})", 1.0, "triton"),
 )
-TEST_SECONDS = 120  # of one test, where pytest-timeout is installed: a kernel that does not end takes its process along, and no other
+TEST_SECONDS = 120  # of one test, where pytest-timeout is installed: a kernel that does not end costs its own process, and no other
 COLUMNS = ("group", "passed", "outcomes", "seconds", "failed", "status")
 
 
 def outcomes(log: str) -> dict[str, int]:
-    """How many tests ended how, from the lines that -v prints for each."""
+    """The number of tests of each outcome, from the lines that -v prints."""
     alone = r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)\b.*%\]$"
     parallel = r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) "
     words = re.findall(alone, log, re.MULTILINE) + re.findall(parallel, log, re.MULTILINE)
@@ -61,21 +61,21 @@ def command(group: Group, report: part.Report) -> list[str]:
     installed = importlib.util.find_spec
     more = [] if report.dry or group.workers == 1 or installed("xdist") is None else ["-n", str(group.workers)]
     more += [] if installed("pytest_timeout") is None else ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
-    # The dry run's tests carry no marker; -v and -rfE are what the log is counted from.
+    # The dry run's tests carry no marker. The counts come from the lines of -v and -rfE.
     more += [] if report.dry else ["-m", "gpu"]
     return [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--color=no", *more, TESTS, "-k", group.words]
 
 
 def run(group: Group, seconds: float, report: part.Report) -> dict[str, Any]:
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-    # Tests by themselves leave the user's cache alone; here the library that lies there is what they are about.
+    # Tests leave the user's cache alone by themselves. Here they are to test the library in it.
     environment |= kernels.environment(report.where, report.names()) | {"FASTNCE_CACHE_DIR": str(build.folder())}
     begun = report.left()
     with report.log.open("a") as out:
         out.write(f"=== -k '{group.words}'\n")
         out.flush()
         start = out.tell()
-        # Of its own session: its processes must not outlive it, above all not one whose kernel does not end.
+        # In a session of its own, so that all its processes can be ended, above all one whose kernel does not end.
         process = subprocess.Popen(
             command(group, report), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -100,7 +100,7 @@ def main() -> int:
     for group in [Group("test_gpu", 1.0)] if report.dry else [group for group in GROUPS if group.of in backends]:
         row = run(group, max(report.left() * group.share, 1.0), report)
         report.add(row)
-        # Of a library that is not built all tests are skipped, and say why.
+        # The tests of a library that is not built are all skipped, and say why.
         if not row["passed"] and row["status"] != "skipped":
             report.fail(f"pytest -k '{group.words}': {row['status']}, {row['outcomes']}; see {report.log.name}")
     report.rows = [row | {"failed": "; ".join(row["failed"][:5])} for row in report.rows]

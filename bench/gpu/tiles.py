@@ -1,8 +1,8 @@
 """Part `tiles`: other tiles than the shipped ones, timed in the losses that ask for them.
 
-Every loss runs once, and fastnce/backends/triton/tiles.py is watched for the tiles that it is asked for. Variants of a tile have half or
-twice the rows or the columns, other warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler
-refuses (too much shared memory, say) is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every
+Every loss runs once to see which tiles it asks fastnce/backends/triton/tiles.py for. Variants of a tile have half or twice the rows or the
+columns, other warps or stages. Shipped tile and variant run in turn, so that a slow moment falls on both. A variant that the compiler
+refuses (too much shared memory, say) is a row. A faster tile is not adopted by this: its registers, its spills and the errors of every
 problem come first.
 
 The dry run asks Triton's interpreter for a few of them, which needs TRITON_INTERPRET=1 before Triton is imported: run.sh sets it.
@@ -25,7 +25,8 @@ from bench.gpu import part
 
 COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
 FIGURES = ("shipped_ms", "ms", "ratio", "faster")
-# What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
+# The fields that vary, and their least and largest values. Operands are padded to multiples of 128, so more rows or columns do not divide
+# them.
 LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1, 4)}
 ROUNDS = 7
 ENOUGH = 1.02  # ratios below are noise
@@ -40,7 +41,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
 
-# One for each kernel and width; float32, whose operands have two halves, last.
+# A case for each kernel and width. float32, whose operands have two halves, comes last.
 CASES = (
     *(Case(loss, 16_384, d) for d in (128, 512, 256, 64) for loss in ("nt_xent", "clip", "sup_con")),
     *(Case("moco", 65_536, d) for d in (128, 256, 64)),
@@ -51,7 +52,7 @@ DRY = (Case("nt_xent", 32, 8),)
 
 @contextmanager
 def tiles_asked(answers: Mapping[Ask, Any]) -> Iterator[dict[Ask, Any]]:
-    """Collects what is asked for, and what is shipped for it; some are answered otherwise. The one place that touches the table."""
+    """Collects the tiles that are asked for, with the shipped answers; `answers` replaces some. Only this function touches the table."""
     from fastnce.backends.triton import tiles
 
     shipped, asked = tiles.tile, {}
@@ -89,7 +90,7 @@ class Loss:
         return asked
 
     def compare(self, key: Ask, shipped: Any, other: Any, rounds: int) -> dict[str, Any]:
-        """Forward and backward with either tile, in turn; the median of the ratios of each round. The first two compile."""
+        """Times of forward and backward with either tile, in turn, and the median of the rounds' ratios. The first two steps compile."""
         times: dict[Any, list[float]] = {shipped: [], other: []}
         values: dict[Any, float] = {}
         for tile in times:
