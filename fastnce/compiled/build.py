@@ -1,9 +1,10 @@
-"""Compiling csrc/: compilers, ninja and torch's headers, called directly. Only when asked: `python -m fastnce build-cpu` and build-cuda, or
-FASTNCE_BUILD while installing. Imports no torch.
+"""Compiles csrc/ by a direct call of ninja, and only when asked: `python -m fastnce build-cpu`, build-cuda, FASTNCE_BUILD while installing.
+It needs torch's headers, and imports no torch.
 
-One build at a time per library, by a lock that the system releases when its holder dies; ninja repeats what a killed build left half
-done; the finished library appears under its name in one step, so nobody ever loads part of one. Beside it lies a .json: its size and
-digest, the compilers, and what ptxas said of each kernel. What lies under the name and is not what was built is built again.
+Every library has a lock, so that there is one build of it at a time; the system releases the lock when its holder dies. A build that was
+killed is taken up by ninja. The finished library gets its name in one step, so that no process loads part of one. Beside it lies a .json:
+its size and digest, the compilers, and the remarks of ptxas about every kernel. A file of that name that is not what was built is built
+again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from typing import Any, NamedTuple
 
 from fastnce.compiled import find
 
-# Registers its operators with whatever torch it is loaded by, from this version on.
+# The library runs with every torch from this version on.
 TORCH_TARGET = "0x020b000000000000"
 CXX_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
-# One level of the processor per unit; dispatch.cpp chooses among them when it runs.
+# Flags by unit: each is compiled for one level of the processor. dispatch.cpp chooses among them when it runs.
 LEVELS = {
     "level_avx512": "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mfma -mprefer-vector-width=512",
     "level_avx2": "-mavx2 -mfma",
@@ -36,21 +37,22 @@ LEVELS = {
 }
 X86_ONLY = ("level_avx512", "level_avx2")
 
-# Of nvcc and, after -Xcompiler, of the C++ compiler behind it.
+# Flags of nvcc, and after -Xcompiler those of the C++ compiler that it calls.
 NVCC_FLAGS = (
     "-O3 -std=c++17 --expt-relaxed-constexpr -Werror all-warnings -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
 )
-# CUDA's runtime goes inside and stays private. torch loads a libcudart of its own, into the global scope: calls that the linker left open
-# would go to that one, of whatever version. No unit needs a device linker, which would add an empty part for a GPU nobody asked for.
+# CUDA's runtime is linked into the library, and private. torch loads a libcudart of its own into the global scope, in some other version:
+# calls that the linker left open would go there. No unit needs the device linker, which would add an empty part for another GPU.
 NVCC_LINK = "--no-device-link -cudart static -Xlinker --exclude-libs,ALL -Xlinker --no-undefined"
-# What --arch takes, and the first nvcc that knows it. compute_100 is PTX, which the driver compiles for every GPU from Blackwell on.
+# Architectures for --arch, each with the first nvcc that knows it. compute_100 is PTX: the driver compiles it for every GPU from Blackwell
+# on.
 ARCHS = {"sm_80": (11, 0), "sm_90a": (12, 5), "sm_100": (12, 8), "compute_100": (12, 8)}
-# Units with wgmma and TMA in them: for sm_90a alone. The others ask FASTNCE_SM90 whether they are there.
+# Units with wgmma and TMA are compiled for sm_90a alone. FASTNCE_SM90 tells the others that they are there.
 SM90_UNIT, SM90 = "_sm90", "sm_90a"
-# An information of ptxas, no warning that -Werror could stop: products that wait for each other cost most of the tensor cores' speed.
+# ptxas says this where products wait for each other, which costs most of the tensor cores' speed. It is no warning that -Werror would stop.
 SERIALISED = "Potential Performance Loss"
 
-# For `python -m fastnce`: what a library that is not built would bring.
+# For `python -m fastnce`: the gain of a library that is not built.
 BRINGS = {
     "cpu": "backend='cpu', the tiles of backend='torch' in C++, for float32 and half-precision features",
     "cuda": "one launch instead of about 40 small ones around the tiles, and kernels that need no Triton",
@@ -58,11 +60,11 @@ BRINGS = {
 
 
 class BuildError(RuntimeError):
-    """What is missing, or what the compiler said, and what to do."""
+    """A build failed: the message says what is missing, or what the compiler said, and what to do."""
 
 
 class Plan(NamedTuple):
-    """How a library is made: a ninja file that leaves library.so, and what is written down beside the library."""
+    """How a library is made: a ninja file that leaves library.so, and the record for the .json beside it."""
 
     where: str  # "nvcc failed on <where>"
     tool: str
@@ -71,8 +73,10 @@ class Plan(NamedTuple):
 
 
 def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Path:
-    """The library of csrc/<kind>, compiled unless it is there already, and sound. `into`: its folder, the user's cache by default. `archs`:
-    of ARCHS, for "cuda"; all of them by default. Other architectures are another library.
+    """The library of csrc/<kind>; it is compiled unless it is there and sound.
+
+    into    its folder; the user's cache by default
+    archs   for "cuda": of ARCHS, all of them by default. Other architectures are another library
 
     Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, where ptxas
     says that it serialised products, and without a folder that the user, and nobody else, can write; FileNotFoundError without sources.
@@ -85,7 +89,7 @@ def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Pat
 
 
 def folder() -> Path:
-    """The user's cache, made if it is not there. Raises BuildError where there is none, or others can write: nothing is loaded there."""
+    """The user's cache, made if it is not there. BuildError where there is none, or others can write: nothing is loaded from there."""
     found = find.cache_folder()
     if found is None:
         raise BuildError("no home folder to build in: name a folder in FASTNCE_CACHE_DIR")
@@ -97,16 +101,16 @@ def folder() -> Path:
 
 
 def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
-    """`library`, made as `plan` says in a folder of `cache` unless it is there already. The plan is asked for only when it is needed."""
+    """`library`, made by `plan` in a folder of `cache` unless it is there and sound. The plan is asked for only when it is needed."""
     if find.fault(library) is None:
         return library
     work = cache / f"build-{library.stem}"
     with _written(cache):
         cache.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # Beside the folder and never removed: whoever waits for it holds the same file as whoever comes later.
+        # The lock lies beside the folder and is never removed: a process that waits for it and one that comes later have the same file.
         lock = work.with_suffix(".lock").open("w")
     with lock, _held(lock.fileno()):
-        if find.fault(library) is None:  # by whoever held the lock
+        if find.fault(library) is None:  # the process that held the lock has made it
             return library
         where, tool, text, record = plan()
         with _written(cache, lambda: shutil.rmtree(work, ignore_errors=True)):
@@ -124,8 +128,11 @@ def make(library: Path, cache: Path, plan: Callable[[], Plan]) -> Path:
 
 @contextmanager
 def _held(lock: int) -> Iterator[None]:
-    """The lock, for as long as somebody may still write what it is about. Ninja and its compilers inherit it: they go on when this process
-    is killed. When they have ended it is given back by name, for a compiler's server that goes on for ever has inherited it too."""
+    """The lock, for as long as a process may still write into the folder.
+
+    Ninja and its compilers inherit it, because they go on when this process is killed. When they have ended, the lock is released, and not
+    only closed: a compiler's server, which never ends, may have inherited it too.
+    """
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield
@@ -137,7 +144,7 @@ def _held(lock: int) -> Iterator[None]:
 
 @contextmanager
 def _written(folder: Path, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A folder that cannot be written is one line, and undone is what was written there."""
+    """Where a folder cannot be written: undo, then a BuildError of one line."""
     try:
         yield
     except OSError as error:
@@ -146,9 +153,9 @@ def _written(folder: Path, undo: Callable[[], None] = lambda: None) -> Iterator[
 
 
 def _run_ninja(work: Path, lock: int, failed: str) -> None:
-    # What a compiler writes for itself lies in the folder too, and goes with it. In English, to be recognised.
+    # A compiler's temporary files lie in the folder too, and are removed with it. Messages are in English, so that they are recognised.
     environment = os.environ | {"TMPDIR": str(work.absolute()), "LC_ALL": "C"}
-    # Signals as Python has them: a compiler whose file may not grow is told so, and not ended by SIGXFSZ before it can say it.
+    # restore_signals=False: Python ignores SIGXFSZ, and so does the compiler then. It says that its file may not grow, and is not killed.
     done = subprocess.run(
         [_ninja(), "-C", str(work)], capture_output=True, text=True, env=environment, pass_fds=[lock], restore_signals=False
     )
@@ -161,7 +168,8 @@ def _run_ninja(work: Path, lock: int, failed: str) -> None:
 
 
 def _publish(made: Path, record: str, library: Path) -> None:
-    """Each under its name in one step, and neither is left there in part. The record first: no library lies there without it."""
+    """Give record and library their names, each in one step, so that neither is there in part. The record comes first: no library is
+    there without it."""
     files = ((find.record_of(library), record.encode(), 0o644), (library, made.read_bytes(), 0o755))
     partial = {name: name.with_name(f"{name.name}.partial") for name, _, _ in files}
 
@@ -174,15 +182,18 @@ def _publish(made: Path, record: str, library: Path) -> None:
         library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         for name, content, most in files:
             partial[name].write_bytes(content)
-            # What the user lets others do with what he makes, but never write.
+            # Others may read it where the user's files are readable. They may never write.
             partial[name].chmod(made.stat().st_mode & most)
         for name, path in partial.items():
             os.replace(path, name)
 
 
 def ninja_file(tool: str, flags: str, units: dict[Path, str], link: str) -> str:
-    """library.so from units, each with flags of its own. Headers are not followed: other headers are another library, in another folder.
-    What a compiler says stays in <unit>.o.log, also of units that an earlier, killed build has finished."""
+    """A ninja file that makes library.so from units, each with its own flags.
+
+    Headers are no inputs: with other headers it is another library, in another folder. The output of a compiler stays in <unit>.o.log, also
+    for units that an earlier, killed build has finished.
+    """
     lines = [
         "rule compile",
         f"  command = {tool} {flags} $own -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
@@ -196,7 +207,7 @@ def ninja_file(tool: str, flags: str, units: dict[Path, str], link: str) -> str:
 
 
 def torch_flags() -> tuple[str, str]:
-    """For compiling against torch's stable interface, and for linking."""
+    """Flags to compile against torch's stable interface, and to link."""
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
         raise BuildError(
@@ -209,7 +220,7 @@ def torch_flags() -> tuple[str, str]:
 
 
 def quoted(path: Path | str) -> str:
-    """For a command of a ninja file."""
+    """A path as a command of a ninja file has it."""
     return shlex.quote(str(path)).replace("$", "$$")
 
 
@@ -242,7 +253,7 @@ def nvcc() -> str:
 
 
 def tool(kind: str) -> str:
-    """What there is to build with: "nvcc 13.0 found"; what was looked for is said by building."""
+    """Whether there is something to build with: "nvcc 13.0 found". The error of a build says where it was looked for."""
     try:
         return f"nvcc {'{}.{}'.format(*_release(nvcc()))} found" if kind == "cuda" else f"{compiler()} found"
     except BuildError:
@@ -283,7 +294,7 @@ def _cuda(archs: tuple[str, ...]) -> Plan:
 
 
 def _chosen(archs: Sequence[str]) -> tuple[str, ...]:
-    """In one order, so that the same architectures are the same library however they were written."""
+    """The architectures in the order of ARCHS, so that the same ones are the same library in whatever order they were given."""
     if unknown := [arch for arch in archs if arch not in ARCHS]:
         raise BuildError(f"unknown architecture {', '.join(map(repr, unknown))}; known are {', '.join(ARCHS)}")
     return tuple(arch for arch in ARCHS if arch in archs or not archs)
@@ -294,7 +305,7 @@ def _code(archs: Iterable[str]) -> str:
 
 
 def _resources(logs: dict[str, str]) -> dict[str, dict[str, list[str]]]:
-    """By unit what ptxas says of each kernel, "sm_80 name: 0 bytes stack frame, ...; Used 32 registers, ...", and its numbered remarks."""
+    """Lines of ptxas by unit: for each kernel "sm_80 name: 0 bytes stack frame, ...; Used 32 registers, ...", and its numbered remarks."""
     entry = r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+ bytes stack frame[^\n]*)\n.*?: (Used [^\n]*)"
     found = {}
     for unit, log in logs.items():
@@ -312,7 +323,7 @@ def _release(path: str) -> tuple[int, int]:
 
 
 def _version(command: str) -> str:
-    """The line of --version that has a number in it; nvcc says its own after three others."""
+    """The line of --version with the version in it; nvcc has it after three others."""
     said = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True).stdout.splitlines()
     return next((line for line in said if re.search(r"release \d", line)), said[0] if said else "")
 

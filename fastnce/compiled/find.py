@@ -1,9 +1,10 @@
-"""The compiled libraries: where their sources are, where a built one is found, and loading it. Nothing is compiled here (build.py does).
+"""The compiled libraries: where their sources are, where a built library is found, and how it is loaded. build.py compiles them.
 
-A library belongs to exactly its sources: its name holds a digest of them, so one that was built from others is not found and never loaded.
-What has the name may still be damaged, or somebody else's: before it is loaded, the file is compared with the record that build.py left
-beside it, and nobody but the user and those he trusts already may be able to change it. With backend="auto" a library left aside costs
-time, never an error.
+A library belongs to exactly its sources. Its name holds a digest of them, so a library that was built from other sources is not found.
+
+A file of that name may still be damaged, or be another user's. So before it is loaded, two things are checked: it is, to the byte, the file
+that the record beside it describes, and no user can change it who is not trusted already. A file that fails is left aside: then
+backend="auto" is slower, and never raises for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sources(kind: str) -> Path:
 
 
 def files(kind: str) -> list[Path]:
-    """All that a library is compiled from: csrc/<kind>, and the headers beside it, which both kinds include."""
+    """The sources of a library: csrc/<kind>, and the headers beside it, which both kinds include."""
     folder = sources(kind)
     return sorted(path for path in (*folder.glob("*"), *folder.parent.glob("*.h")) if path.suffix in SUFFIXES)
 
@@ -50,12 +51,12 @@ def digest_of(files: Iterable[Path]) -> str:
 
 
 def name(kind: str, archs: Sequence[str] = ()) -> str:
-    """fastnce-cuda-<digest>-sm_80-sm_90a.so; the CPU's has no architectures."""
+    """fastnce-cuda-<digest>-sm_80-sm_90a.so; the library of the CPU has no architectures."""
     return "-".join(["fastnce", kind, digest(kind)[:16], *archs]) + ".so"
 
 
 def archs(library: Path) -> tuple[str, ...]:
-    """Those that a library of this name was compiled for."""
+    """The architectures that a library of this name was compiled for."""
     return tuple(library.stem.split("-")[3:])
 
 
@@ -70,18 +71,18 @@ def cache_folder() -> Path | None:
 
 
 def packaged_folder() -> Path:
-    """Where FASTNCE_BUILD=... pip install puts libraries."""
+    """The folder into which FASTNCE_BUILD=... pip install puts libraries."""
     return PACKAGE / "_lib"
 
 
 def candidates(kind: str) -> Iterator[tuple[Path, str | None]]:
-    """(file, what is wrong with it) of all that have the name of the library of these very sources. The package comes before the cache; of
-    several in one folder the one for the most architectures, and of those the last that was built."""
+    """(file, what is wrong with it) of all files that have the name of the library of these sources. The package comes before the cache; in
+    one folder the library for the most architectures comes first, and of those the last that was built."""
     for folder in (packaged_folder(), cache_folder()):
         try:
             names = os.listdir(folder) if folder else []
             start = f"fastnce-{kind}-{digest(kind)[:16]}" if names else ""
-        except OSError:  # no such folder, not a folder, not for this user to read: nothing was built here
+        except OSError:  # no such folder, no folder, or not readable: nothing was built here
             continue
         found = [Path(folder, name) for name in names if name.startswith(start) and name.endswith(".so")] if folder else []
         for path in sorted(found, key=lambda path: (len(archs(path)), _built(path)), reverse=True):
@@ -89,12 +90,12 @@ def candidates(kind: str) -> Iterator[tuple[Path, str | None]]:
 
 
 def library_path(kind: str) -> Path | None:
-    """The first candidate that nothing is wrong with, None where there is none."""
+    """The first candidate with nothing wrong; None without one."""
     return next((path for path, wrong in candidates(kind) if wrong is None), None)
 
 
 def left_aside(kind: str) -> str:
-    """Why candidates are not loaded; empty where there is none of these."""
+    """The candidates that are not loaded, and why; empty without one."""
     return "; ".join(f"{path} {wrong}" for path, wrong in candidates(kind) if wrong is not None)
 
 
@@ -102,17 +103,20 @@ def not_built(kind: str) -> str:
     return f"not built (python -m fastnce build-{kind})"
 
 
-# ---------------------------------------------------------------- what may be loaded
+# ---------------------------------------------------------------- checks of a file
 
 
 def fault(library: Path) -> str | None:
-    """What is wrong with a file of a library's name, as the end of a sentence about it. None: it is what build.py left there, to the byte,
-    and nobody can change it who could not change this module as well, or the user's own files."""
+    """What is wrong with a file of a library's name, as the end of a sentence about it.
+
+    None: it is, to the byte, the file that build.py left there, and every user who can change it can also change this module, or the user's
+    own files.
+    """
     try:
         reached = Path(os.path.realpath(library, strict=True))
         if not reached.is_file():
             return "is not a file"
-        # Whoever can change a link decides what is loaded, as much as one who can change the file.
+        # A user who can change a link decides what is loaded, as much as one who can change the file: every step of it is checked.
         passed = library
         while True:
             if wrong := in_strange_hands(passed.parent):
@@ -128,7 +132,7 @@ def fault(library: Path) -> str | None:
 
 
 def in_strange_hands(path: Path) -> str | None:
-    """Whether others can change a file, or what is in a folder; the end of a sentence about it."""
+    """How users who are not trusted can change a file, or the content of a folder, as the end of a sentence about it; None: they cannot."""
     found = path.stat()
     if found.st_uid not in _trusted():
         return f"belongs to user {found.st_uid}, who is neither you nor root"
@@ -139,12 +143,12 @@ def in_strange_hands(path: Path) -> str | None:
 
 
 def _trusted() -> set[int]:
-    """The user, root, and the owner of this module, who can change what is loaded in any case: that of a shared environment."""
+    """The user, root, and the owner of this module, who decides in any case what is loaded: in a shared environment another user."""
     return {os.geteuid(), 0, Path(__file__).stat().st_uid}
 
 
 def _has_one_member(group: int, owner: int) -> bool:
-    """Many systems give every user a group of his own, of his name, and let it write what he makes."""
+    """Whether a group is the private one of its user. Many systems give every user one, of that name, which may write the user's files."""
     import grp
     import pwd
 
@@ -160,12 +164,12 @@ def record_of(library: Path) -> Path:
 
 
 def identity(library: Path) -> dict[str, object]:
-    """What the record says of the file itself."""
+    """The part of the record that describes the file itself."""
     return {"bytes": library.stat().st_size, "sha256": hashlib.sha256(library.read_bytes()).hexdigest()}
 
 
 def _damage(library: Path, reached: Path) -> str | None:
-    """library: perhaps a link to the file `reached`; the record lies beside either."""
+    """How a file differs from its record. library may be a link to the file `reached`; the record lies beside either."""
     record = next((path for path in (record_of(library), record_of(reached)) if path.is_file()), None)
     if record is None:
         return f"has no {record_of(library).name} beside it, which says what was built"
@@ -177,7 +181,7 @@ def _damage(library: Path, reached: Path) -> str | None:
     found = reached.stat()
     if found.st_size != size:
         return f"is damaged: it has {found.st_size} bytes, and {size} were built"
-    # Read once per process: a few milliseconds.
+    # Reading the file takes a few milliseconds, once in a process.
     if _sha256(reached, found.st_ino, found.st_size, found.st_mtime_ns) != sha256:
         return "is damaged: its sha256 is not that of what was built"
     return None
@@ -197,16 +201,18 @@ def _built(path: Path) -> float:
 
 # ---------------------------------------------------------------- loading
 
-LOADED: dict[str, Path] = {}  # by kind the library that this process has, so that asking costs nothing where none was ever wanted
-# An operator of each: another library with the same operators would end the process by registering them again.
+LOADED: dict[str, Path] = {}  # kind -> the library that this process has. It costs nothing to ask, where no library was ever wanted
+# An operator of each kind tells whether some library has been loaded: a second one would register the same operators and end the process.
 OPERATORS = {"cpu": "level", "cuda": "runs_on"}
 _LOADING = threading.Lock()
 
 
 @cache
 def objection(kind: str) -> str | None:
-    """Loads the library. None where it is loaded, otherwise why not and what to do. That one is there and does not run is also said aloud,
-    once."""
+    """Load the library. None where it is loaded, otherwise why not, and what to do.
+
+    Where a library is there and does not run, a warning says so, once.
+    """
     if os.environ.get("FASTNCE_NATIVE") == "0":
         return "switched off by FASTNCE_NATIVE=0"
     with _LOADING:
@@ -219,7 +225,7 @@ def objection(kind: str) -> str | None:
         else:
             reason = _load(kind, path)
     if reason:
-        with contextlib.suppress(UserWarning):  # where warnings are errors: no loss fails for it, and `python -m fastnce` says it too
+        with contextlib.suppress(UserWarning):  # where warnings are errors, no loss fails for this one; `python -m fastnce` says it too
             warnings.warn(f"fastnce: the compiled kernels of {kind} do not run: {reason}", stacklevel=2)
     return reason
 
@@ -233,7 +239,7 @@ def _load(kind: str, path: Path) -> str | None:
         except OSError as error:
             return f"does not load: {path}: {error}"
     elif os.path.realpath(path) not in torch.ops.loaded_libraries:
-        # A copy of the same library has the same name, and then its operators are these.
+        # A file of the same name is a copy of the library that was loaded: its operators are these.
         others = [other for other in torch.ops.loaded_libraries if Path(other).name.startswith("fastnce-")]
         if path.name not in [Path(other).name for other in others]:
             had = " or ".join(others) or "an unknown file"
@@ -243,7 +249,7 @@ def _load(kind: str, path: Path) -> str | None:
 
 
 def level(kind: str) -> str:
-    """Which of its levels a loaded library takes on this processor; of the CUDA library all that it holds, as no GPU need be here."""
+    """The level that a loaded library takes on this processor; of the CUDA library all that it holds, because no GPU need be here."""
     import torch
 
     if held := archs(LOADED[kind]):

@@ -1,5 +1,6 @@
-// The CPU kernels without torch, meant to be built with -fsanitize=address,undefined: random problems of every shape and rule, each level
-// of the processor, one thread and three, against the definition in double. Exit status 1, and a line, for every wrong one.
+// A program that runs the CPU kernels without torch, to be built with -fsanitize=address,undefined: random problems of every shape and
+// rule, on each level of the processor, with one thread and three, against the definition in double. Every wrong number is a line, and
+// makes the exit status 1.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -31,7 +32,7 @@ struct Case {
   float reach;  // of the logits
 };
 
-// Everything a problem owns. Vectors have no element to spare: the sanitizer sees a read behind their end.
+// The tensors of a problem. Vectors have no element to spare: the sanitizer sees a read behind their end.
 struct Data {
   Case c;
   std::vector<float> x, y;
@@ -132,7 +133,7 @@ struct Side {
     return s;
   }
 
-  // From pos_max; a row without a positive ties with nothing.
+  // Bounds from pos_max. Nothing ties with a row without a positive.
   void compare(float band) {
     for (size_t i = 0; i < pos_max.size(); ++i) {
       low[i] = pos_max[i] == -INFINITY ? INFINITY : pos_max[i] - band;
@@ -163,7 +164,7 @@ struct Coefficients {
 
   Weights weights() const { return {negative.data(), base_negative.data(), positive.data(), base_positive.data(), mean.data()}; }
 
-  // The coefficient of a pair of this kind, as the definition has it.
+  // The weight of a pair of this kind, by the definition.
   double of(int kind, int64_t i, double t, bool unshifted) const {
     const auto term = [&](float c, float base) { return c * std::exp2(t - (unshifted ? 0.0 : base)); };
     return kind == 0 ? term(negative[i], base_negative[i]) : kind == 1 ? term(positive[i], base_positive[i]) + mean[i] : 0.0;
@@ -238,7 +239,7 @@ void run(const Case& c, const Level& level, unsigned seed) {
       if (c.metrics && top[0] != NONE) {
         const int64_t hardest = s.hardest[i];
         check("hardest", c, level.name, hardest < 0 ? 1 : top[0] - (side ? data.logit(hardest, i) : data.logit(i, hardest)), limit);
-        // The band is +- 3 limit, and t and the best positive are each off by less than limit.
+        // The band is 3 limit to either side, and t and the best positive are each off by less than limit.
         int64_t surely[2] = {}, perhaps[2] = {};
         for (int64_t j = 0; j < others; ++j)
           if ((side ? data.kind(j, i) : data.kind(i, j)) == 0) {
@@ -292,8 +293,8 @@ void run(const Case& c, const Level& level, unsigned seed) {
   if (!c.symmetric) check("dy", c, level.name, relative(dy, y_exact), of_sums);
 }
 
-// Every block once; no two of a round in one row, or in one column, of the same sums; no place without a block; and of the places that two
-// threads share, run by run, neither gets more than one a round beyond its half.
+// A walk visits every block once. No two blocks of a round add to the same sums of a row, or of a column. No place is without a block. Of
+// the places that two threads share, neither thread gets more than one a round beyond its half.
 void walk(int64_t rows, int64_t columns, bool symmetric, bool apart) {
   const Walk order = Walk::of(rows, columns, symmetric, apart);
   std::vector<int> visits(rows * columns);
@@ -312,7 +313,7 @@ void walk(int64_t rows, int64_t columns, bool symmetric, bool apart) {
         continue;
       }
       ++visits[at.row * columns + at.column];
-      // The longer side has one set of sums for all groups.
+      // All groups have the same sums of the longer side.
       char& in_row = row[(by_rows ? at.group : 0) * rows + at.row];
       char& in_column = column[(by_rows ? 0 : at.group) * columns + at.column];
       right = right && !in_row && !in_column;
@@ -327,7 +328,7 @@ void walk(int64_t rows, int64_t columns, bool symmetric, bool apart) {
   }
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j) right = right && visits[i * columns + j] == (symmetric && j < i ? 0 : 1);
-  // Two threads share the work of all but the smallest problems: a round of three places is two for one of them.
+  // Two threads share the work, except in the smallest problems: of three places in a round, one thread has two.
   const bool enough = apart && (symmetric ? rows >= 8 : rows * columns >= 8);
   if (enough) right = right && 3 * most <= 2 * all;
   if (right) return;
@@ -336,7 +337,7 @@ void walk(int64_t rows, int64_t columns, bool symmetric, bool apart) {
               static_cast<long>(columns), symmetric, apart, static_cast<long>(most), static_cast<long>(all));
 }
 
-// Whatever the bits of a nan, what it meets is nan, forward and backward; one column is 2^t = 1 for all other rows.
+// A nan, whatever its bits, makes the sums and gradients of its row nan. One column has 2^t = 1 for all other rows.
 void nans(const Level& level, bool unshifted, uint32_t bits) {
   Case c{20, 70, 16, false, true, false, false, false, false, false, unshifted, false, 0, 8.0f};
   std::mt19937 random(3);
@@ -406,7 +407,7 @@ int main() {
         nans(*level, unshifted, bits);
         ++cases;
       }
-  // Across the edges of blocks of 64, 192 and 384 rows.
+  // Sizes across the edges of blocks of 64, 192 and 384 rows.
   for (const auto& [m, n] : {std::pair<int64_t, int64_t>{385, 385}, {1537, 70}, {70, 1537}, {130, 1200}}) {
     Case c{m, n, 20, m == n, m != n, true, true, true, false, false, true, false, m / 2, 8.0f};
     run(c, best_level(), 7);

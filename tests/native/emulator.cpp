@@ -18,7 +18,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-// Keeps what the System V ABI asks a callee to keep, on the stack that is left, and takes it from the other one.
+// Switches stacks: saves the registers that the System V ABI asks a callee to keep on the old one, and loads them from the new one.
 extern "C" void fastnce_emulator_switch(void** left, void* entered);
 asm(R"(
 .text
@@ -47,7 +47,7 @@ fastnce_emulator_switch:
 namespace emulator {
 namespace {
 
-// Without sanitizers: of arrays of this file alone, and where most of the time is spent.
+// Functions without sanitizers: most of the time is spent in them, and they access arrays of this file alone.
 #define UNCHECKED __attribute__((no_sanitize("address"), no_sanitize("undefined")))
 
 constexpr size_t STACK = 256 << 10;
@@ -58,11 +58,11 @@ struct Copy {
   const void* from;
 };
 
-// A wgmma that has been issued: what each of its 128 threads gave.
+// A wgmma that has been issued, with the arguments of its 128 threads.
 struct Product {
   struct Lane {
     float* c;
-    const uint32_t* from;  // registers of a, and what they held
+    const uint32_t* from;  // registers of a, and their values then
     uint32_t a[4];
   } lane[MOST];
   int n;
@@ -76,7 +76,7 @@ struct Fiber {
   char* stack = nullptr;
   bool done = false;
   bool lingers = false;
-  bool (*ready)(const void*) = nullptr;  // what it waits for, or null
+  bool (*ready)(const void*) = nullptr;  // the condition that it waits for, or null
   const void* condition = nullptr;
   std::vector<Copy> copies;              // not yet committed
   std::deque<std::vector<Copy>> groups;  // committed, not yet waited for
@@ -84,7 +84,7 @@ struct Fiber {
 };
 
 struct Meeting {
-  Slots slots[2];  // of every other time: nobody is more than one behind
+  Slots slots[2];  // used in turn: no thread is more than one meeting behind
   const char* what = nullptr;
   size_t size = 0;
   int arrived = 0;
@@ -162,7 +162,7 @@ void leave(bool for_good) {
 #endif
 }
 
-// Until it holds.
+// Lets other threads go on until the condition holds.
 template <class Condition>
 void wait_until(const Condition& holds) {
   if (holds()) return;
@@ -173,7 +173,7 @@ void wait_until(const Condition& holds) {
   fiber.ready = nullptr;
 }
 
-// In every other block until nobody else can go on: whatever may happen before has then happened.
+// In half of the blocks: lets the others go on until none can. Everything that may happen before the rest of this thread has then happened.
 void linger() {
   if (!block->late) return;
   self().lingers = true;
@@ -190,17 +190,17 @@ void body() {
   std::abort();
 }
 
-// Stacks are kept from block to block: fresh pages for hundreds of them cost more than what most blocks compute.
+// Stacks are kept from block to block: new pages for hundreds of stacks would cost more than most blocks compute.
 void prepare(Fiber& fiber, size_t thread) {
   thread_local std::vector<std::unique_ptr<char[]>> stacks;
   while (stacks.size() <= thread) stacks.emplace_back(new char[STACK]);
   fiber.stack = stacks[thread].get();
 #if defined(__SANITIZE_ADDRESS__)
-  // Of functions that never returned there are red zones left.
+  // Functions that never returned have left red zones.
   __asan_unpoison_memory_region(fiber.stack, STACK);
 #endif
   auto top = reinterpret_cast<uintptr_t>(fiber.stack + STACK) & ~uintptr_t(15);
-  // As if body had been called: the stack is off by 8 from a multiple of 16 at its first instruction.
+  // As if body had been called: at its first instruction the stack pointer is 8 below a multiple of 16.
   void** sp = reinterpret_cast<void**>(top) - 1;
   *--sp = reinterpret_cast<void*>(&body);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
@@ -212,7 +212,7 @@ void check_shared(const void* p, size_t bytes, const char* what) {
   if (at < block->shared || at + bytes > block->shared + block->shared_bytes) fail(what);
 }
 
-// Lets these threads go on that can, each once; whether there was one.
+// Lets each of these threads go on once, if it can. Returns whether there was one.
 bool step(const int* threads, int count) {
   bool some = false;
   for (int n = 0; n < count; ++n) {
@@ -224,9 +224,9 @@ bool step(const int* threads, int count) {
   return some;
 }
 
-// All threads take turns, or one warp goes ahead of the others as far as it can, then a second one; and one warp goes on only when nobody
-// else can, mostly one of the first four: those bring things to the others, who must not count on it. Whether warps that share something
-// are at the same place is for the barriers between them to see to.
+// Runs a block, with its threads in a random order. Either all take turns, or one warp goes ahead of the others as far as it can, then a
+// second one. A last warp goes on only when no other can. Mostly it is one of the first four: those copy for the others, which must wait
+// for them.
 void run_block() {
   const int threads = static_cast<int>(block->fibers.size()), warps = threads / WARP;
   const auto below = [](int limit) { return static_cast<int>(random_number() % limit); };
@@ -260,7 +260,7 @@ void run_block() {
       if (step(&order[others], WARP)) continue;
       break;
     }
-    // One warp of those at a time.
+    // One warp at a time of those that linger.
     const int warp = lingering[below(static_cast<int>(lingering.size()))] / WARP;
     for (const int thread : lingering)
       if (thread / WARP == warp) block->fibers[thread].lingers = false;
@@ -289,8 +289,8 @@ const float* half_table() {
   return table.data();
 }
 
-// Element (row, column) of an operand behind a descriptor. PTX ISA, "Matrix descriptor" and "Canonical layouts": 128-byte swizzle, in which
-// the 16-byte unit of an address is permuted by the address itself.
+// The address of element (row, k) of an operand that a descriptor describes. PTX ISA, "Matrix descriptor" and "Canonical layouts": in the
+// 128-byte swizzle the 16-byte unit of an address is permuted by bits of the address itself.
 const char* described(uint64_t descriptor, bool by_rows, int row, int k) {
   if (descriptor >> 62 != 1) fail("wgmma: a descriptor without the 128-byte swizzle");
   if (descriptor >> 49 & 7) fail("wgmma: a descriptor with a base offset");
@@ -374,7 +374,8 @@ void run(int blocks, int threads, size_t shared_bytes, const std::function<void(
     now.count = blocks;
     now.fibers.resize(threads);
     now.kernel = &kernel;
-    // Its end is the end of the allocation, for AddressSanitizer; what nobody has written is nan.
+    // Shared memory ends where the allocation ends, so that AddressSanitizer sees an access behind it. Bytes that are not written yet are
+    // nan.
     const std::unique_ptr<char, Free> memory(static_cast<char*>(::operator new(shared_bytes, ALIGNED)));
     now.shared = memory.get();
     now.shared_bytes = shared_bytes;
@@ -456,7 +457,7 @@ UNCHECKED static void multiply(float* c, const Slots& all, int lane) {
 }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  // As numbers: converted once by the lane that holds them, and not by all that read them.
+  // float16 is converted once, by the lane that holds it, and not by every lane that reads it.
   const uint32_t registers[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const float* values = half_table();
   float mine[12];
@@ -483,7 +484,7 @@ void copy_wait(int pending) {
   }
 }
 
-// What the memory of a barrier holds: nobody else may write there.
+// The content of a barrier's memory. Another value there means that a thread has written over it.
 constexpr uint64_t MARK = 0x6d62617272696572;
 
 void barrier_init(uint64_t* barrier, int arrivals) {
@@ -510,7 +511,7 @@ void barrier_arrive(uint64_t* at) {
   Barrier& barrier = barrier_at(at);
   if (barrier.left-- == 0) fail("mbarrier: more arrivals than it counts");
   complete(barrier);
-  // Whoever waited for this may be faster.
+  // A thread that waited for this may go on before this one.
   if (random_number() % 2) linger();
 }
 
@@ -521,7 +522,7 @@ void barrier_expect(uint64_t* at, int bytes) {
 
 void barrier_wait(uint64_t* at, unsigned parity) {
   Barrier& barrier = barrier_at(at);
-  // The phase of this parity has ended when the current one has the other.
+  // The phase of this parity has ended when the current phase has the other parity.
   const auto ended = [&] { return (barrier.phase & 1) != parity; };
   while (!ended()) {
     wait_until([&] { return ended() || !barrier.loads.empty(); });
@@ -539,7 +540,7 @@ void tensor_load(char* shared, const TensorMap* map, uint64_t* at, int column, i
   check_shared(shared, bytes, "TMA: outside of shared memory");
   if (map->box_columns != 64 || shared_address(shared) % 1024) fail("TMA: 128-byte swizzle takes 64 columns and atoms of 1024 bytes");
   std::memset(shared, 0xff, bytes);
-  // A copy of the map: it is a parameter, which ends with the thread that asked.
+  // The map is copied: it is a parameter of the kernel, and ends with the thread.
   barrier_at(at).loads.push_back([=, of = *map] {
     for (int r = 0; r < of.box_rows; ++r)
       for (int c = 0; c < of.box_columns; ++c) {
@@ -571,7 +572,7 @@ void wgmma(float* c, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t d
   const Slots& all = meet(MOST, "wgmma", &mine, sizeof mine);
   Warpgroup& group = block->warpgroups[thread / MOST];
   if (!group.fenced) fail("wgmma: registers that no wgmma.fence has handed over");
-  // One thread takes it down for all.
+  // One thread keeps the product for all.
   if (thread % MOST == 0) {
     Product product{};
     for (int lane = 0; lane < MOST; ++lane) {
@@ -619,7 +620,7 @@ void wgmma_wait(int pending) {
     if (static_cast<int>(group.groups.size()) > pending) linger();
     while (static_cast<int>(group.groups.size()) > pending) {
       for (const Product& product : group.groups.front()) execute(group, product);
-      // Accumulators that nothing else is under way for are there now.
+      // Accumulators get their values now, unless another product is under way for them.
       for (const Product& product : group.groups.front())
         for (const auto& lane : product.lane) {
           const auto hidden = group.hidden.find(lane.c);

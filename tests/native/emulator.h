@@ -1,8 +1,10 @@
-// csrc/cuda/device.cuh for a CPU: every thread of a block is a fiber, and each instruction does what the PTX ISA says it means.
+// The functions of csrc/cuda/device.cuh and hopper.cuh for a CPU. Every thread of a block is a fiber, and each instruction does what the
+// PTX ISA says that it means.
 //
-// What must not be looked at until it has been waited for holds nan: a copy that is under way has already spoiled its target and arrives at
-// the wait for it; a wgmma has spoiled its accumulators and runs at the wait for it, on operands that must not have changed since. The
-// order of the fibers changes with the seed: all take turns, or one warp goes ahead of the others as far as it may; and waits end at once,
+// Results that a kernel must wait for arrive as late as they may, and hold nan until then. A copy spoils its target at once, and is made at
+// the wait for it. A wgmma spoils its accumulators at once, and is computed at the wait for it, from operands that must not have changed.
+//
+// The order of the fibers depends on the seed: all take turns, or one warp goes ahead of the others as far as it may; a wait ends at once,
 // or when no other thread can go on. Threads that disagree about a collective, or all wait for each other, end the program with a message.
 #pragma once
 
@@ -16,13 +18,13 @@
 #define FASTNCE_DEVICE inline
 #define FASTNCE_KERNEL(threads, blocks) inline void
 
-// Restriction in name only: one value for all.
+// Qualifiers that mean nothing here.
 #define __grid_constant__
 #define __restrict__
 
 namespace emulator {
 
-// Run a kernel: every block in turn, its threads as fibers.
+// Runs a kernel: one block after the other, the threads of a block as fibers.
 void run(int blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 void seed(uint64_t value);
 
@@ -35,8 +37,8 @@ uint32_t shared_address(const void* p);
 
 void sync_block();
 
-// All `lanes` threads of a group (32: a warp, 128: a warpgroup) meet; each brings `size` bytes. The last one calls work(inputs of all), and
-// then all go on with a copy of everything.
+// All `lanes` threads of a group (32: a warp, 128: a warpgroup) meet. Each brings `size` bytes, and when the last has come, all go on with
+// the bytes of all.
 constexpr int MOST = 128;
 struct Slots {
   char bytes[MOST][64];
@@ -65,7 +67,7 @@ void tensor_load(char* shared, const TensorMap* map, uint64_t* barrier, int colu
 void wgmma_fence();
 void wgmma_commit();
 void wgmma_wait(int pending);
-// a: null, or 4 registers of this thread; then descriptor_a is not used.
+// a: 4 registers of this thread, or null where the left operand is in shared memory at descriptor_a.
 void wgmma(float* c, int n, const uint32_t* a, uint64_t descriptor_a, uint64_t descriptor_b, bool b_by_rows, bool accumulate);
 
 float half_to_float(uint16_t x);

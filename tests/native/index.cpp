@@ -1,5 +1,6 @@
-// csrc/cuda/index.h gone through exhaustively, with what the hardware does written down a second time: ldmatrix, the fragments of
-// mma.m16n8k16, the 128-byte swizzle. Meant to be built with -fsanitize=address,undefined. Exit status 1, and a line, for every wrong one.
+// A program that checks every value of csrc/cuda/index.h against the hardware, which is written down here a second time: ldmatrix, the
+// fragments of mma.m16n8k16, the 128-byte swizzle. To be built with -fsanitize=address,undefined. Every wrong value is a line, and makes
+// the exit status 1.
 #include "index.h"
 
 #include <algorithm>
@@ -18,7 +19,7 @@ namespace {
 
 int64_t checks = 0, wrong = 0;
 
-// More lines than these say nothing new.
+// At most this many lines are printed.
 constexpr int64_t MOST_LINES = 40;
 
 template <class... Where>
@@ -30,7 +31,7 @@ void check(bool holds, const char* what, const Where&... where) {
   std::printf("%s:%s\n", what, at.c_str());
 }
 
-// All of it is for compilers, too; what it comes to is seen below.
+// All functions are constexpr: a compiler can evaluate them too.
 static_assert(unit_byte(9, 10, 64) >= 0 && fragment_row(31, 3) >= 0 && fragment_column(31, 3) >= 0);
 static_assert(a_row(17) >= 0 && a_unit(17) >= 0 && b_row(17) >= 0 && b_unit(17) >= 0 && bt_row(17) >= 0 && bt_unit(17) >= 0);
 static_assert(scattered_first(31, 32) >= 0 && ceil_div(5, 2) >= 0 && split_range(1, 2, 3).begin >= 0);
@@ -53,7 +54,7 @@ void swizzle() {
           const bool inside = byte >= 0 && byte % 16 == 0 && byte / 16 < static_cast<int>(seen.size());
           check(inside && !seen[byte / 16], "unit_byte: not a bijection", rows, columns, row, unit);
           if (inside) seen[byte / 16] = true;
-          // As TMA writes a box of 64 columns and wgmma reads it: address bits 4..6 by bits 7..9.
+          // The swizzle of TMA and wgmma: bits 4..6 of an address are changed by bits 7..9.
           const int plain = unit / 8 * rows * 128 + row * 128 + unit % 8 * 16;
           check(byte == (plain ^ (plain >> 7 & 7) << 4), "unit_byte: not the 128-byte swizzle", rows, columns, row, unit);
           if (row + 8 > rows) continue;
@@ -82,8 +83,8 @@ struct SharedTile {
   }
 };
 
-// PTX ISA, "ldmatrix": row k of matrix m is at the address of lane 8 m + k; register m of a lane has two neighbours of row lane / 4 of it,
-// and with .trans of column lane / 4.
+// PTX ISA, "ldmatrix": row k of matrix m is at the address of lane 8 m + k. Register m of a lane has two neighbours of row lane / 4 of
+// matrix m, or with .trans of column lane / 4.
 Registers ldmatrix_of(const SharedTile& tile, const std::array<int, 32>& byte_of_lane, int lane, bool transposed) {
   Registers r;
   for (int m = 0; m < 4; ++m)
@@ -110,7 +111,7 @@ void accumulators() {
       check(is == c_element(lane, e), "fragment_row, fragment_column", lane, e);
       check(is.row >= 0 && is.row < 16 && is.column >= 0 && is.column < 8 && seen.insert({is.row, is.column}).second,
             "fragment_row, fragment_column: twice", lane, e);
-      // Entry e of the left of two neighbouring blocks is element e of A, of the right one element 4 + e.
+      // Of two neighbouring blocks, entry e of the left one is element e of A, entry e of the right one element 4 + e.
       for (int two = 0; two < 2; ++two)
         check(a_element(lane, 4 * two + e) == Place{is.row, 8 * two + is.column}, "accumulators as A", lane, e, two);
     }
@@ -153,7 +154,7 @@ void operands() {
     }
 }
 
-// scatter_sums itself, of numbers that say which column and which row they are of.
+// scatter_sums itself, with numbers that name their column and row.
 template <int NB>
 void scatter() {
   std::vector<std::vector<double>> found(8 * NB);
@@ -172,7 +173,7 @@ void scatter() {
           static_cast<int>(found[column].size()));
 }
 
-// ---------------------------------------------------------------- which tiles
+// ---------------------------------------------------------------- tiles of a walk
 
 void splits() {
   for (int tiles = 0; tiles <= 12; ++tiles)
@@ -214,7 +215,7 @@ void circle() {
   }
 }
 
-// By the definition, row by row.
+// Whether the line j - i == diagonal crosses a tile, by the definition, row by row.
 bool crosses(int i0, int j0, int rows, int columns, int diagonal) {
   for (int64_t i = i0; i < static_cast<int64_t>(i0) + rows; ++i)
     if (i + diagonal >= j0 && i + diagonal < static_cast<int64_t>(j0) + columns) return true;
@@ -255,7 +256,7 @@ void diagonals() {
               }
 }
 
-// ---------------------------------------------------------------- in which order
+// ---------------------------------------------------------------- order of a walk
 
 void order(Range steps, bool all_masked, int i0, int rows, int width, int columns, bool circle, int first, int own, int up, int down) {
   const auto is = [&](bool holds, const char* what) {
@@ -281,7 +282,7 @@ void order(Range steps, bool all_masked, int i0, int rows, int width, int column
   }
 }
 
-// All ranges of the steps of a block of rows, straight and round the circle.
+// Every range of the steps of a block of rows, straight and round the circle.
 void orders(int block, int rows, int width, int columns, int own, int up, int down, bool every_range) {
   const int across = ceil_div(columns, width), i0 = block * rows;
   for (int begin = 0; begin <= across; begin += every_range ? 1 : across)
@@ -294,7 +295,7 @@ void orders(int block, int rows, int width, int columns, int own, int up, int do
 }
 
 void all_orders() {
-  // Tiles scaled down by 16: every diagonal alone, with the one of self, and in pairs that mirror each other.
+  // Tiles scaled down by 16: every diagonal alone, with that of self, and with its mirror image.
   for (int width : {2, 4, 8})
     for (int columns = 1; columns <= 33; ++columns)
       for (int block = 0; block * 8 <= columns; ++block)
@@ -310,7 +311,7 @@ void all_orders() {
     const auto diagonal = [&] { return below(4) == 0 ? NOWHERE : below(2 * columns + 300) - columns - 150; };
     orders(block, rows, width, columns, diagonal(), diagonal(), diagonal(), false);
   }
-  // Where indices are large, and every step is looked at nowhere near the beginning.
+  // Large indices, far from the first step.
   const int last = (1 << 30) - 512, tiles = (1 << 30) / 128;
   for (int up : {NOWHERE - 1, -NOWHERE, -last, 0, 300, -300, last})
     for (int block : {0, last / 128, last / 128 + 3}) {

@@ -1,22 +1,15 @@
-// The CUDA kernels in the emulator, without torch, meant to be built with -fsanitize=address,undefined: every form of every kernel, random
-// ragged problems under every rule, against the definition in double on the same float16 operands. Buffers have exactly the documented
-// size and the results are poisoned before. Exit status 1, and a line, for every wrong number.
+// A program that runs the CUDA kernels in the emulator, without torch, to be built with -fsanitize=address,undefined. Every form of every
+// kernel solves random ragged problems (case.h) under every rule, and is compared with the definition in double on the same float16
+// operands. Buffers have exactly the documented size, and results are poisoned before. Every wrong number is a line, and makes the exit
+// status 1.
 //
 //     kernels [forward_rows | forward_both | retrieval | backward_rows | weights_block] [mma | wgmma]
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
 #include <string>
-#include <vector>
 
-#include "emulator.h"
-#include "index.h"
-#include "launch.h"
+#include "case.h"
 #include "wgmma_forms.h"
 
-// For a program of some units alone: called where no other unit defines the same.
+// Weak definitions, for a program that has some of the units: they are called where no other unit defines the kernel.
 namespace fastnce::cuda {
 #define ABSENT __attribute__((weak)) void
 [[noreturn]] static void absent() { emulator::fail("a kernel that is no part of this program"); }
@@ -36,231 +29,7 @@ ABSENT retrieval(const Problem&, const Grid&, const Retrieval&, Stream) { absent
 ABSENT weights_block(const Problem&, const Weights&, const Block&, Stream) { absent(); }
 }  // namespace fastnce::cuda
 
-using namespace fastnce::cuda;
-
 namespace {
-
-constexpr double NONE = -INFINITY, LN2 = 0.6931471805599453, LOG2E_EXACT = 1 / LN2;
-constexpr double U = 1.0 / (1 << 24);  // of a float32, half a unit of its last place
-const float POISON = std::nanf("0x2a");
-constexpr int POISON_INT = 0x5bd1e995;
-constexpr uint16_t POISON_HALF = 0x7e2a;
-constexpr const char* NAMES[] = {"forward_rows", "forward_both", "retrieval", "backward_rows", "weights_block"};
-
-// Which pair is what, and the kernels' ranges.
-struct Case {
-  Kernel kernel;
-  int family;
-  bool content;
-  int depth, parts;
-  int m, n;
-  bool symmetric, labels, excludes, masked, in_tile;
-  int own, up, down;
-  float reach;  // largest |logit|; up to 40 nothing is shifted
-  bool of_rows, of_columns;
-  int splits;
-};
-
-int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-// Everything a problem owns. The padding of vectors is bait: nan, and ids that match.
-struct Data {
-  Case c;
-  std::vector<uint16_t> x, y;
-  std::vector<float> a, b;
-  std::vector<int> ids[4];
-  std::vector<uint8_t> mask;
-  float scale, bound;
-  Problem p{};
-  std::vector<float> x_real, y_real;  // (rows, depth): the operands as they are
-  std::vector<double> t;              // (m, n)
-  std::vector<uint8_t> kind;          // (m, n): 0 negative, 1 positive, 2 neither
-  double most_t = 0;                  // no |t| of unrounded operands is larger, by their lengths
-
-  std::vector<uint16_t> operand(int rows, const std::vector<float>* like, std::vector<float>& values, double stretch,
-                                std::mt19937& random) {
-    std::normal_distribution<float> normal;
-    std::vector<uint16_t> out(static_cast<size_t>(up_to(rows, 128)) * c.parts * c.depth, 0);
-    values.assign(static_cast<size_t>(rows) * c.depth, 0.0f);
-    for (int i = 0; i < rows; ++i) {
-      // Aligned pairs are alike, so that one that counts as something else is seen; without them, some others.
-      const int step = c.up == NOWHERE ? 0 : c.up, of = i - step;
-      const float* other = nullptr;
-      if (like && c.up == NOWHERE) other = &(*like)[static_cast<size_t>(i) % c.m * c.depth];
-      if (like && c.up != NOWHERE && of >= 0 && of < c.m) other = &(*like)[static_cast<size_t>(of) * c.depth];
-      if (!like && c.symmetric && step > 0 && of >= 0) other = &values[static_cast<size_t>(of) * c.depth];
-      for (int l = 0; l < c.depth; ++l) {
-        const float noise = normal(random) * static_cast<float>(stretch / std::sqrt(c.depth)),
-                    v = other ? 0.9f * other[l] + 0.4f * noise : noise;
-        const uint16_t high = emulator::float_to_half(v), low = emulator::float_to_half(v - emulator::half_to_float(high));
-        out[(static_cast<size_t>(i) * c.parts) * c.depth + l] = high;
-        if (c.parts == 2) out[(static_cast<size_t>(i) * c.parts + 1) * c.depth + l] = low;
-        values[static_cast<size_t>(i) * c.depth + l] = emulator::half_to_float(high) + (c.parts == 2 ? emulator::half_to_float(low) : 0.0f);
-      }
-    }
-    return out;
-  }
-
-  Data(const Case& made, std::mt19937& random) : c(made) {
-    const double stretch = 1 << random() % 6;
-    x = operand(c.m, nullptr, x_real, stretch, random);
-    if (c.symmetric)
-      y = x, y_real = x_real;
-    else
-      y = operand(c.n, &x_real, y_real, stretch, random);
-    const auto factors = [&](int rows) {
-      std::vector<float> out(up_to(rows, 128), POISON);
-      for (int i = 0; i < rows; ++i) out[i] = static_cast<float>((0.9 + 0.2 * (random() % 1024) / 1024) / stretch);
-      return out;
-    };
-    a = factors(c.m);
-    b = c.symmetric ? a : factors(c.n);
-    const auto vector = [&](int which, int rows, int values, int nothing) {
-      ids[which].assign(up_to(rows, 128), 0);
-      for (int i = 0; i < rows; ++i) {
-        const int id = static_cast<int>(random() % values) - 1;
-        ids[which][i] = id < 0 ? nothing : id;
-      }
-    };
-    for (int kind = 0; kind < 2; ++kind) {
-      vector(2 * kind, c.m, kind ? 7 : 9, -2);
-      vector(2 * kind + 1, c.n, kind ? 7 : 9, -1);
-      if (!c.symmetric) continue;
-      ids[2 * kind + 1] = ids[2 * kind];
-      for (int& id : ids[2 * kind + 1]) id = id == -2 ? -1 : id;
-    }
-    Rules& r = p.rules;
-    if (c.labels) r.q_label = ids[0].data(), r.k_label = ids[1].data();
-    if (c.excludes) r.q_exclude = ids[2].data(), r.k_exclude = ids[3].data();
-    r.mask_rows = r.mask_columns = 1;
-    if (c.masked) {
-      r.mask_rows = c.symmetric ? (c.m + 1) / 2 : std::max(1, c.m / 2);
-      r.mask_columns = c.symmetric ? r.mask_rows : std::max(1, c.n / 3);
-      mask.resize(r.mask_rows * r.mask_columns);
-      const bool turned = random() % 2;
-      r.mask_row = turned ? 1 : r.mask_columns;
-      r.mask_column = turned ? r.mask_rows : 1;
-      for (int i = 0; i < r.mask_rows; ++i)
-        for (int j = 0; j < r.mask_columns; ++j) {
-          const bool mirrored = c.symmetric && j < i;
-          uint8_t& at = mask[i * r.mask_row + j * r.mask_column];
-          at = mirrored ? mask[j * r.mask_row + i * r.mask_column] : random() % 6 == 0;
-        }
-      r.mask = mask.data();
-    }
-    r.rows = c.m;
-    r.columns = c.n;
-    r.own = c.own;
-    r.up = c.up;
-    r.down = c.down;
-    r.in_tile = c.in_tile;
-    p.x = x.data();
-    p.y = c.symmetric ? x.data() : y.data();
-    p.a = a.data();
-    p.b = c.symmetric ? a.data() : b.data();
-    p.scale = &scale;
-    p.bound = &bound;
-    p.row_padded = up_to(c.m, 128);
-    p.column_padded = up_to(c.n, 128);
-    p.parts = c.parts;
-    p.depth = c.depth;
-
-    t.resize(static_cast<size_t>(c.m) * c.n);
-    kind.resize(t.size());
-    double largest = 1e-30;
-    for (int i = 0; i < c.m; ++i)
-      for (int j = 0; j < c.n; ++j) {
-        const float *u = &x_real[static_cast<size_t>(i) * c.depth], *v = &y_real[static_cast<size_t>(j) * c.depth];
-        double sum = 0;
-        for (int l = 0; l < c.depth; ++l) sum += static_cast<double>(u[l]) * v[l];
-        largest = std::max(largest, std::fabs(t[at(i, j)] = sum * a[i] * b[j]));
-        kind[at(i, j)] = what(i, j);
-      }
-    scale = static_cast<float>(c.reach / largest);
-    bound = c.reach;
-    for (double& value : t) value *= scale * LOG2E_EXACT;
-    const auto longest = [&](const std::vector<float>& rows, const std::vector<float>& factor, int count) {
-      double most = 0;
-      for (int i = 0; i < count; ++i) {
-        double square = 0;
-        for (int l = 0; l < c.depth; ++l) square += std::pow(rows[static_cast<size_t>(i) * c.depth + l], 2);
-        most = std::max(most, std::sqrt(square) * factor[i]);
-      }
-      return most;
-    };
-    most_t = scale * LOG2E_EXACT * longest(x_real, a, c.m) * longest(y_real, b, c.n);
-  }
-
-  size_t at(int i, int j) const { return static_cast<size_t>(i) * c.n + j; }
-
-  // The rules in the order of fastnce/pairs.py.
-  uint8_t what(int i, int j) const {
-    const Rules& r = p.rules;
-    if (j - i == r.own) return 2;
-    if (j - i == r.up || j - i == r.down) return r.in_tile ? 1 : 2;
-    if (c.excludes && ids[2][i] == ids[3][j]) return 2;
-    if (c.labels && ids[0][i] == ids[1][j]) return 1;
-    return r.mask && r.mask[i % r.mask_rows * r.mask_row + j % r.mask_columns * r.mask_column] ? 1 : 0;
-  }
-
-  // Rounding of t: 16 products a time are added to a sum of at most |x| |y|, and cut off; of two parts there are three products, and the
-  // one of both low parts, below 2^-22, is left out. Six more roundings are those of the factors.
-  double error_of_t() const { return most_t * ((c.parts == 2 ? 3 : 1) * c.depth / 16 * 2 + 6 + (c.parts == 2 ? 4 : 0)) * U; }
-  // Relative, of 2^(t - base): the difference is rounded, and exp2 to 2^-22.
-  double error_of_exp(double base) const { return LN2 * (error_of_t() + (most_t + std::fabs(base)) * U) * 1.01 + 8 * U; }
-  // Relative, of a sum of such over a row or a column, rescaled once a tile.
-  double error_of_sum() const { return error_of_exp(most_t) + (std::max(c.m, c.n) + 8 * 40) * U; }
-};
-
-int cases = 0, failures = 0;
-// More lines than these say nothing new.
-constexpr int MOST_LINES = 25;
-
-void check(const char* what, const Data& data, int row, double error, double limit) {
-  if (error <= limit) return;  // not so for nan
-  const Case& c = data.c;
-  std::printf(
-      "%s %s %s: row %d: error %g, limit %g: %d x %d x %d parts %d symmetric %d diagonals %d %d %d labels %d excludes %d mask %d in_tile "
-      "%d "
-      "reach %g sides %d %d splits %d\n",
-      NAMES[static_cast<int>(c.kernel)], c.family == WGMMA ? "wgmma" : "mma", what, row, error, limit, c.m, c.n, c.depth, c.parts,
-      c.symmetric, c.own, c.up, c.down, c.labels, c.excludes, c.masked, c.in_tile, c.reach, c.of_rows, c.of_columns, c.splits);
-  if (++failures < MOST_LINES) return;
-  std::printf("%d cases, more than %d wrong\n", cases, failures - 1);
-  std::fflush(stdout);
-  std::exit(1);
-}
-
-Grid grid_of(int steps, int splits) { return {splits, ceil_div(steps, splits)}; }
-
-TileShape tile(const Case& c) { return tile_of(c.kernel, c.content, c.parts, c.depth, c.family == WGMMA ? 90 : 80); }
-
-// Statistics of a row, or with `turned` of a column: by the definition.
-struct Truth {
-  double lse[2] = {NONE, NONE}, pos = 0, pos_size = 0;
-  int n_pos = 0;
-
-  Truth(const Data& data, int row, bool turned) {
-    double top[2] = {NONE, NONE}, sum[2] = {};
-    for (int pass = 0; pass < 2; ++pass)
-      for (int other = 0; other < (turned ? data.c.m : data.c.n); ++other) {
-        const size_t at = turned ? data.at(other, row) : data.at(row, other);
-        const int kind = data.kind[at];
-        if (kind == 2) continue;
-        const double t = data.t[at];
-        if (pass == 0) {
-          top[kind] = std::max(top[kind], t);
-          if (kind == 1) pos += t, pos_size += std::fabs(t), ++n_pos;
-        } else {
-          sum[kind] += std::exp2(t - top[kind]);
-        }
-      }
-    for (int kind = 0; kind < 2; ++kind)
-      if (top[kind] != NONE) lse[kind] = top[kind] + std::log2(sum[kind]);
-  }
-
-  double error_of_pos(const Data& data) const { return n_pos * data.error_of_t() + pos_size * (n_pos + 4) * 2 * U; }
-};
 
 void forward_rows(const Data& data, bool always) {
   const Case& c = data.c;
@@ -299,7 +68,7 @@ void forward_both(const Data& data) {
   const Case& c = data.c;
   const int across = ceil_div(c.n, tile(c).columns), fields = c.in_tile ? 3 : 1;
   const Grid grid = grid_of(c.symmetric ? across / 2 + 1 : across, c.splits);
-  // Added to: what was there stays.
+  // The kernel adds to these.
   std::vector<float> sums[2] = {std::vector<float>(fields * c.m, 0.0f), std::vector<float>(fields * c.n, 0.0f)};
   std::vector<int> counts[2] = {std::vector<int>(c.in_tile ? c.m : 0, 1000), std::vector<int>(c.in_tile ? c.n : 0, 1000)};
   const int other = c.symmetric ? 0 : 1;
@@ -366,7 +135,7 @@ void retrieval(const Data& data, std::mt19937& random) {
   }
 }
 
-// Weights of every pair, and what their terms' sizes add up to.
+// Random coefficients, the weights of every pair, and the sums of the sizes of their terms.
 struct Weighed {
   std::vector<float> vectors[2];
   std::vector<double> w, size;
@@ -410,13 +179,13 @@ struct Weighed {
     weights = {c.of_rows ? vectors[0].data() : nullptr, c.of_columns ? vectors[1].data() : nullptr, &center, c.of_rows, c.of_columns};
   }
 
-  // Relative to `size`: of the exponentials, of 2^-base inside the factors, and of sums of up to four terms.
+  // Limit of the error of a weight, relative to `size`: exponentials, 2^-base inside of the factors, sums of up to four terms.
   double error(const Data& data) const { return data.error_of_exp(most_base) + 24 * U; }
-  // ... and of its rounding to float16, once; below 2^-14 it is absolute, up to 2^-25.
+  // The same of its rounding to float16. Below 2^-14 that error is absolute, up to 2^-25.
   static double error_of_half(const Data& data) { return data.c.parts == 2 ? 16 * U : 1.0 / 2048; }
   static constexpr double SUBNORMAL = 1.0 / (1 << 25);
 
-  // Sum of w (t - center) over columns j..j + columns of row i, and what its roundings may come to. 2^(t - base) below 2^-126 is 0.
+  // The sum of w (t - center) over `columns` columns from `first` of row i, and the limit of its error. 2^(t - base) below 2^-126 is 0.
   void moment(const Data& data, int i, int first, int columns, double& sum, double& limit) const {
     const double relative = error(data) + (columns + 8) * U * 2;
     sum = limit = 0;
@@ -437,7 +206,7 @@ void backward_rows(const Data& data, std::mt19937& random) {
   const bool wants_moment = random() % 4;
   std::vector<float> moment(wants_moment ? c.splits * c.m : 0, POISON);
   backward_rows(data.p, grid, of.weights, {dx.data(), wants_moment ? moment.data() : nullptr}, c.family, nullptr);
-  // Products are added 16 at a time, three of them where there are two parts, and each sum is cut off.
+  // Products are added 16 at a time, and each sum is cut off. In two parts there are three products.
   const double relative = of.error(data) + Weighed::error_of_half(data) + (c.n / 16 + 2) * 3 * 2 * U;
   std::vector<double> sum(c.depth), limit(c.depth);
   for (int i = 0; i < c.m; ++i) {
@@ -500,7 +269,7 @@ void weights_block(const Data& data, std::mt19937& random) {
         } else {
           double found = 0, exact = 0, allowed = 0;
           for (int part = 0; part < c.parts; ++part) found += emulator::half_to_float(halves[part * square]);
-          // What is no pair has no weight.
+          // Outside of the matrix, and for an excluded pair, the weight is 0.
           if (row < c.m && column < c.n && data.kind[data.at(row, column)] != 2) {
             const double factor = side ? data.a[row] : data.b[column];
             exact = of.w[data.at(row, column)] * factor;
@@ -544,11 +313,11 @@ void run(const Case& c, unsigned seed) {
   }
 }
 
-// A random problem of this form; `most` limits its products.
+// A random problem of this form with at most `most` products.
 Case random_case(Kernel kernel, int family, bool content, int depth, int parts, unsigned n, int64_t most, std::mt19937& random) {
   static constexpr int sizes[] = {1, 2, 7, 15, 16, 17, 31, 63, 64, 65, 100, 127, 128, 129, 130, 191, 193, 257, 300};
   const auto below = [&](int limit) { return static_cast<int>(random() % limit); };
-  // Two in three are of more than one tile.
+  // Two in three have more than one tile.
   const auto size = [&] { return sizes[n % 3 ? 9 + below(10) : below(19)]; };
   Case c{};
   c.kernel = kernel;
@@ -561,7 +330,7 @@ Case random_case(Kernel kernel, int family, bool content, int depth, int parts, 
     c.m = size();
     c.n = c.symmetric ? c.m : size();
   } while (static_cast<int64_t>(up_to(c.m, 64)) * up_to(c.n, 64) * depth * parts > most);
-  // Where the keys are the queries a row and itself would drown all others.
+  // Where the keys are the queries, the pair of a row with itself would drown all others.
   c.own = below(c.symmetric ? 4 : 2) ? 0 : NOWHERE;
   c.up = c.down = NOWHERE;
   if (below(3)) c.up = c.symmetric ? below(c.n + 1) : below(c.m + c.n) - c.m;
@@ -570,10 +339,10 @@ Case random_case(Kernel kernel, int family, bool content, int depth, int parts, 
     c.labels = below(2);
     c.masked = below(4) == 0;
     c.excludes = below(2);
-    // Without ids it is the diagonals that are positives here.
+    // Without ids the positives in the tiles are those of the diagonals.
     c.in_tile = c.labels || c.masked || below(2);
   }
-  // Largest logits in and out of the range that is summed without a maximum.
+  // Largest logits inside and outside of the range of the unshifted kernels.
   const float reaches[] = {8.0f, 39.0f, 45.0f, 200.0f};
   c.reach = reaches[kernel == Kernel::FORWARD_BOTH ? (n == 5 ? 2 : below(2)) : below(4)];
   const int sides = kernel == Kernel::WEIGHTS_BLOCK ? 1 + 2 * below(2) : 1 + static_cast<int>(n % 3);
@@ -597,7 +366,7 @@ int main(int argc, char** argv) {
         for (int content = of == 2; content < 2; ++content) {
           const auto k = static_cast<Kernel>(of);
           const bool is = (kernel.empty() || kernel == NAMES[of]) && (family.empty() || family == (kind ? "wgmma" : "mma"));
-          // Which are there: launch.h says it by the family of the tile, and rows that are too long have no gradient in one kernel.
+          // Only forms that exist: tile_of names the family, and rows that do not fit have no backward_rows.
           const bool there = kind == MMA || tile_of(k, content, parts, depth, 90).family == WGMMA;
           if (!is || !there || (k == Kernel::BACKWARD_ROWS && depth * parts > 256) ||
               (depth == 192 && parts == 1 && k == Kernel::BACKWARD_ROWS))
@@ -607,7 +376,7 @@ int main(int argc, char** argv) {
             std::mt19937 random(seed);
             run(random_case(k, kind, content, depth, parts, n, 8 << 20, random), seed);
           }
-          // More tiles in a row than there are stages, and an odd and an even number of blocks round the circle.
+          // More tiles than stages, and an odd and an even number of blocks round the circle.
           if (depth == 64 && parts == 1)
             for (unsigned n = 0; n < (kind == WGMMA && k != Kernel::FORWARD_BOTH ? 6 : 2); ++n) {
               std::mt19937 random(n * 2 + content);
