@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from train_ref.truth import LOSSES, Loss, Rows, exact
+from train_ref.truth import LOSSES, Loss, Rows, contract, exact
 
 SCALE = 7.0
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -79,3 +81,23 @@ def test_a_row_without_negatives_or_without_positives_is_zero() -> None:
         assert true.mean == true.by_scale == 0 and not true.gradients[0].any()
     true, _ = exact.exact(LOSSES["sup_con"], {"features": eye, "labels": torch.tensor([0, -1])}, 5.0)
     assert true.mean == true.by_scale == 0 and not true.gradients[0].any()
+
+
+def test_the_documented_limits_are_the_contracts() -> None:
+    """Every cell of the table in docs/numerics.md, evaluated at some m, L and scale."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "numerics.md").read_text()
+    table = [line.strip("| ").split(" | ") for line in text[text.index("| float64 |") :].split("\n\n")[0].splitlines()]
+    names = {"u": contract.U, "m": 3e-7, "L": 2.5, "scale": 20.0, "max": max}
+
+    def limit(cell: str) -> float:
+        found: float = eval(re.sub(r"(?<=\w) (?=[a-zA-Z])", "*", cell.replace("^", "**")), names)
+        return found
+
+    lines = {name: cells for name, *cells in table}
+    assert list(lines) == ["float64", "float32", "bfloat16", "float16"]
+    for name, cells in lines.items():
+        dtype, m = getattr(torch, name), names["m"]
+        documented = [limit(lines["float32"][at] if cell == "the float32 line" else cell) for at, cell in enumerate(cells)]
+        in_contract = [contract.mean_loss(dtype, m, 2.5), contract.row_loss(dtype, m, 20.0, 2.5)]
+        in_contract += [contract.gradient(dtype, m), contract.scalar(dtype, m)]
+        assert documented == pytest.approx(in_contract, rel=1e-12), name
