@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from every_loss import OF_VIEWS
 from named import ON_CPU, widest
 from problems import PROBLEMS, of
 from problems import Problem as Case
@@ -35,18 +36,13 @@ def paired(k: Tensor) -> Tensor:
     return torch.stack([k.roll(1, 0), k.roll(2, 0)], 1)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "info_nce": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, **o),
+LOSSES: dict[str, Callable[..., Tensor]] = OF_VIEWS | {
     "symmetric": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, symmetric=True, **o),
     "unpaired": lambda q, k, s, **o: fastnce.info_nce(q, k, k.flip(0), scale=s, in_batch=True, **o),
     "paired": lambda q, k, s, **o: fastnce.info_nce(q, k, paired(k), scale=s, negative_mode="paired", in_batch=True, **o),
     "ragged": lambda q, k, s, **o: fastnce.info_nce(q, k, (paired(k).flatten(0, 1), torch.arange(0, 2 * len(k) + 1, 2)), scale=s, **o),
-    "nt_xent": lambda q, k, s, **o: fastnce.nt_xent(q, k, scale=s, **o),
-    "dcl": lambda q, k, s, **o: fastnce.dcl_loss(q, k, scale=s, **o),
-    "sup_con": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, scale=s, **o),
     "sup_con in": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, variant="in", scale=s, **o),
-    "clip": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),
-    "moco": lambda q, k, s, **o: fastnce.moco_loss(q, k, k.flip(1), scale=s, **o),
+    "clip_loss, bias": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 each_backend = pytest.mark.parametrize("backend", ["auto", *ON_CPU])

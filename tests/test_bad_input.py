@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from every_loss import parameter
 from named import each, widest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +37,8 @@ from fastnce import (
     sup_con,
 )
 from fastnce.backends import torch_tiles
-from train_ref.truth import losses
+from train_ref.truth import LOSSES as TABLE
+from train_ref.truth import Loss, Rows, losses
 
 BACKENDS = ("auto", *backends.BACKENDS)
 HALVES = (torch.bfloat16, torch.float16)
@@ -73,6 +75,11 @@ class Entry(NamedTuple):
     def name(self) -> str:
         return "info_nce" if self.function is ragged else self.function.__name__
 
+    @property
+    def rows(self) -> int:
+        """How many anchors it has: two views of six examples, or six rows."""
+        return 12 if self.features == ("z0", "z1") or self.arguments()[self.features[0]].dim() == 3 else 6
+
     def called(self, argument: str) -> str:
         """What messages call it: the two of a ragged tuple as the caller writes them."""
         return {"values": "negative_keys[0]", "offsets": "negative_keys[1]"}.get(argument, argument)
@@ -90,21 +97,30 @@ MORE = (*KEYS, "negative_keys")
 NCE_IDS = ("query_ids", "key_ids", "exclude_query_ids", "exclude_key_ids")
 CLIP_IDS = ("image_ids", "text_ids")
 STATS_IDS = ("q_labels", "k_labels", "q_exclude_ids", "k_exclude_ids")
-ENTRIES = {
-    "in-batch": Entry(info_nce, pair(*KEYS), KEYS),
+
+
+def entry_of(loss: Loss) -> Entry:
+    """A loss of the table as its example calls it."""
+    number = {"temperature": {}, "logit_scale": {"logit_scale": 10.0}}[parameter(loss)]
+    ids_of = tuple(set(loss.example(Rows(x(6, 5), x(6, 5), x(7, 5), ids(6)))) - set(loss.leaves))
+    return Entry(
+        getattr(fastnce, loss.name),
+        lambda: loss.example(Rows(x(6, 5), x(6, 5, seed=1), x(7, 5, seed=2), ids(6))) | number,
+        loss.leaves,
+        parameter(loss),
+        ids_of,
+    )
+
+
+ENTRIES = {name: entry_of(loss) for name, loss in TABLE.items()} | {
     "ids": Entry(info_nce, pair(*KEYS, *NCE_IDS), KEYS, ids=NCE_IDS),
     "unpaired": Entry(info_nce, pair(*KEYS, negative_keys=lambda: x(7, 5, seed=2)), MORE),
     "paired": Entry(info_nce, pair(*KEYS, negative_keys=lambda: x(6, 3, 5, seed=2), negative_mode=lambda: "paired"), MORE),
     "ragged": Entry(
         ragged, pair(*KEYS, values=lambda: x(6, 5, seed=2), offsets=lambda: torch.arange(7)), (*KEYS, "values"), ids=("offsets",)
     ),
-    "nt_xent": Entry(nt_xent, pair("z0", "z1"), ("z0", "z1")),
-    "dcl": Entry(dcl_loss, pair("z0", "z1"), ("z0", "z1")),
-    "sup_con": Entry(sup_con, lambda: {"features": x(6, 5), "labels": ids(6)}, ("features",), ids=("labels",)),
     "views": Entry(sup_con, lambda: {"features": x(6, 2, 5), "labels": ids(6)}, ("features",), ids=("labels",)),
-    "clip": Entry(clip_loss, pair("image", "text", logit_scale=lambda: 10.0), ("image", "text"), "logit_scale"),
     "captions": Entry(clip_loss, pair("image", "text", *CLIP_IDS, logit_scale=lambda: 10.0), ("image", "text"), "logit_scale", CLIP_IDS),
-    "moco": Entry(moco_loss, pair("q", "k", queue=lambda: x(7, 5, seed=2)), ("q", "k", "queue")),
     "stats": Entry(contrastive_stats, pair("q", "k", *STATS_IDS, scale=lambda: 10.0), ("q", "k"), "scale", STATS_IDS),
 }
 LOSSES = [name for name, entry in ENTRIES.items() if entry.name != "contrastive_stats"]
@@ -308,7 +324,7 @@ def test_temperature_out_of_the_range_of_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_reductions_and_weights(name: str) -> None:
-    entry, n = ENTRIES[name], {"nt_xent": 12, "dcl": 12, "views": 12}.get(name, 6)
+    entry, n = ENTRIES[name], ENTRIES[name].rows
     for wrong in ("foo", None, "Mean"):
         with raises(ValueError, f"{entry.name}: {wrong!r} is not a valid value for reduction; use one of 'none', 'mean', 'sum'"):
             entry(reduction=wrong)
@@ -413,7 +429,7 @@ TYPE_ERRORS: dict[str, Callable[[], object]] = {
     "info_nce: argument 'negative_keys' must be Tensor, not float: ...temperature=0.07": lambda: info_nce(x(6, 5), x(6, 5), 0.07),
     "info_nce: argument 'negative_keys' must be Tensor, not int: ...temperature=1": lambda: fastnce.InfoNCE()(x(6, 5), x(6, 5), 1),
     "info_nce: argument 'negative_keys[0]' must be Tensor, not list": lambda: ENTRIES["ragged"](values=[[1.0]]),
-    "moco_loss: argument 'queue' must be Tensor, not list": lambda: ENTRIES["moco"](queue=[[1.0]]),
+    "moco_loss: argument 'queue' must be Tensor, not list": lambda: ENTRIES["moco_loss"](queue=[[1.0]]),
     "clip_loss: logit_bias must be a float or a one-element tensor, got str": lambda: clip_loss(x(6, 5), x(6, 5), 10.0, "0"),
     "contrastive_stats: offset must be an integer, got ...1.5": lambda: ENTRIES["stats"](offset=1.5),
     "contrastive_stats: argument 'threshold' must be Tensor, not float": lambda: ENTRIES["stats"](metrics=True, threshold=0.5),
@@ -477,9 +493,9 @@ def assert_nothing_to_learn(loss: Tensor, arguments: dict[str, Any]) -> None:
 
 
 EMPTY: dict[str, tuple[str, dict[str, Callable[[], Any]]]] = {
-    **{name: (name, {}) for name in ("in-batch", "ids", "nt_xent", "dcl", "sup_con", "clip", "captions")},
-    "more keys": ("in-batch", {"positive_key": lambda: x(3, 5)}),
-    "symmetric": ("in-batch", {"symmetric": lambda: True}),
+    **{name: (name, {"queue": lambda: x(7, 5)} if "queue" in ENTRIES[name].features else {}) for name in (*TABLE, "ids", "captions")},
+    "more keys": ("info_nce", {"positive_key": lambda: x(3, 5)}),
+    "symmetric": ("info_nce", {"symmetric": lambda: True}),
     "unpaired": ("unpaired", {"negative_keys": lambda: x(7, 5)}),
     "paired": ("paired", {"negative_keys": lambda: x(0, 3, 5)}),
     "paired, none each": ("paired", {"negative_keys": lambda: x(0, 0, 5)}),
@@ -489,7 +505,6 @@ EMPTY: dict[str, tuple[str, dict[str, Callable[[], Any]]]] = {
     "mask": ("sup_con", {"labels": lambda: None, "mask": lambda: torch.zeros(0, 0, dtype=torch.bool)}),
     "views": ("views", {"features": lambda: x(0, 2, 5)}),
     "one view": ("views", {"features": lambda: x(0, 2, 5), "views": lambda: "one"}),
-    "moco": ("moco", {"queue": lambda: x(7, 5)}),
 }
 
 
@@ -510,10 +525,10 @@ def test_empty_batch(case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", each(BACKENDS))
-@pytest.mark.parametrize("name", ["in-batch", "symmetric", "ids", "nt_xent", "dcl", "sup_con", "views", "clip", "captions"])
+@pytest.mark.parametrize("name", [*(n for n in TABLE if "queue" not in TABLE[n].leaves), "symmetric", "ids", "views", "captions"])
 def test_batch_of_one(name: str, backend: str) -> None:
     """One positive and nothing else: log(1) = 0, and nothing to learn."""
-    entry = ENTRIES[{"symmetric": "in-batch"}.get(name, name)]
+    entry = ENTRIES[{"symmetric": "info_nce"}.get(name, name)]
     options: dict[str, Any] = {"symmetric": True} if name == "symmetric" else {}
     arguments = {n: v[:1] if isinstance(v, Tensor) else v for n, v in entry.arguments().items()}
     arguments = leaves_of(arguments | {entry.scale: torch.tensor(0.5)})
@@ -662,12 +677,9 @@ def test_the_length_of_a_row_does_not_matter_up_to_the_limits(name: str, feature
 
 
 DENSE: dict[str, Callable[..., Tensor]] = {
-    **dict.fromkeys(("in-batch", "unpaired", "paired"), partial(losses.info_nce, scale=1.0)),
+    **{name: partial(loss.function, **{loss.number: 1.0}) for name, loss in TABLE.items() if not ENTRIES[name].ids},
+    **dict.fromkeys(("unpaired", "paired"), partial(losses.info_nce, scale=1.0)),
     "ragged": lambda query, positive_key, values: losses.info_nce(query, positive_key, values[:, None], scale=1.0),
-    "nt_xent": partial(losses.nt_xent, scale=1.0),
-    "dcl": partial(losses.dcl_loss, scale=1.0),
-    "clip": partial(losses.clip_loss, logit_scale=1.0),
-    "moco": partial(losses.moco_loss, scale=1.0),
 }
 
 
@@ -840,7 +852,7 @@ def test_autocast_lowers_nothing(name: str) -> None:
 
 # Derivatives ----------------------------------------------------------------------------------------------------------------------------
 
-FUSED = ("in-batch", "ids", "unpaired", "nt_xent", "dcl", "sup_con", "clip", "captions", "moco", "stats")
+FUSED = (*TABLE, "ids", "unpaired", "captions", "stats")
 
 
 @pytest.mark.parametrize("backend", each(BACKENDS))
@@ -954,7 +966,7 @@ def test_tensors_without_values(name: str, mode: str) -> None:
         with kind(mode), fastnce.debug(on):
             found = ENTRIES[name](**({"reduction": "none"} if name in LOSSES else {}))
             vector = found if name in LOSSES else found.lse_neg
-            assert vector.shape == ({"nt_xent": 12, "dcl": 12, "views": 12}.get(name, 6),) and vector.dtype == torch.float32
+            assert vector.shape == (ENTRIES[name].rows,) and vector.dtype == torch.float32
             assert vector.is_meta == (mode == "meta")
 
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._dynamo.utils
+from every_loss import arguments, parameter
 from test_autograd import LOSSES, each_loss, q_and_k
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 import fastnce
+from train_ref.truth import LOSSES as TABLE
 
 
 def fresh_counters() -> Counter[str]:
@@ -102,7 +104,7 @@ def test_grad_inside(name: str) -> None:
     close(found, definition(LOSSES[name], q, k, s))
 
 
-@pytest.mark.parametrize("name", ["sup_con", "moco"])
+@pytest.mark.parametrize("name", ["sup_con", "moco_loss"])
 def test_backward_outside(name: str) -> None:
     """compile(vmap(loss)) with backward outside, beside a func.grad of the same leaves that nobody differentiates again."""
     loss = LOSSES[name]
@@ -144,9 +146,9 @@ def test_inductor() -> None:
         q, k = q_and_k(rows, rows)
         s = torch.tensor(SCALE, dtype=torch.float64)
         torch._dynamo.reset()
-        found = torch.compile(grad(LOSSES["clip"], argnums=(0, 1, 2)), fullgraph=True, dynamic=False)(q, k, s)
-        close(found, definition(LOSSES["clip"], q, k, s))
-        close(found, grad(LOSSES["clip"], argnums=(0, 1, 2))(q, k, s))
+        found = torch.compile(grad(LOSSES["clip_loss"], argnums=(0, 1, 2)), fullgraph=True, dynamic=False)(q, k, s)
+        close(found, definition(LOSSES["clip_loss"], q, k, s))
+        close(found, grad(LOSSES["clip_loss"], argnums=(0, 1, 2))(q, k, s))
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -204,13 +206,12 @@ def test_refusals() -> None:
             torch.compile(refused, fullgraph=True, backend="aot_eager")(q)
 
 
-NUMBERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "info_nce": lambda q, k, t: fastnce.info_nce(q, k, temperature=t),
-    "nt_xent": lambda q, k, t: fastnce.nt_xent(q, k, t),
-    "dcl": lambda q, k, t: fastnce.dcl_loss(q, k, t),
-    "sup_con": lambda q, k, t: fastnce.sup_con(q, torch.arange(12) % 5, temperature=t),
-    "clip": lambda q, k, t: fastnce.clip_loss(q, k, t, t),
-    "moco": lambda q, k, t: fastnce.moco_loss(q, k, k, t),
+def of_number(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
+    return lambda q, k, t: getattr(fastnce, name)(**arguments(TABLE[name], q, k), **{parameter(TABLE[name]): t})
+
+
+NUMBERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {name: of_number(name) for name in TABLE} | {
+    "clip_loss, bias": lambda q, k, t: fastnce.clip_loss(q, k, t, t),
     "stats": lambda q, k, t: fastnce.contrastive_stats(q, k, scale=t, bias=t, offset=0).lse_neg.mean(),
 }
 

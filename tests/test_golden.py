@@ -16,6 +16,7 @@ import torch
 from named import ON_CPU
 
 import fastnce
+from train_ref.truth import LOSSES
 from train_ref.truth.golden import make
 
 GOLDEN = json.loads(make.FILE.read_text())
@@ -69,3 +70,7 @@ def test_one_wrong_element_shows(index: int) -> None:
     loss, gradients = fastnce_at(case, torch.float64, "reference")
     gradients["query"].flat[index] += 1e-10 * case["gradients"]["query"]["norm"]
     assert relative_errors(loss, gradients, case)["query"] > LIMITS[torch.float64][1]
+
+
+def test_every_loss_has_a_peer() -> None:
+    assert {case["function"] for case in CASES} >= LOSSES.keys()

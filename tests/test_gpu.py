@@ -22,6 +22,7 @@ import oracle
 import pytest
 import test_statistics
 import torch
+from every_loss import OF_VIEWS
 from problems import PROBLEMS, Problem, of
 from torch import Tensor
 
@@ -272,15 +273,11 @@ def labels_of(n: int, device: str) -> Tensor:
     return torch.arange(n, device=device) % max(n // 8, 1)
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "info_nce": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, **o),
+LOSSES: dict[str, Callable[..., Tensor]] = OF_VIEWS | {
     "symmetric": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, symmetric=True, **o),
     "unpaired": lambda q, k, s, **o: fastnce.info_nce(q, k, k.detach().flip(1), scale=s, in_batch=True, **o),
-    "nt_xent": lambda q, k, s, **o: fastnce.nt_xent(q, k, scale=s, **o),
-    "sup_con": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), labels_of(len(q), q.device), scale=s, **o),
     "sup_con in": lambda q, k, s, **o: fastnce.sup_con(torch.cat([q, k]), labels_of(2 * len(q), q.device), variant="in", scale=s, **o),
-    "clip": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),
-    "moco": lambda q, k, s, **o: fastnce.moco_loss(q, k, k.detach().flip(1), scale=s, **o),
+    "clip_loss, bias": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -387,7 +384,7 @@ def test_a_side_stream_waits_for_nobody(place: Place) -> None:
     """With the default stream busy for half a second, forward and backward on a side stream are done before it: nothing is launched on,
     or waits for, the default stream."""
     leaves, late = inputs(sized(1500, 30), 64, place.device), Late()
-    step = Step("clip", leaves, place.backend)
+    step = Step("clip_loss", leaves, place.backend)
     step()
     expected = step.results()
     with late.on_side():
@@ -529,7 +526,7 @@ def test_peak_memory(name: str, d: int, dtype: torch.dtype, place: Place) -> Non
 
 
 @on_gpu
-@pytest.mark.parametrize(("name", "n", "d"), [("nt_xent", 1501, 128), ("clip", 1003, 512), ("sup_con", 777, 64)])
+@pytest.mark.parametrize(("name", "n", "d"), [("nt_xent", 1501, 128), ("clip_loss", 1003, 512), ("sup_con", 777, 64)])
 def test_a_thousand_repeats_are_bitwise_equal(name: str, n: int, d: int, place: Place) -> None:
     """In deterministic mode: a race, or a sum in an order left to chance, changes a bit sooner or later."""
     step = Step(name, inputs(sized(n, 30), d, place.device, torch.bfloat16), place.backend)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from every_loss import OF_VIEWS
 from problems import PROBLEMS
 from problems import Problem as Case
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -83,13 +86,10 @@ def test_no_value_is_read_back_on_a_device(p: Case, small_tiles: int) -> None:
     solve(p, torch_tiles, "meta")
 
 
-LOSSES = {
-    "info_nce": lambda q, k: fastnce.info_nce(q, k, k[:50], temperature=torch.ones((), device=q.device), in_batch=True),
-    "ragged": lambda q, k: fastnce.info_nce(q, k, (k, torch.arange(601, device=q.device))),
-    "nt_xent": lambda q, k: fastnce.nt_xent(q, k),
-    "sup_con": lambda q, k: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(600, device=q.device) // 3, no_positive="skip"),
-    "clip": lambda q, k: fastnce.clip_loss(q, k, torch.ones((), device=q.device)),
-    "moco": lambda q, k: fastnce.moco_loss(q, k, k),
+LOSSES: dict[str, Callable[..., Tensor]] = OF_VIEWS | {
+    "unpaired": lambda q, k, s: fastnce.info_nce(q, k, k[:50], temperature=s, in_batch=True),
+    "ragged": lambda q, k, s: fastnce.info_nce(q, k, (k, torch.arange(601, device=q.device)), scale=s),
+    "skip": lambda q, k, s: fastnce.sup_con(q, torch.arange(600, device=q.device) // 3, no_positive="skip", scale=s),
 }
 
 
@@ -99,7 +99,7 @@ def test_losses_do_not_synchronise(name: str, device: str) -> None:
     """Every loss, forward and backward, on tensors that have a shape and no values."""
     with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
         q, k = (torch.empty(600, 16, device=device, requires_grad=True) for _ in range(2))
-        loss = LOSSES[name](q, k)
+        loss = LOSSES[name](q, k, torch.ones((), device=device))
         assert loss.shape == ()
         assert loss.device.type == device
         loss.backward()

@@ -312,8 +312,11 @@ def test_command_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFixture
         "replay of moco: not in --quick",
     ):
         assert left_out in found["not_run"] and f"- {left_out}" in page
-    for condition in ("versions", "device", "sizes", "order of batches, sha256", "arithmetic"):
+    for condition in ("versions", "device", "sizes", "order of batches, sha256", "arithmetic", "compiled kernels", "time taken"):
         assert f"- {condition}: " in page
+    assert "- tested fastnce: the checkout of this script" in page
+    # The legend explains the subjects that are there.
+    assert "- noise control: the reference with its rows in another order" in page and "- auto: " not in page
     assert "simclr " in found["conditions"]["order of batches, sha256"]
     assert "noise control" in page and "fastnce" in found["conditions"]["versions"]
 
@@ -394,6 +397,7 @@ def test_what_does_not_run_is_no_pass(tmp_path: Path, monkeypatch: pytest.Monkey
         (["--seeds", "0"], "argument --seeds: '0' is not a whole number of at least 1"),
         (["--gate", "outcome", "--seeds", "4"], "argument --seeds: outcome needs at least 5, not 4"),
         (["--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+        (["--installed"], "argument --installed: fastnce is imported from "),
         (["--threads", "none"], "argument --threads: 'none' is not a whole number of at least 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 python train_ref/validate.py                   every backend that runs here, three dtypes: five minutes of one core
 python train_ref/validate.py --quick           a minute: fewer scenes, steps and seeds, no outcome
+python train_ref/validate.py --installed       the fastnce that is installed, not that of the checkout
 python train_ref/validate.py --gate replay --backend torch --dtype bfloat16
 """
 
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    # Run as a file: import the package from the repository, not its modules as top-level names.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # Run as a file: import the packages of the repository, not the modules of this folder as top-level names. An installed fastnce is
+    # found where the repository comes last.
+    sys.path.insert(len(sys.path) if "--installed" in sys.argv else 1, str(Path(__file__).resolve().parent.parent))
+    del sys.path[0]
 
 import torch
 
@@ -37,6 +40,7 @@ from train_ref.gates.replay import LIMITS, Recording, record, replay
 from train_ref.gates.report import GATES, Report, markdown, progress, versions
 from train_ref.gates.scenes import SCENES
 from train_ref.gates.subject import Subject, dtype_name
+from train_ref.gates.tested import of_checkout, package, tested
 from train_ref.gates.trainings import Trainings
 from train_ref.gates.verdict import Verdict, failure
 from train_ref.implementations import dense_losses, fused_losses
@@ -105,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", choices=[*DTYPES], help="of the features (default: all; with --quick float32 and bfloat16)")
     p.add_argument("--gate", nargs="+", choices=[*OPTION_OF.values()], help="default: all; with --quick all but outcome")
     p.add_argument("--seeds", type=count, metavar="N", help=f"of free run and outcome (default: {FULL.seeds}, with --quick {QUICK.seeds})")
+    p.add_argument("--installed", action="store_true", help="test the installed fastnce; without it, that of this checkout")
     p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     p.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (default: 1)")
     p.add_argument("--out", type=Path, metavar="DIR", help="for report.md, .json and .png (default: a new folder in ./runs)")
@@ -129,6 +134,8 @@ def read_options(argv: Sequence[str] | None) -> Options:
         p.error(f"argument --device: {given.device!r} cannot be used: {str(error).splitlines()[0]}")
     dtypes = [dtype for name, dtype in DTYPES.items() if name in (given.dtype or (list(DTYPES)[:2] if given.quick else DTYPES))]
     names, left_out = read_backends(p, given.backend, device)
+    if given.installed and of_checkout():
+        p.error(f"argument --installed: fastnce is imported from {package()}, this checkout; 'pip install .' installs a copy")
     left_out += [f"{gate}: not asked for" for gate in GATES if gate not in gates]
     left_out += [f"{name}: not asked for" for name, dtype in DTYPES.items() if dtype not in dtypes]
     left_out += [f"replay of {name}: not in --quick" for name in SCENES if name not in sizes.scenes and "replay" in gates]
@@ -252,7 +259,7 @@ def set_numerics(options: Options) -> None:
 
 
 def conditions(options: Options, found: Sequence[Verdict]) -> dict[str, Any]:
-    """Everything that decides the numbers, and nothing that names the machine."""
+    """Everything that decides the numbers. No name of the machine; a path only of an installed package."""
     sizes = options.sizes
     orders = {name: notes["order_sha256"] for verdict in found if verdict.gate == "replay" for name, notes in verdict.notes.items()}
     for verdict in found:
@@ -260,6 +267,7 @@ def conditions(options: Options, found: Sequence[Verdict]) -> dict[str, Any]:
             orders |= {f"seed {seed}": digest for seed, digest in enumerate(verdict.notes["order_sha256"]) if digest}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **tested(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "device": f"{device_name(options.device)}, {platform.machine()}, threads {options.threads}",
         "command": shlex.join(["validate.py", *options.arguments]),
@@ -288,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(progress(verdict), flush=True)
         found.append(verdict)
     report = Report(conditions(options, found), found, options.left_out)
-    report.conditions["cost"] = f"{time.process_time() - cpu_began:.0f} CPU s, {time.perf_counter() - began:.0f} s"
+    report.conditions["time taken"] = f"{time.perf_counter() - began:.0f} s, {time.process_time() - cpu_began:.0f} s of CPU time"
     page = markdown(report)
     files.write(options.out / "report.md", page)
     write_json(options.out / "report.json", report.fields())

@@ -1,25 +1,24 @@
 """Part `accuracy`: the contract of docs/numerics.md at N = 32,768, where tensor cores accumulate and no CPU can tell how.
 
-Four losses, three dtypes, two widths, temperatures from 0.01 (a running maximum) to 0.5, unrelated and aligned positives: mean loss, each
-row's loss, the gradients of the features and dL/dscale of every kind of kernels against float64 in blocks (exact.py), next to the error
-of dense torch in the same dtype on the same inputs. Limits and verdicts are those of accuracy.py.
+Every loss of train_ref/truth, three dtypes, two widths, temperatures from 0.01 (a running maximum) to 0.5, unrelated and aligned
+positives: mean loss, each row's loss, the gradients of the features and dL/dscale of every kind of kernels against float64 in blocks, next
+to the error of dense torch in the same dtype on the same inputs. Limits and verdicts are those of bench/accuracy.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench import accuracy, dense
-from bench.accuracy import Errors
-from bench.exact import Answer, Sizes
-from bench.gpu import exact, part
+from bench import accuracy, inputs
+from bench.gpu import part
 from bench.gpu.kernels import Kernels, chosen
+from train_ref.truth import LOSSES
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 SHOWN = {"loss": "mean", "row": "row", "gradient": "gradient", "scale": "scale"}  # "loss" is which
@@ -40,100 +39,39 @@ def cells(dry: bool) -> Iterator[Cell]:
         for noise in (0.4, 3.0):
             for temperature in (0.05,) if dry else (0.05, 0.01, 0.1, 0.5):
                 for dtype in DTYPES:
-                    for loss in ("nt_xent", "clip", "sup_con", "moco"):
+                    for loss in LOSSES:
                         yield Cell(loss, dtype, d, noise, temperature)
 
 
-def dense_rows(loss: str, leaves: tuple[Tensor, ...], scale: Tensor) -> Tensor:
-    """Row losses as users write them; half precision as autocast runs it: norm and cross entropy in float32, the product in half."""
-    wide = torch.float32
-    unit = [F.normalize(x.to(wide), dim=1).to(x.dtype) for x in leaves if x.is_floating_point()]
-    index = dense.indices(leaves[0])
-    if loss == "moco":
-        own = (unit[0].to(wide) * unit[1].to(wide)).sum(1, keepdim=True).to(unit[0].dtype)
-        logits = torch.cat([own, unit[0] @ unit[2].T], dim=1) * scale.to(unit[0].dtype)
-        return F.cross_entropy(logits.to(wide), torch.zeros_like(index), reduction="none")
-    logits = ((unit[0] @ unit[-1].T) * scale.to(unit[0].dtype)).to(wide)
-    if loss == "clip":
-        return (F.cross_entropy(logits, index, reduction="none") + F.cross_entropy(logits.T, index, reduction="none")) / 2
-    # In place where autograd allows it: at N = 32,768 each copy is 4 GiB.
-    itself = dense.itself(leaves[0])
-    logits = logits.masked_fill_(itself, -torch.inf)
-    if loss == "nt_xent":
-        return F.cross_entropy(logits, dense.partners(leaves[0]), reduction="none")
-    positive = (leaves[1][:, None] == leaves[1]) & ~itself
-    return logits.logsumexp(1) - logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
+def stored(cell: Cell, n: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a call with n keys, and its temperature or logit scale."""
+    loss = LOSSES[cell.loss]
+    generator = torch.Generator(device).manual_seed(0)  # the device's own: on a GPU a million rows are there at once
+    first, aside = torch.randn(2, n // (1 + loss.symmetric), cell.d, generator=generator, device=device)
+    value = cell.temperature if accuracy.parameter_of(loss) == "temperature" else 1 / cell.temperature
+    return inputs.call(loss, first.to(cell.dtype), (first + cell.noise * aside).to(cell.dtype)), torch.tensor(value, device=device)
 
 
-def fused_rows(loss: str, leaves: tuple[Tensor, ...], scale: Tensor, backend: str) -> Tensor:
-    import fastnce
-
-    functions: dict[str, Any] = {
-        "nt_xent": fastnce.nt_xent,
-        "clip": fastnce.clip_loss,
-        "sup_con": fastnce.sup_con,
-        "moco": fastnce.moco_loss,
-    }
-    name = "logit_scale" if loss == "clip" else "scale"
-    rows: Tensor = functions[loss](*leaves, **{name: scale}, reduction="none", backend=backend)
-    return rows
-
-
-def answer(rows_of: Any, leaves: tuple[Tensor, ...], scale: Tensor, scaling: float) -> Answer:
-    """Gradients are those of scaling * mean loss, divided by it again in float64."""
-    learning = [leaf.detach().requires_grad_() if leaf.requires_grad else leaf for leaf in leaves]
-    by = scale.clone().requires_grad_()
-    rows = rows_of(tuple(learning), by)
-    asked = [leaf for leaf in learning if leaf.requires_grad]
-    *gradients, by_scale = torch.autograd.grad(rows.mean() * scaling, [*asked, by])
-    found = [gradient.double().cpu().numpy() / scaling for gradient in gradients]
-    return Answer(rows.detach().double().mean().item(), rows.detach().double().cpu().numpy(), found, by_scale.item() / scaling)
+@contextmanager
+def alone(kernels: Kernels, device: str) -> Iterator[None]:
+    with chosen(kernels):
+        yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def judge(cell: Cell, n: int, device: str, every: list[Kernels]) -> Iterator[dict[str, Any]]:
     """By kernels the largest part of its limit that each quantity uses, and what that is."""
-    leaves = dense.leaves(cell.loss, n, cell.d, cell.dtype, device=device, noise=cell.noise)
-    leaves = leaves[:2] if cell.loss == "clip" else leaves
-    stored = tuple(leaf.detach() for leaf in leaves)
-    scale = torch.tensor(1 / cell.temperature, device=device)
-    true, sizes = exact.exact(cell.loss, stored, scale.double().item())
-    rounded, scaling = accuracy.stored_gradients(true, cell.dtype)
-
-    def error_of(rows_of: Any, given: tuple[Tensor, ...], by: float) -> Errors:
-        found = accuracy.errors(answer(rows_of, given, scale, by), true, sizes)
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        return found
-
-    def textbook(given: tuple[Tensor, ...], by: Tensor) -> Tensor:
-        return dense_rows(cell.loss, given, by)
-
-    same = single = error_of(textbook, leaves, scaling)
-    if cell.dtype != torch.float32:
-        wide = [leaf.detach().float() if leaf.is_floating_point() else leaf for leaf in leaves]
-        wide = [x.requires_grad_() if leaf.requires_grad else x for x, leaf in zip(wide, leaves, strict=True)]
-        single = error_of(textbook, tuple(wide), 1.0)
-    for kernels in every:
-
-        def ours(given: tuple[Tensor, ...], by: Tensor, backend: str = kernels.backend) -> Tensor:
-            return fused_rows(cell.loss, given, by, backend)
-
-        with chosen(kernels):
-            found = error_of(ours, leaves, scaling)
-        yield {"kernels": kernels.name, **verdict(cell, true, sizes, rounded, found, same, single)}
-
-
-def verdict(cell: Cell, true: Answer, sizes: Sizes, rounded: Answer, found: Errors, same: Errors, single: Errors) -> dict[str, Any]:
-    storing = accuracy.errors(rounded, true, sizes)["gradient"]
-    unavoidable = accuracy.rounding(cell.dtype, true, 1 / cell.temperature, storing)
-    allowed = accuracy.limits(cell.dtype, true, unavoidable, same, single)
-    row: dict[str, Any] = {**cell._asdict(), "dtype": str(cell.dtype)[6:], "exact": true.loss}
-    for quantity, name in SHOWN.items():
-        error = found[quantity]
-        row[name] = float(np.divide(error, allowed[quantity], out=np.zeros_like(error), where=error > 0).max())
-        row[f"{name}_error"], row[f"{name}_dense"] = float(error.max()), float(same[quantity].max())
-    row["inside"] = all(row[name] <= 1 for name in SHOWN.values())
-    return row
+    tensors, parameter = stored(cell, n, device)
+    loss = LOSSES[cell.loss]
+    runs: accuracy.Runs = {kernels.name: (accuracy.fused(loss, kernels.backend), partial(alone, kernels, device)) for kernels in every}
+    true, verdicts = accuracy.judge(accuracy.Exact(loss, tensors), parameter, runs)
+    for who, found in verdicts.items():
+        row: dict[str, Any] = {"kernels": who, **cell._asdict(), "dtype": str(cell.dtype)[6:], "exact": true.mean}
+        for quantity, name in SHOWN.items():
+            verdict = found[quantity]
+            row |= {name: verdict.used, f"{name}_error": verdict.error, f"{name}_dense": verdict.dense}
+        yield row | {"inside": all(row[name] <= 1 for name in SHOWN.values())}
 
 
 def main() -> int:

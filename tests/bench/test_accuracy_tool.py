@@ -1,66 +1,70 @@
-"""accuracy.py finds what is wrong, and its exact answer is exact."""
+"""accuracy.py finds what is wrong, and judges float64 by more digits than float64 has."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bench import accuracy, exact
+from bench import accuracy, inputs
+from train_ref.truth import LOSSES
+from train_ref.truth import exact as truth
 
 
-@pytest.mark.parametrize("regime", exact.REGIMES)
-@pytest.mark.parametrize("loss", accuracy.LOSSES)
+@pytest.mark.parametrize("regime", inputs.REGIMES)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_exact_answer_is_that_of_dense_float64(loss: str, regime: str) -> None:
-    """Where the dense form is well conditioned, autograd through it confirms the analytic reference."""
-    cell = accuracy.Cell(loss, torch.float64, regime, 24, 0.5)
-    sides, parameter = accuracy.inputs(cell, 34)
-    true, sizes = exact.exact(exact.Cosines.of(loss, sides), 2.0)
-    dense = accuracy.answer(accuracy.dense(loss), sides, parameter, loss == "nt_xent", 1.0)
+    """Where the dense form is well conditioned, autograd through it confirms the answer from extended logits."""
+    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, torch.float64, regime, 24, 0.5), 34)
+    true, sizes = accuracy.Exact(LOSSES[loss], tensors).at(parameter)
+    dense = accuracy.answer(accuracy.dense(LOSSES[loss]), LOSSES[loss], tensors, parameter, 1.0)
     for name, error in accuracy.errors(dense, true, sizes).items():
-        assert error.max() < 1e-12 * (sizes.scale / abs(true.scale) if name == "scale" else 1), name
+        assert error.max() < 1e-12 * (sizes.by_scale / abs(true.by_scale) if name == "scale" else 1), name
 
 
-@pytest.mark.parametrize("loss", accuracy.LOSSES)
-def test_the_exact_answer_does_not_depend_on_its_blocks(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of seven rows, the last of them ragged, and all at once."""
-    sides, _ = accuracy.inputs(accuracy.Cell(loss, torch.float64, "aligned", 5, 0.5), 34)
-    whole, sizes = exact.exact(exact.Cosines.of(loss, sides), 2.0)
-    monkeypatch.setattr(exact, "HELD", 7 * 34)
-    cosines = exact.Cosines.of(loss, sides)
-    assert cosines.kept is None and [len(block) for _, block in cosines.blocks(0)] == [7, 7, 7, 7, 6]
-    found, others = exact.exact(cosines, 2.0)
-    assert (found.loss, found.scale) == pytest.approx((whole.loss, whole.scale), rel=1e-13)
-    assert (*others.gradients, others.scale) == pytest.approx((*sizes.gradients, sizes.scale), rel=1e-13)
-    for mine, expected in zip((found.rows, *found.gradients), (whole.rows, *whole.gradients), strict=True):
-        np.testing.assert_allclose(mine, expected, rtol=1e-12, atol=1e-15)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_extended_logits_do_not_depend_on_blocks(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of some rows, the last of them ragged, and all at once."""
+    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, torch.float64, "aligned", 5, 0.1), 34)
+    whole, _ = accuracy.Exact(LOSSES[loss], tensors).at(parameter)
+    for module in (truth, inputs):
+        monkeypatch.setattr(module, "BLOCK", 7 * 34)
+    found, _ = accuracy.Exact(LOSSES[loss], tensors).at(parameter)
+    torch.testing.assert_close(found.rows, whole.rows, rtol=1e-15, atol=0)
 
 
-def test_the_exact_answer_holds_at_tiny_losses() -> None:
-    """Two negatives at cosine 0, the positive at 1: log(1 + 2 exp(-scale)), where dense float64 has 0."""
-    z = torch.eye(2, dtype=torch.float64).repeat(2, 1)
-    true, _ = exact.exact(exact.Cosines.of("nt_xent", [z]), np.longdouble(100))
-    assert true.loss == pytest.approx(2 * np.exp(-100), rel=1e-13)
-    assert true.scale == pytest.approx(-2 * np.exp(-100), rel=1e-13)
+def test_extended_logits_hold_what_float64_rounds() -> None:
+    """A cosine of 2^-60 less one of 1: float64 rounds the difference to -1, and three times that to -3."""
+    z = torch.eye(2, 3, dtype=torch.float64)
+    z[:, 2] = 2.0**-30
+    rows, both = torch.eye(2, dtype=torch.bool), slice(0, 2)
+    extended = inputs.Extended(LOSSES["info_nce"], {"query": z, "positive_key": z})
+    t, beyond = extended.logits(np.longdouble(3), 0, both, rows)
+    cosines = extended.cosines(0, both)
+    np.testing.assert_array_equal(t.numpy() + beyond.numpy().astype(np.longdouble), 3 * (cosines - np.diag(cosines)[:, None]))
+    assert t[0, 1] == -3 and t[0, 0] == 0
+    if np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant + 9:
+        assert beyond[0, 1] == pytest.approx(3 * 2.0**-60, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wrong", [None, "loss", "gradient"])
-def test_accuracy_finds_a_planted_error(wrong: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, dtype: torch.dtype) -> None:
     """In place of fastnce the dense loss in float64: as it is, with a loss 1e-4 too large, with 2 % less gradient."""
-    loss_of = accuracy.dense("clip")
+    entry = LOSSES[loss]
 
-    def planted(sides: list[Tensor], parameter: Tensor, reduction: str) -> Tensor:
-        wide = [side.double() for side in sides]
+    def planted(tensors: dict[str, Tensor], reduction: str) -> Tensor:
+        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         if wrong == "gradient":
-            wide[0] = 0.98 * wide[0] + 0.02 * wide[0].detach()
-        value = loss_of(wide, parameter.double(), reduction)
+            wide[entry.leaves[0]] = 0.98 * wide[entry.leaves[0]] + 0.02 * wide[entry.leaves[0]].detach()
+        value = accuracy.dense(entry)(wide, reduction)
         return value + 1e-4 if wrong == "loss" else value
 
-    monkeypatch.setattr(accuracy, "fused", lambda loss, backend: planted)
-    cell = accuracy.Cell("clip", dtype, "random", 24, 0.1)
-    sides, parameter = accuracy.inputs(cell, 66)
-    verdicts = accuracy.judge(cell, sides, parameter, exact.Cosines.of("clip", sides), "torch")
-    outside = {name for name, verdict in verdicts.items() if not verdict.used <= 1}
+    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, dtype, "random", 24, 0.1), 66)
+    _, verdicts = accuracy.judge(accuracy.Exact(entry, tensors), parameter, {"planted": (planted, nullcontext)})
+    outside = {name for name, verdict in verdicts["planted"].items() if not verdict.used <= 1}
     assert outside == ({wrong} if wrong != "loss" else {"loss", "row"}) - {None}

@@ -1,6 +1,6 @@
 """Gates that a fused contrastive loss has to pass, from its formula to what is trained with it.
 
-    formula     float64, against the stored results of eight implementations of seven other projects
+    formula     float64, against the stored results of nine implementations of seven other projects
     operator    one call at a time against float64: shapes, temperatures, lengths, upstream gradients of every kind
     replay      loss and gradients at the parameters of a real training, against the dense float32 reference
     free_run    trainings of their own, beside the drift of the reference from itself in another order

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from train_ref.figure import write_png
 from train_ref.gates.replay import LIMITS
-from train_ref.gates.report import GATES, Report
+from train_ref.gates.report import GATES, Report, name_of
 from train_ref.gates.subject import dtype_name
 from train_ref.gates.verdict import Verdict, worst
 
@@ -42,11 +42,6 @@ def save_figure(path: Path, report: Report) -> None:
     options: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "frameon": False}
     figure.legend(list(entries.values()), list(entries), fontsize=10, labelcolor=INK, **options)
     write_png(path, figure)
-
-
-def name_of(subject: str) -> str:
-    """Without the dtype."""
-    return subject.rsplit(" ", 1)[0] if subject.rsplit(" ", 1)[-1] in STYLES else subject
 
 
 def width(subject: str, colours: dict[str, str]) -> float:

@@ -1,27 +1,19 @@
-"""How far from float64 the operator gate lets a call be: exact answer, error of dense torch, roundings, limits.
+"""How far from float64 the operator gate lets a call be: the contract of train_ref/truth/contract.py, and what its m and terms are here.
 
-u = 2^-24, m = the error of dense torch in the same dtype on the same stored inputs, the largest of ORDERS orders of its rows and
-coordinates, L = the exact mean loss, g = the upstream gradients, scale = 1/temperature, N = the rows of a gradient,
-terms = 2 scale |g (1 - exp -L_i)|, which bounds what cancels in a gradient (twice that where every row is query and key).
+u = 2^-24, L_i = the exact loss of row i, g = its upstream gradient, scale = 1 / temperature. The arguments by which the gate gives the
+contract more room, each with its reason there:
 
-    loss       2 m + 4 u max(1, L)           and 5e-6 L or 1e-6                     not below a row's / number of rows
-    rows       2 m + 32 u max(1, scale)
-    gradient   2 m + 16 u                    and 2e-5 + 1e-7 sqrt(N)               float32
-               2^-8, float16 2^-10 + storing and 2 m + 2e-3, at most 3e-2          half precision, + float32's line of the same rows
-    d/dscale   2 m + 1e-5, half 1e-3         + (16 + 2 scale) u sum |g (1 - exp -L_i)|
+    loss        few, where there are more pairs than one; alike, for identical rows
+    gradient    storing; low, below a temperature of 0.02; single
+    d/dscale    cancelling = (16 + 2 scale) u sum |g (1 - exp -L_i)|; single
 
-loss and rows are absolute, in nats, and ask of half precision what they ask of float32 on the same rounded features;
-gradient and d/dscale are relative to the exact one, 1e-7 sqrt(N) and 16 u terms absolute. The left column is the contract of
-docs/numerics.md, the right one is wider and fixed. Logits of size scale carry scale roundings: below a temperature of 0.02
-the terms 16 u, 2e-5, 1e-7, 5e-6 and 1e-6 are multiplied by 0.02 / temperature.
+m, the error of dense torch in the same dtype on the same stored inputs, is a draw. Where one row carries nearly all of a gradient, as at
+low temperatures, it is the rounding of that row's few logits, and small by luck in one order: with one order, 9 of 240 draws of MoCo's
+calls failed a sound backend. So m is the largest of ORDERS orders of rows and coordinates. All gradients of a call carry the same weights,
+so that m is the largest over them too, relative to each.
 
-m is a draw. Where one row carries nearly all of a gradient, as at low temperatures, it is the rounding of that row's few
-logits, and small by luck in one order: with one order, 9 of 240 draws of MoCo's calls failed a sound backend. All gradients
-of a call carry the same weights, so that m is the largest over them too, relative to each.
-
-Where less than u terms is left of a gradient (identical rows, one dimension) it is the rounding of its terms: 2 m + 16 u terms,
-as no fixed limit covers that. Of nearly solved rows the terms are as small as 1 - p, p the share of the positive. Dense torch
-takes p - 1 and may be beyond the fixed line there itself; then 2 m remains. float64 knows 1e-13 of all terms.
+terms = 2 scale |g (1 - exp -L_i)| bounds what cancels in a gradient (twice that where every row is query and key). Where less than u terms
+is left, as of identical rows and of one dimension, the limit is 16 u terms and the storing. float64 itself knows 1e-13 of all terms.
 """
 
 from __future__ import annotations
@@ -72,12 +64,10 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     scale, given = 1 / case.temperature, effective(case, drive, len(exact.rows))
     low = max(1.0, 0.02 / case.temperature)
 
-    mean = max(5e-6 * abs(exact.mean), 1e-6) * low
-    # Of identical rows dense torch's logits have equal bits, and m is 0 by luck: an lse next to logits of size scale
-    # rounds by u scale, in any order but that one.
-    if case.kind != "identical":
-        single = max(abs(single.mean - exact.mean) for single in singles)
-        mean = min(mean, contract.mean_loss(single, exact.mean, few_rows=max(1.0, scale) / len(exact.rows)))
+    single = max(abs(single.mean - exact.mean) for single in singles)
+    few = scale / len(exact.rows) if case.pairs > 1 else 0.0  # of one pair the loss is 0
+    alike = scale if case.kind == "identical" and case.pairs > 1 else 0.0
+    mean = contract.mean_loss(torch.float32, single, exact.mean, few=few, alike=alike)
     rows = contract.row(torch.float32, max(largest(single.rows - exact.rows) for single in singles), scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
@@ -148,18 +138,12 @@ def gradient_limit(
     error: float, single: float, true: Tensor, side: Tensor, terms: float, unknown: float, loss_scale: float, low: float
 ) -> float:
     """Absolute; error is the one of dense torch, single its error in float32."""
-    size = true.norm().item()
-    # What is left of terms that cancel is their rounding. Where something is left, the contract counts that alone.
-    rounding = 16 * U * terms + unknown
-    floor = 16 * U * low * size + unknown if size > U * terms else rounding
-    in_float32 = 2 * single + floor
-    if side.dtype == torch.float32:
-        fixed = 2e-5 * low * size + max(1e-7 * math.sqrt(len(true)) * low if size > U * terms else rounding, unknown)
-        # Where dense torch itself is beyond the fixed line, twice its error remains.
-        return min(in_float32, fixed) if single <= fixed else in_float32
-    stored = contract.STORED[side.dtype] * size + in_float32 + stored_error(true, side, loss_scale)
-    # Dense half precision may overflow: then it sets no limit, and the others remain.
-    return min(stored, 2 * error + 2e-3 * size + rounding, 3e-2 * size + in_float32)
+    size, storing = true.norm().item(), stored_error(true, side, loss_scale)
+    if size <= U * terms:  # nothing is left of terms that cancel but their rounding
+        return 16 * U * terms + unknown + storing
+    # Sums in other tiles are as good: not dense half precision's own error, but twice that, as in float32.
+    of_size = contract.gradient(side.dtype, single / size, 2 * error / size, storing=storing / size, low=low, single=single / size)
+    return of_size * size + unknown
 
 
 def largest(values: Tensor) -> float:
@@ -174,8 +158,6 @@ def scale_for_float16(exact: Answer, stored: Sequence[Tensor]) -> float:
 
 
 def stored_error(true: Tensor, side: Tensor, loss_scale: float) -> float:
-    """What rounding the exact gradient to float16 costs, whose smallest numbers have fewer digits; 0 for others."""
-    if side.dtype != torch.float16:
-        return 0.0
+    """What rounding the exact gradient to the dtype of the features costs."""
     exact = true / lengths(side) * loss_scale
-    return ((exact.half().double() - exact) * lengths(side) / loss_scale).norm().item()
+    return ((exact.to(side.dtype).double() - exact) * lengths(side) / loss_scale).norm().item()

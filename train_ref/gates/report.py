@@ -87,16 +87,16 @@ def share(check: Check) -> str:
 
 def markdown(report: Report) -> str:
     """The page: verdicts, then a table per gate, then what failed, what did not run, and the conditions."""
-    lines = [f"# Validation: {report.status}", "", *verdict_table(report), ""]
+    lines = [f"# Validation: {report.status}", "", *verdict_table(report), "", *legend(report), ""]
     lines += [
-        "pass: every check that ran is inside its limit; *n* left out: that many of its parts did not run, see below.",
-        "",
         *failures(report),
         *closest_table(report),
         *replay_table(report),
         *free_run_table(report),
         *outcome_table(report),
         "## Not run",
+        "",
+        "What stands here was not measured. A pass says nothing about it.",
         "",
         *(f"- {line}" for line in report.not_run or ["nothing was left out"]),
         "",
@@ -105,6 +105,35 @@ def markdown(report: Report) -> str:
         *(f"- {name}: {value}" for name, value in report.conditions.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+# Subjects by how their names begin, and what they are.
+SUBJECTS = {
+    "reference losses": "the dense losses that every gate compares with, themselves compared with other projects' results.",
+    "noise control": "the reference with its rows in another order: the same mathematics, rounded differently. It has no fault and must "
+    "pass; the free run measures by its drift from the reference.",
+    "auto": "what a caller gets who names no backend. On the CPU a small problem is dense there, by the operations of the reference: an "
+    "error of exactly 0 says that no kernel ran.",
+}
+
+
+def legend(report: Report) -> list[str]:
+    """What the table of verdicts says, and who its subjects are."""
+    present = {name_of(verdict.subject) for verdict in report.verdicts}
+    return [
+        "- pass: every check that ran is inside its limit. *n* left out: that many parts of the gate did not run.",
+        "- not run: nothing was measured, or too little to say anything; the section of that name says why. It is never a pass.",
+        "- empty: this gate is not for this subject, or was not asked for.",
+        *(f"- {name}: {what}" for name, what in SUBJECTS.items() if any(one.startswith(name) for one in present)),
+        "- other names: a backend of fastnce, and the dtype of the features it was given.",
+        "- share, in the tables below: the measured error as a part of its limit.",
+    ]
+
+
+def name_of(subject: str) -> str:
+    """Without the dtype."""
+    name, _, last = subject.rpartition(" ")
+    return name if last in ("float32", "bfloat16", "float16") else subject
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,8 +1,8 @@
 """What is right: every loss in dense torch, which the tests, gates and benchmarks hold fastnce to.
 
-losses.py defines the losses, LOSSES below lists them, contract.py says how far from exact is right enough, golden/ has other projects'
-results. Nothing here imports what it judges: torch is all it needs. A public loss that is missing in LOSSES fails a test. To add one,
-write its dense form in losses.py and its entry here.
+losses.py defines the losses, LOSSES below lists them, exact.py has their answers in float64 for any number of rows, contract.py says how
+far from exact is right enough, golden/ has other projects' results. Nothing here imports what it judges: torch is all it needs. A public
+loss that is missing in LOSSES fails a test. To add one, write its dense form in losses.py and its entry here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train_ref.truth import losses
+from train_ref.truth import losses, pairs
 
 
 class Rows(NamedTuple):
@@ -25,39 +25,48 @@ class Rows(NamedTuple):
     labels: Tensor
 
 
-def _of_negatives(values: Tensor) -> Tensor:
-    """1 - p, p the share of the positives in the sum: next to nothing where the loss is solved."""
-    return -torch.expm1(-values)
-
-
-def _whole(values: Tensor) -> Tensor:
-    """The positives are no part of the sum."""
-    return torch.ones_like(values)
-
-
 class Loss(NamedTuple):
     """A public loss and its truth.
 
     name        of the function, here and in fastnce
     module      of the class in fastnce
     function    its dense form: the tensors of an example and the number that multiplies the cosines, by name -> one value per anchor
-    leaves      the names of its features, in the order of the arguments
+    sides       the names of its features, in the order of the arguments; rows of one side are joined. The last side holds the keys
+    pairs       which keys are positives and negatives of which anchors, the rows of the first side
     definition  its value, in the statistics of docs/math.md
     example     the tensors of one call, by name
-    symmetric   the keys are the queries
     number      the name of the argument that multiplies the cosines
-    share       from the values of the rows: what the weights dL/ds of a row's negatives add up to
+    both_ways   its value is the mean of two: of the first side against the last, and of the last against the first
+    positive_in_sum  whether the positives are part of the sum of exponentials
     """
 
     name: str
     module: str
     function: Callable[..., Tensor]
-    leaves: tuple[str, ...]
+    sides: tuple[tuple[str, ...], ...]
+    pairs: pairs.Pairs
     definition: str
     example: Callable[[Rows], dict[str, Tensor]]
-    symmetric: bool = False
     number: str = "scale"
-    share: Callable[[Tensor], Tensor] = _of_negatives
+    both_ways: bool = False
+    positive_in_sum: bool = True
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        """The names of all its features."""
+        return tuple(leaf for side in self.sides for leaf in side)
+
+    @property
+    def symmetric(self) -> bool:
+        """The keys are the queries."""
+        return len(self.sides) == 1
+
+    def share(self, values: Tensor) -> Tensor:
+        """What the weights dL/ds of a row's negatives add up to, from the values of the rows.
+
+        1 - p, p the share of the positives in the sum: next to nothing where the loss is solved.
+        """
+        return -torch.expm1(-values) if self.positive_in_sum else torch.ones_like(values)
 
 
 ONE_POSITIVE = "softplus(lse_neg - pos)"
@@ -83,24 +92,33 @@ def _moco(rows: Rows) -> dict[str, Tensor]:
     return {"q": rows.first, "k": rows.second, "queue": rows.queue}
 
 
-LOSSES = {
-    loss.name: loss
-    for loss in (
-        Loss("nt_xent", "NTXentLoss", losses.nt_xent, ("z0", "z1"), ONE_POSITIVE, _two_views, symmetric=True),
-        Loss("info_nce", "InfoNCE", losses.info_nce, ("query", "positive_key"), ONE_POSITIVE, _info_nce),
-        Loss(
-            "clip_loss",
-            "ClipLoss",
-            losses.clip_loss,
-            ("image", "text"),
-            f"mean of the row's and the column's {ONE_POSITIVE}",
-            _clip,
-            number="logit_scale",
-        ),
-        Loss(
-            "sup_con", "SupConLoss", losses.sup_con, ("features",), "softplus(lse_neg - lse_pos) + lse_pos - pos", _sup_con, symmetric=True
-        ),
-        Loss("dcl_loss", "DCLLoss", losses.dcl_loss, ("z0", "z1"), "lse_neg - pos", _two_views, symmetric=True, share=_whole),
-        Loss("moco_loss", "MoCoLoss", losses.moco_loss, ("q", "k", "queue"), ONE_POSITIVE, _moco),
-    )
-}
+def _table(*every: Loss) -> dict[str, Loss]:
+    return {loss.name: loss for loss in every}
+
+
+LOSSES = _table(
+    Loss("nt_xent", "NTXentLoss", losses.nt_xent, (("z0", "z1"),), pairs.other_view, ONE_POSITIVE, _two_views),
+    Loss("info_nce", "InfoNCE", losses.info_nce, (("query",), ("positive_key",)), pairs.same_row, ONE_POSITIVE, _info_nce),
+    Loss(
+        "clip_loss",
+        "ClipLoss",
+        losses.clip_loss,
+        (("image",), ("text",)),
+        pairs.same_row,
+        f"mean of the row's and the column's {ONE_POSITIVE}",
+        _clip,
+        number="logit_scale",
+        both_ways=True,
+    ),
+    Loss(
+        "sup_con",
+        "SupConLoss",
+        losses.sup_con,
+        (("features",),),
+        pairs.same_label,
+        "softplus(lse_neg - lse_pos) + lse_pos - pos",
+        _sup_con,
+    ),
+    Loss("dcl_loss", "DCLLoss", losses.dcl_loss, (("z0", "z1"),), pairs.other_view, "lse_neg - pos", _two_views, positive_in_sum=False),
+    Loss("moco_loss", "MoCoLoss", losses.moco_loss, (("q",), ("k", "queue")), pairs.same_row_and_queue, ONE_POSITIVE, _moco),
+)

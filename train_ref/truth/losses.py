@@ -112,7 +112,8 @@ def info_nce(
     keys = positive_key if negative_keys is None else torch.cat([positive_key, negative_keys])
     s = logits(query @ keys.T, temperature, scale)
     own = diagonal(s)
-    s = s.masked_fill(same((exclude_query_ids, exclude_key_ids), s) & ~own, -torch.inf)
+    if exclude_query_ids is not None or exclude_key_ids is not None:
+        s = s.masked_fill(same((exclude_query_ids, exclude_key_ids), s) & ~own, -torch.inf)
 
     def one_way(s: Tensor, positive: Tensor) -> Tensor:
         if query_ids is None and key_ids is None:

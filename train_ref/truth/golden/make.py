@@ -197,6 +197,13 @@ def nt_xent_cases(t: float) -> list[Case]:
     ]
 
 
+def dcl_cases(t: float) -> list[Case]:
+    from train_ref.truth.golden.packages import lightly_dcl
+
+    loss = lightly_dcl()(temperature=t)
+    return [Case(_release("lightly", "DCLLoss"), "dcl_loss", {"temperature": t}, _pair("z0", "z1", 51), lambda z0, z1: loss(z0, z1))]
+
+
 def sup_con_cases(t: float) -> list[Case]:
     from pytorch_metric_learning import losses
 
@@ -242,7 +249,7 @@ def clip_cases(t: float) -> list[Case]:
 
 def cases() -> list[Case]:
     """Every case at every temperature. Imports the peers."""
-    groups = (info_nce_cases, nt_xent_cases, sup_con_cases, clip_cases)
+    groups = (info_nce_cases, nt_xent_cases, dcl_cases, sup_con_cases, clip_cases)
     return [case for t in TEMPERATURES for group in groups for case in group(t)]
 
 

@@ -40,17 +40,27 @@ def open_clip_loss() -> type[torch.nn.Module]:
 
 
 def lightly_nt_xent() -> type[torch.nn.Module]:
-    """lightly's NTXentLoss, also where torchvision is missing.
+    """lightly's NTXentLoss."""
+    return _of_lightly("ntx_ent_loss", "NTXentLoss")
+
+
+def lightly_dcl() -> type[torch.nn.Module]:
+    """lightly's DCLLoss."""
+    return _of_lightly("dcl_loss", "DCLLoss")
+
+
+def _of_lightly(module: str, name: str) -> type[torch.nn.Module]:
+    """One of lightly's losses, also where torchvision is missing.
 
     lightly's packages import its networks, and only those need torchvision. Empty packages over the same folders let
     the loss and its memory bank load alone; the one helper they name gathers over processes, and here there is one.
     """
     shells: dict[str, ModuleType] = {}
     if importlib.util.find_spec("torchvision") is None:
-        for name in ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils"):
-            shells[name] = ModuleType(name)
-            shells[name].__path__ = [str(_folder("lightly").joinpath(*name.split(".")[1:]))]
+        for shell in ("lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils"):
+            shells[shell] = ModuleType(shell)
+            shells[shell].__path__ = [str(_folder("lightly").joinpath(*shell.split(".")[1:]))]
         vars(shells["lightly.models.utils"])["concat_all_gather"] = lambda tensor: tensor
     with mock.patch.dict(sys.modules, shells):
-        loss: type[torch.nn.Module] = importlib.import_module("lightly.loss.ntx_ent_loss").NTXentLoss
+        loss: type[torch.nn.Module] = getattr(importlib.import_module(f"lightly.loss.{module}"), name)
     return loss
