@@ -1,5 +1,5 @@
-"""Operators of a compiled library called with arguments that do not fit together: each call raises or runs, none reads or writes memory
-that is not its own. A program, for a process that watches its memory:
+"""A program that calls the operators of a compiled library with arguments that do not fit together. Each call must raise or run, and none
+may read or write memory that is not its own:
 
     python tests/fuzz.py LIBRARY SEED CALLS
 
@@ -27,7 +27,7 @@ from torch import Tensor
 Arguments = dict[str, Any]
 
 FLOAT, DOUBLE, HALF, INT, LONG, BOOL = torch.float32, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool
-NONE = 2**31 - 1  # the diagonal that is not there
+NONE = 2**31 - 1  # stands for a diagonal that does not exist
 
 
 def some(chance: float = 0.5) -> bool:
@@ -35,7 +35,7 @@ def some(chance: float = 0.5) -> bool:
 
 
 def new(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
-    """Numbers near 1, or small ids: what kernels get."""
+    """A tensor as kernels get it: of numbers from 0 to 1, or of small ids."""
     if dtype in (INT, LONG):
         return torch.randint(-1, 4, shape, dtype=dtype)
     return torch.randint(0, 2, shape).to(BOOL) if dtype == BOOL else torch.rand(shape).to(dtype)
@@ -43,7 +43,7 @@ def new(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
 
 # ---------------------------------------------------------------- calls that fit: csrc/cpu
 
-# Per side what forward collects, in its order: name, dtype, whether it belongs to the metrics.
+# The vectors of one side that forward writes, in its order: name, dtype, whether it belongs to the metrics.
 COLLECTED = (
     ("negative", DOUBLE, False), ("top_negative", FLOAT, False), ("positive", DOUBLE, False), ("top_positive", FLOAT, False),
     ("pos", DOUBLE, False), ("n_pos", LONG, False), ("low", FLOAT, True), ("high", FLOAT, True), ("rank", LONG, True),
@@ -52,7 +52,7 @@ COLLECTED = (
 
 
 def tiles_of_cpu() -> tuple[Arguments, int, int]:
-    """What both operators take."""
+    """Arguments that forward and backward share."""
     m, depth, symmetric = random.choice((0, 1, 5, 6, 17, 64, 70, 130)), random.choice((1, 16, 20)), some(0.4)
     n = m if symmetric else random.choice((0, 1, 7, 64, 65, 129))
     pitch, two_sided = -(-depth // 16) * 16, not symmetric and some()
@@ -95,7 +95,7 @@ def cpu_backward() -> Arguments:
 
 
 def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, int]:
-    """What every kernel over tiles takes."""
+    """Arguments that all kernels over tiles share."""
     rows, columns, parts, depth = (
         random.choice((0, 1, 100, 128)),
         random.choice((0, 3, 128, 150)),
@@ -274,11 +274,11 @@ CUDA: dict[str, Callable[[], Arguments]] = {
     )
 }  # fmt: skip
 CUDA |= {"runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
-# What there is little to say to.
+# Operators with few arguments, or none: they are called an eighth as often as the others.
 RARE = {"level", "runs_on", "tile"}
 
 
-# ---------------------------------------------------------------- what no longer fits
+# ---------------------------------------------------------------- calls that no longer fit
 
 
 def longer(t: Tensor, by: int) -> Tensor:
@@ -387,7 +387,7 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
         changes = random.choices((0, 1, 2, 3), (1, 6, 3, 1))[0] if given else 0
         for _ in range(changes):
             at = random.choice(list(given))
-            with contextlib.suppress(RuntimeError):  # what has changed already need not change again
+            with contextlib.suppress(RuntimeError):  # an argument that has changed already may refuse another change
                 given[at] = changed(given[at], tensors_of(given))
         try:
             getattr(namespace, name)(**given)
@@ -401,13 +401,13 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
 
 
 def run(library: Path, seed: int, calls: int, timeout: float = 600) -> dict[str, Any]:
-    """The same in a process of its own, with the sanitizer's library loaded before all others. Raises AssertionError with what it said."""
+    """The same in a process of its own, with the sanitizer's library loaded before all others. Raises AssertionError with its message."""
     compiler = os.environ.get("CXX", "c++")
     preload = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    # Python never frees all it has. Fibers of the emulator have stacks of their own.
+    # Python does not free all of its memory at exit. Fibers of the emulator have stacks of their own.
     environment = os.environ | {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     command = [sys.executable, __file__, str(library), str(seed), str(calls)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

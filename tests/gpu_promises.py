@@ -1,4 +1,4 @@
-"""What both sets of GPU kernels promise, whoever runs them: test_triton.py in the checked interpreter, test_cuda*.py emulated."""
+"""Promises of both sets of GPU kernels: test_triton.py runs them in the checked interpreter, test_cuda*.py in the emulator."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 def nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, backend: str, guard: Guard = nullcontext, rtol: float = 0.0) -> None:
-    """What a contiguous copy gives, in the gradients too; rtol: where sums are added to memory in any order."""
+    """Results and gradients are those of a contiguous copy. rtol: for sums that are added to memory in any order."""
     tensors, found = p.tensors(dtype), []
     for view in (torch.clone, inside_nan, every_other, turned):
         q, k = (None if t is None else view(t).requires_grad_() for t in tensors[:2])
@@ -103,7 +103,7 @@ def a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, dtype: 
 
 
 def only_what_is_asked_for_gets_a_gradient(p: Problem, subsets: Iterable[int], dtype: torch.dtype, backend: str) -> None:
-    """Subsets of (q, k, scale, bias), bit by bit, give the gradients of all of them, whichever passes are left out."""
+    """Gradients of some of (q, k, scale, bias) are, bit by bit, those of all of them, whichever passes are left out."""
     _, whole = test_statistics.run(p, dtype, backend)
     for subset in subsets:
         leaves = [t if t is None else t.requires_grad_(bool(subset >> i & 1)) for i, t in enumerate(p.tensors(dtype))]

@@ -48,7 +48,7 @@ if not isinstance(tl.zeros, InterpretedFunction):
 Array = np.ndarray[Any, Any]
 Program = tuple[int, int, int]
 
-# What hardware computes
+# Arithmetic of the hardware
 
 TINY = np.finfo(np.float32).tiny
 
@@ -150,7 +150,7 @@ def _minimum(self: Builder, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandl
     return self.binary_op(lhs, rhs, np.fmin)
 
 
-# Who touches what
+# Accesses of programs
 
 # An access of the first kind races with an earlier one of the second kind by another program.
 RACES = {
@@ -285,7 +285,7 @@ class Checked:
                 self.fail(f"{kind} into readonly tensor {owner.min()}: {readonly.sum()} of {owner.size} lanes, program {program}")
             self.written[index] = True
         elif readonly.all():
-            return  # nobody writes there
+            return  # no program writes there
         # Programs run one after the other, so an element that another program touched was first touched by another one.
         number = np.ravel_multi_index(program, grid)
         for other, what in RACES[kind].items():
@@ -383,8 +383,8 @@ def _languages(function: Any) -> tuple[Any, ...]:
 
 
 def _patch_lang(function: Any) -> Any:
-    """Stock, every call inside of a kernel goes through the whole language again, where its kernel has replaced everything already: 40 % of
-    the kernel's time."""
+    """Triton's interpreter replaces all of the language again at every call inside of a kernel, which takes 40 % of the kernel's time. Here
+    only the kernel does it."""
     if any(tl.core.is_builtin(language.load) for language in _languages(function)):
         return _stock_patch_lang(function)
     return stock._LangPatchScope()

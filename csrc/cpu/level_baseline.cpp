@@ -1,4 +1,4 @@
-// What every processor of the architecture has (SSE2, NEON): 4 floats, 8 sums.
+// SSE2 or NEON, which every processor of the architecture has: registers of 4 floats. 8 sums.
 #define FASTNCE_LEVEL baseline
 #define FASTNCE_VECTOR_BYTES 16
 #define FASTNCE_ROWS 4

@@ -25,7 +25,7 @@ ROWS = (8, 128)
 
 # (kernel, how pairs are told apart, parts of the operand, padded D or 0 for long rows) -> tile. Parts: 1 float16, 2 float32 as a high and a
 # low half. Looking at ids takes registers, a mask an address per pair: hence the smaller tiles. Each was the first of a list, from large
-# to small, that neither spills nor serialises its products with Triton 3.6.0 and 3.9.0 (docs/backends.md); no timing has been recorded.
+# to small, that neither spills nor serialises its products with Triton 3.6.0 and 3.9.0 (tests/aot/); no timing has been recorded.
 TILES: dict[tuple[str, str, int, int], TileShape] = {
     ("rows", "index", 1, 64): TileShape(128, 128, 64, 4, 3),
     ("rows", "index", 1, 128): TileShape(128, 128, 128, 4, 2),
