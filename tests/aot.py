@@ -59,6 +59,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout
 
+from fastnce import tiles
+from fastnce.backends import _gpu
 from fastnce.backends import triton as backend
 from fastnce.backends.triton import launches
 from fastnce.pairs import Pairs
@@ -406,11 +408,10 @@ def regenerate(page: str, region: str, begin: str = BEGIN, end: str = END) -> st
 
 
 def sources() -> str:
-    """sha256 of what the compiled code depends on."""
-    root = Path(__file__).resolve().parents[1] / "fastnce"
+    """sha256 of the sources that the compiled code depends on."""
     digest = hashlib.sha256()
-    host, device = (sorted((root / "backends" / folder).glob("*.py")) for folder in ("_gpu", "triton"))
-    for path in [root / "tiles.py", *host, *device]:
+    host, device = (sorted(Path(package.__path__[0]).glob("*.py")) for package in (_gpu, backend))
+    for path in [Path(tiles.__file__), *host, *device]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from typing import Any
 import emulated
 import pytest
 
+import fastnce
 from fastnce.__main__ import main
 from fastnce.compiled import build, find
 
@@ -110,7 +111,7 @@ def start(kind: str, pretended: Path) -> subprocess.Popen[str]:
 import sys, types
 from pathlib import Path
 sys.modules["fastnce"] = package = types.ModuleType("fastnce")
-package.__path__ = [{str(ROOT / "fastnce")!r}]
+package.__path__ = {fastnce.__path__!r}
 from fastnce.compiled import build, find
 sources = find.sources
 find.sources = lambda kind: Path({str(pretended / "csrc")!r}) / kind if kind == "cuda" else sources(kind)

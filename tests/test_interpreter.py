@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import interpreter
 import pytest
@@ -277,7 +276,7 @@ def test_a_block_that_checks_nothing_raises() -> None:
 
 
 def test_importing_it_too_late_or_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(Path(__file__).with_name("interpreter.py"))
+    path = interpreter.__file__
     with monkeypatch.context() as patch:
         patch.setattr(tl, "zeros", tl.zeros.fn)
         with pytest.raises(ImportError, match="before TRITON_INTERPRET=1 was set"):

@@ -381,11 +381,13 @@ def test_a_report_of_a_gpu() -> None:
 
 # ---------------------------------------------------------------- the script
 
+BENCH_GPU = [sys.executable, "-m", "bench", "gpu"]
+
 
 def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
-    """All parts, on the CPU: what a GPU hour is too short to find out."""
+    """All parts run on the CPU, before an hour on a GPU is spent to find out that one does not."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*BENCH_GPU, "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for part in gpu_part.PARTS:
         found = json.loads((tmp_path / f"{part}.json").read_text())
@@ -397,6 +399,6 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 def test_the_script_refuses_what_it_does_not_know() -> None:
-    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*BENCH_GPU, "--dryrun"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown argument '--dryrun'" in done.stderr
