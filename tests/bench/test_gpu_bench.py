@@ -133,7 +133,7 @@ def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked cuBLAS", lambda: slip)
     found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
-    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Case(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
+    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Contest(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
     assert [row["met"] for row in rows] == [None, None]
     assert len(found.errors) == 1 and "NameError" in found.errors[0]
 
