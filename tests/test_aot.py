@@ -1,4 +1,4 @@
-"""The ahead-of-time checker: every verdict is reached by a kernel that deserves it, and what Triton would launch is what is compiled."""
+"""The ahead-of-time checker: every verdict is reached by a kernel that deserves it, and it compiles exactly what Triton would launch."""
 
 from __future__ import annotations
 

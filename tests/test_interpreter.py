@@ -233,7 +233,7 @@ def test_disjoint_writes_and_launches_one_after_the_other_do_not_race() -> None:
     assert not c.races and c.launches == 4
 
 
-# What is written, admitted, started
+# Written, admitted, started
 
 
 def test_elements_that_no_program_wrote_are_counted() -> None:

@@ -1,4 +1,4 @@
-"""What the GPU parts are made of, without a GPU: references agree, failures become rows, and the whole script runs."""
+"""The GPU parts without a GPU: references agree, failures become rows, and the whole script runs."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pyte
 
 
 def test_which_kernels_are_chosen_and_for_how_long() -> None:
-    """The library itself decides by the architecture; here only what it is asked with shows."""
+    """The library itself decides by the architecture; only the argument that it gets shows here."""
     cpu = torch.device("cpu")
     for name, where, architecture in (("cuda-mma", "gpu", 80), ("cuda-mma", "emulated", 80), ("cuda", "emulated", 90)):
         with gpu_kernels.chosen(Kernels.of(name, where)):
@@ -286,7 +286,7 @@ def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> Non
 
 
 def test_who_ends_his_process_is_out_of_the_race(tmp_path: Path) -> None:
-    """A fault on a GPU takes the process, a barrier that nobody arrives at its time: the others go on."""
+    """A fault on a GPU ends the process, and a kernel that waits for ever takes its time: the others go on."""
     found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
     runs: list[tuple[str, ...]] = []
 
@@ -311,7 +311,7 @@ def test_rows_of_a_process_whatever_becomes_of_it(end: str, seconds: float) -> N
     assert [row["loss"] for row in gpu_race.answers([sys.executable, "-c", code], given, seconds)] == ["nt_xent", "clip"]
 
 
-# ---------------------------------------------------------------- what is read from logs
+# ---------------------------------------------------------------- reading logs
 
 
 def test_outcomes_of_a_log() -> None:

@@ -1,4 +1,4 @@
-"""A run over many cells: what is not tried, what is left at its end, and rates and ratios over its rows."""
+"""A run over many cells: those that are not tried, those that are left at its end, and the rates and ratios of its rows."""
 
 from __future__ import annotations
 
