@@ -61,7 +61,7 @@ def _backend(name: str, device: str) -> dict[str, Any]:
 
 def _auto(device: str) -> str | None:
     with warnings.catch_warnings():
-        # The table of backends says already that there is no fused kernel for this device.
+        # "No fused kernel for this device" is what the table of backends says already.
         warnings.simplefilter("ignore")
         try:
             return backends.pick("python -m fastnce", "auto", _problem(device))

@@ -233,21 +233,18 @@ def merge(a: ContrastiveStats, b: ContrastiveStats, shift: int = 0) -> Contrasti
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """log(exp a + exp b). Where both are -inf, the value is -inf and the gradient finite; torch.logaddexp has a gradient of nan there."""
+    """log(exp a + exp b), whose value is -inf and whose gradient is finite where both are -inf (torch.logaddexp: nan)."""
     high, low = torch.maximum(a, b), torch.minimum(a, b)
     return high + softplus((low - high).masked_fill(high == -torch.inf, -torch.inf))
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp x).
-
-    torch's softplus returns x itself above a threshold. At 20, its default, that is an error of 2e-9, which float64 sees. At 80 it is below
-    float64's rounding, and exp(80) still fits float32.
-    """
+    """log(1 + exp x). torch's default turns into x above 20, an error of 2e-9 that float64 sees; at 80 it is below float64's rounding
+    and exp(80) is still a float32 number."""
     return F.softplus(x, threshold=80.0)
 
 
 def log1p_loss(lse_neg: Tensor, pos: Tensor) -> Tensor:
-    """log(1 + exp(lse_neg - pos)), minus the log-probability of the only positive of a row."""
+    """log(1 + exp(lse_neg - pos)): minus the log-probability of a single positive."""
     found = autograd.log1p_loss(lse_neg, pos)
     return softplus(lse_neg - pos) if found is None else found

@@ -1,9 +1,9 @@
-"""Calls of a compiled library's operators with arguments that do not fit together: each raises or runs, and none reads or writes memory
+"""Operators of a compiled library called with arguments that do not fit together: each call raises or runs, none reads or writes memory
 that is not its own. A program, for a process that watches its memory:
 
     python tests/fuzz.py LIBRARY SEED CALLS
 
-A call begins with arguments that fit, of random shapes and rules. Then up to three of them change. The sanitizer's library, loaded before
+A call begins as one that fits, of random shapes and rules; then up to three of its arguments change. The sanitizer's library, loaded before
 all others, ends the process at the first access out of bounds.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 Arguments = dict[str, Any]
 
 FLOAT, DOUBLE, HALF, INT, LONG, BOOL = torch.float32, torch.float64, torch.float16, torch.int32, torch.int64, torch.bool
-NONE = 2**31 - 1  # stands for a diagonal that is not there
+NONE = 2**31 - 1  # the diagonal that is not there
 
 
 def some(chance: float = 0.5) -> bool:
@@ -35,7 +35,7 @@ def some(chance: float = 0.5) -> bool:
 
 
 def new(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
-    """A tensor of numbers near 1, or of small ids."""
+    """Numbers near 1, or small ids: what kernels get."""
     if dtype in (INT, LONG):
         return torch.randint(-1, 4, shape, dtype=dtype)
     return torch.randint(0, 2, shape).to(BOOL) if dtype == BOOL else torch.rand(shape).to(dtype)
@@ -43,7 +43,7 @@ def new(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
 
 # ---------------------------------------------------------------- calls that fit: csrc/cpu
 
-# The vectors that forward fills for each side, in its order: name, dtype, whether it belongs to the metrics.
+# Per side what forward collects, in its order: name, dtype, whether it belongs to the metrics.
 COLLECTED = (
     ("negative", DOUBLE, False), ("top_negative", FLOAT, False), ("positive", DOUBLE, False), ("top_positive", FLOAT, False),
     ("pos", DOUBLE, False), ("n_pos", LONG, False), ("low", FLOAT, True), ("high", FLOAT, True), ("rank", LONG, True),
@@ -52,7 +52,7 @@ COLLECTED = (
 
 
 def tiles_of_cpu() -> tuple[Arguments, int, int]:
-    """The arguments that both operators take, and the numbers of rows and columns."""
+    """What both operators take."""
     m, depth, symmetric = random.choice((0, 1, 5, 6, 17, 64, 70, 130)), random.choice((1, 16, 20)), some(0.4)
     n = m if symmetric else random.choice((0, 1, 7, 64, 65, 129))
     pitch, two_sided = -(-depth // 16) * 16, not symmetric and some()
@@ -95,7 +95,7 @@ def cpu_backward() -> Arguments:
 
 
 def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, int]:
-    """The arguments that every kernel over tiles takes, and the numbers of rows and columns."""
+    """What every kernel over tiles takes."""
     rows, columns, parts, depth = (
         random.choice((0, 1, 100, 128)),
         random.choice((0, 3, 128, 150)),
@@ -127,7 +127,7 @@ def tiles_of_cuda(depths: tuple[int, ...] = (64, 128)) -> tuple[Arguments, int, 
 
 
 def splits_of(columns: int) -> tuple[int, int]:
-    """A number of splits, and of tiles for each. Tiles have 16 to 128 columns, and every split has a tile."""
+    """Tiles have 16 to 128 columns, and every split has one."""
     splits, least = random.choice((1, 2)) if columns > 128 else 1, 16
     return splits, max(1, -(-columns // (least * splits)))
 
@@ -178,7 +178,7 @@ def backward_rows() -> Arguments:
 
 def weights_block() -> Arguments:
     given, _, _ = tiles_of_cuda((320,))
-    # Without rows there are no ids.
+    # Ids of no rows are none.
     content = "ids" if given["sizes"][9] or (given["q_exclude"] is not None and len(given["a"])) else "index"
     parts = given["x"].shape[1]
     tile = torch.ops.fastnce_cuda.tile("weights_block", content, parts, 0, 80)
@@ -192,7 +192,7 @@ def weights_block() -> Arguments:
 
 
 def raw(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A view whose rows may be further apart than they are long."""
+    """Rows may be further apart than they are long."""
     return new(rows, columns + random.choice((0, 3)), dtype=dtype)[:, :columns]
 
 
@@ -285,11 +285,11 @@ CUDA: dict[str, Callable[[], Arguments]] = {
     )
 }  # fmt: skip
 CUDA |= {"emulated": dict, "runs_on": lambda: {"device": random.choice((-1, 0, 7))}}
-# Operators with few arguments.
+# What there is little to say to.
 RARE = {"level", "emulated", "runs_on", "tile"}
 
 
-# ---------------------------------------------------------------- arguments that no longer fit
+# ---------------------------------------------------------------- what no longer fits
 
 
 def longer(t: Tensor, by: int) -> Tensor:
@@ -352,7 +352,7 @@ NUMBERS = (
 
 
 def changed(value: Any, others: list[Tensor]) -> Any:
-    """Another argument in place of this one. `others` are all tensors of the call."""
+    """Another argument in the place of this one. others: all tensors of the call."""
     if isinstance(value, Tensor):
         # The same memory twice, whole or in part.
         if others and some(0.2):
@@ -381,7 +381,7 @@ def tensors_of(given: Arguments) -> list[Tensor]:
 
 
 def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
-    """How many calls of each operator ran, and how many raised. To refuse a call that fits is an error, and so is another exception."""
+    """Counts by operator of calls that ran and that raised. Raises where a call that fits is refused, and where another exception comes."""
     torch.ops.load_library(library)
     kind, operators = ("cpu", CPU) if hasattr(torch.ops.fastnce_cpu, "level") else ("cuda", CUDA)
     namespace = getattr(torch.ops, f"fastnce_{kind}")
@@ -398,7 +398,7 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
         changes = random.choices((0, 1, 2, 3), (1, 6, 3, 1))[0] if given else 0
         for _ in range(changes):
             at = random.choice(list(given))
-            with contextlib.suppress(RuntimeError):  # an argument that has changed cannot always change again
+            with contextlib.suppress(RuntimeError):  # what has changed already need not change again
                 given[at] = changed(given[at], tensors_of(given))
         try:
             getattr(namespace, name)(**given)
@@ -412,13 +412,13 @@ def fuzz(library: str, seed: int, calls: int) -> dict[str, Any]:
 
 
 def run(library: Path, seed: int, calls: int, timeout: float = 600) -> dict[str, Any]:
-    """The same in a process of its own, with the sanitizer's library loaded first. Raises AssertionError with the output of the process."""
+    """The same in a process of its own, with the sanitizer's library loaded before all others. Raises AssertionError with what it said."""
     compiler = os.environ.get("CXX", "c++")
     preload = [
         subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    # Python does not free all its memory at its end. Fibers of the emulator have stacks of their own.
+    # Python never frees all it has. Fibers of the emulator have stacks of their own.
     environment = os.environ | {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
     command = [sys.executable, __file__, str(library), str(seed), str(calls)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

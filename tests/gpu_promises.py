@@ -1,4 +1,4 @@
-"""Promises of both sets of GPU kernels. test_triton.py runs them in the checked interpreter, test_cuda*.py emulated."""
+"""What both sets of GPU kernels promise, whoever runs them: test_triton.py in the checked interpreter, test_cuda*.py emulated."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def turned(x: Tensor) -> Tensor:
 
 
 def nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, backend: str, guard: Guard = nullcontext, rtol: float = 0.0) -> None:
-    """A view gives the values and gradients of a contiguous copy. `rtol` is for kernels that add sums to memory in any order."""
+    """What a contiguous copy gives, in the gradients too; rtol: where sums are added to memory in any order."""
     tensors, found = p.tensors(dtype), []
     for view in (torch.clone, inside_nan, every_other, turned):
         q, k = (None if t is None else view(t).requires_grad_() for t in tensors[:2])

@@ -150,7 +150,7 @@ def _minimum(self: Builder, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandl
     return self.binary_op(lhs, rhs, np.fmin)
 
 
-# Accesses to memory
+# Accesses of programs
 
 # An access of the first kind races with an earlier one of the second kind by another program.
 RACES = {
@@ -383,9 +383,8 @@ def _languages(function: Any) -> tuple[Any, ...]:
 
 
 def _patch_lang(function: Any) -> Any:
-    """Run a call inside of a kernel without replacing the whole language again, which the kernel has done already.
-
-    Triton's own interpreter replaces it once more for every call, which is 40 % of a kernel's time."""
+    """Triton's interpreter replaces all of the language again at every call inside of a kernel, which takes 40 % of the kernel's time. Here
+    only the kernel does it."""
     if any(tl.core.is_builtin(language.load) for language in _languages(function)):
         return _stock_patch_lang(function)
     return stock._LangPatchScope()

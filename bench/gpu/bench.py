@@ -25,7 +25,7 @@ SOLVED: dict[str, Any] = {"noise": 0.1, "temperature": 0.02}
 GEMM = 8192
 FLASH_WIDTH = 256  # columns; with more, weights pass through a workspace
 WORKSPACE_MIB = 128.0
-CELL_SECONDS = 150.0  # of the slowest contestant: torch.compile of an eager loss, and its runs
+CELL_SECONDS = 150.0  # the slowest: torch.compile of an eager loss, and its runs
 
 
 class Contest(NamedTuple):
@@ -205,7 +205,7 @@ def main() -> int:
                 report.add(bars.kernel(n, d, words, units, least))
     report.rows.sort(key=lambda row: row["bar"])
     if report.dry:
-        # The figures of tiny problems on a CPU say nothing about a bar.
+        # Figures of tiny problems on a CPU meet and miss no bar.
         report.rows = [row | {"met": None} for row in report.rows]
     report.more = {"gemm_tflops": bars.gemm()}
     return report.finish(COLUMNS)

@@ -1,8 +1,8 @@
 """Part `tiles`: other tiles than the shipped ones, timed in the losses that ask for them.
 
-Every loss runs once to see which tiles it asks fastnce.tiles for. Variants of a tile have half or twice the rows or the columns, other
-warps or stages. Shipped tile and variant run in turn, so that a slow moment falls on both. A variant that the compiler refuses (too much
-shared memory, say) is a row. A faster tile is not adopted by this: its registers, its spills and the errors of every problem come first.
+Every loss runs once to see which tiles it asks fastnce/tiles.py for. Variants of a tile have half or twice the rows or the columns, other
+warps or stages; shipped and variant run in turn, so that a slow moment falls on both. What a compiler refuses (too much shared memory, say)
+is a row. A tile that is faster is not adopted here: its registers and spills and the budget of every problem come first.
 
 The dry run asks Triton's interpreter for a few of them, which needs TRITON_INTERPRET=1 before Triton is imported: run.sh sets it.
 """
@@ -23,8 +23,7 @@ from bench.gpu import measure as gpu_measure
 from bench.gpu import part
 
 COLUMNS = ("asked", "tile", "loss", "n", "d", "dtype", "shipped_ms", "ms", "ratio", "faster", "status")
-# The fields that vary, and their least and largest values. Operands are padded to multiples of 128, so more rows or columns do not divide
-# them.
+# What may vary, and between which values: rows and columns beyond 128 would not divide what operands are padded to.
 LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "stages": (1, 4)}
 ROUNDS = 7
 ENOUGH = 1.02  # ratios below are noise
@@ -50,7 +49,7 @@ DRY = (Shape("nt_xent", 32, 8),)
 
 @contextmanager
 def tiles_asked(answers: Mapping[Ask, Any]) -> Iterator[dict[Ask, Any]]:
-    """Collects the tiles that are asked for, with the shipped answers; `answers` replaces some. Only this function touches the table."""
+    """Collects what is asked for, and what is shipped for it; some are answered otherwise. The one place that touches the table."""
     from fastnce import tiles
 
     shipped, asked = tiles.triton, {}

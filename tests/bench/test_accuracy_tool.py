@@ -1,4 +1,4 @@
-"""The accuracy tool finds errors, and its exact answer is exact."""
+"""accuracy.py finds what is wrong, and its exact answer is exact."""
 
 from __future__ import annotations
 
