@@ -436,7 +436,7 @@ def test_a_wheel_with_libraries_is_of_this_system(pretended: Path) -> None:
     assert [path.split("/")[-1].split("-")[1] for path in sorted(found)[::2]] == list(find.KINDS)
 
 
-def test_a_wheel_with_what_nobody_knows(pretended: Path) -> None:
+def test_a_wheel_with_an_unknown_library(pretended: Path) -> None:
     done = wheel(pretended, FASTNCE_BUILD="cpu,rocm")
     assert done.returncode and "FASTNCE_BUILD names rocm; known are cpu, cuda" in done.stderr
     assert not calls(pretended)

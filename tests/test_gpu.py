@@ -382,7 +382,7 @@ def test_kernels_follow_the_current_stream(name: str, place: Place) -> None:
 
 
 @on_gpu
-def test_a_side_stream_waits_for_nobody(place: Place) -> None:
+def test_a_side_stream_waits_for_no_other(place: Place) -> None:
     """With the default stream busy for half a second, forward and backward on a side stream are done before it: nothing is launched on,
     or waits for, the default stream."""
     leaves, late = inputs(sized(1500, 30), 64, place.device), Late()

@@ -232,7 +232,7 @@ def test_what_somebody_else_owns_is_left_aside(
             build.build("cpu")
 
 
-def test_a_group_of_ones_own_is_nobody_else(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+def test_a_group_of_ones_own_has_no_other_member(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     """As systems give one to every user, with a umask that lets it write."""
     import grp
 

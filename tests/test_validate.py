@@ -205,7 +205,7 @@ def test_refusing_nearly_everything_is_no_pass() -> None:
         assert untrained.status == "not run" and untrained.not_run == ["everything: not today"]
 
 
-def test_batches_in_another_order_are_nobodys_failure() -> None:
+def test_batches_in_another_order_fail_no_subject() -> None:
     same_order([Run([], ["a", "b"], None, load_digits()), Run([], ["a"], None, load_digits())])
     with pytest.raises(RuntimeError, match="different orders"):
         same_order([Run([], ["a", "b"], None, load_digits()), Run([], ["a", "c"], None, load_digits())])

@@ -266,7 +266,7 @@ def lap(**samples: list[float]) -> Row:
     return gpu_race.judged(cell("time", names), results, dict(zip(names, samples.values(), strict=True)))
 
 
-def test_who_is_first() -> None:
+def test_the_first_of_a_race() -> None:
     row = lap(cuda=[2.0, 9.0, 2.0], cuda_mma=[2.02, 9.1, 2.02], triton=[3.0, 13.5, 3.0], eager=[1.0, 4.0, 1.0])
     assert (row["first"], row["ahead"], row["triton"], row["status"]) == ("cuda = cuda-mma", 1.5, 3.0, "ok")
     assert (row["eager_over"], row["met"]) == (0.5, False)
@@ -285,7 +285,7 @@ def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> Non
     assert len(found.errors) == 1
 
 
-def test_who_ends_his_process_is_out_of_the_race(tmp_path: Path) -> None:
+def test_a_contestant_that_ends_its_process_is_out_of_the_race(tmp_path: Path) -> None:
     """A fault on a GPU ends the process, and a kernel that waits for ever takes its time: the others go on."""
     found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
     runs: list[tuple[str, ...]] = []

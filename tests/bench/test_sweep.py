@@ -75,7 +75,7 @@ def test_an_interrupt_leaves_what_was_measured(capsys: pytest.CaptureFixture[str
     assert "interrupted: 2 of 3 cells left out" in capsys.readouterr().err
 
 
-def test_the_time_left_counts_who_still_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_counts_contestants_that_still_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
 
