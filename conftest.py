@@ -1,4 +1,4 @@
-"""For all tests, wherever they lie: the user's caches are neither read nor written, and no result depends on what somebody has built."""
+"""For all tests in all folders: the user's caches are neither read nor written, and no result depends on a library that lies there."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 import fastnce
 from fastnce.compiled import build, find
 
-# Where nothing else is given. What is compiled for tests outlives them: minutes of compilers are in it. A folder of this name that somebody
-# else has made does no harm: nothing is loaded from it, and building there is refused.
+# The caches of tests, unless the environment names others. Libraries that are compiled for tests stay there, since they take minutes. A
+# folder of this name that another user has made does no harm: nothing is loaded from it, and building there is refused.
 OWN = Path(tempfile.gettempdir()) / f"fastnce-tests-{os.getuid()}"
 OWN.mkdir(mode=0o700, exist_ok=True)
 for variable, name in (("FASTNCE_CACHE_DIR", "fastnce"), ("TRITON_CACHE_DIR", "triton"), ("MPLCONFIGDIR", "matplotlib")):
     os.environ.setdefault(variable, str(OWN / name))
 
-# No test finds a library of csrc/cpu by itself, whatever lies there: "auto" is "torch" on a CPU, and "cpu" needs the fixture `compiled`.
+# No test finds a library of csrc/cpu by itself. So "auto" is "torch" on a CPU, and "cpu" needs the fixture `compiled`.
 as_users_have_it, find.candidates = find.candidates, lambda kind: iter(()) if kind == "cpu" else as_users_have_it(kind)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def examples(doctest_namespace: dict[str, object]) -> None:
-    """Examples in docstrings have imported what their reader has imported."""
+    """Examples in docstrings need not import torch and fastnce."""
     doctest_namespace |= {"torch": torch, "fastnce": fastnce}
 
 
@@ -42,7 +42,7 @@ def compiled_library() -> Path:
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Libraries are looked for, for one test, as users have it."""
+    """For one test, libraries are looked for as users have it."""
     monkeypatch.delenv("FASTNCE_NATIVE", raising=False)
     monkeypatch.setattr(find, "candidates", as_users_have_it)
     find.objection.cache_clear()

@@ -47,7 +47,7 @@ class LogitScale(StaysPrecise):
     comes back.
 
     Raises:
-        TypeError: a limit or init is no float.
+        TypeError: init, max or min is no Python number.
         ValueError: init is not positive or not between min and max.
 
     Example:

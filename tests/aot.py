@@ -58,6 +58,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout
 
+from fastnce.backends import _gpu
 from fastnce.backends import triton as backend
 from fastnce.backends.triton import launches
 from fastnce.pairs import Pairs
@@ -409,10 +410,9 @@ def markdown(runs: dict[str, list[Found]]) -> str:
 
 
 def sources() -> str:
-    """sha256 of what the compiled code depends on."""
-    root = Path(__file__).resolve().parents[1] / "fastnce"
+    """sha256 of the sources that the compiled code depends on."""
     digest = hashlib.sha256()
-    host, device = (sorted((root / "backends" / folder).glob("*.py")) for folder in ("_gpu", "triton"))
+    host, device = (sorted(Path(package.__path__[0]).glob("*.py")) for package in (_gpu, backend))
     for path in [*host, *device]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

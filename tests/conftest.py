@@ -1,4 +1,7 @@
-"""Shared by all tests: one thread, so that many small products do not wait for each other on a busy machine; who runs kernels."""
+"""Shared by all tests: the number of threads, whether kernels are interpreted or compiled, and fixtures.
+
+There is one thread, so that many small products do not wait for each other on a busy machine.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-# A process has compiled or interpreted kernels: Triton reads this variable when it is imported, and again at each kernel's definition, so
-# it is set before any test is collected. Where a GPU is, kernels are compiled for it, tests marked gpu run and those that import
-# interpreter.py skip; anywhere else it is the other way round. CUDA_VISIBLE_DEVICES= pytest runs the interpreter on a GPU machine.
+# A process has either compiled or interpreted kernels. Triton reads this variable when it is imported, and again at each kernel's
+# definition, so it is set before any test is collected. Where there is a GPU, kernels are compiled for it, tests marked gpu run, and tests
+# that import interpreter.py skip. Elsewhere it is the other way round. CUDA_VISIBLE_DEVICES= pytest runs the interpreter on a GPU machine.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import emulated
@@ -29,7 +32,7 @@ torch.set_num_threads(1)
 
 
 def in_a_dtype_of_its_backend(item: pytest.Item) -> bool:
-    """Of float64 there is nothing to test in a backend that objects to it: that it does is in test_native.py, for "cpu"."""
+    """Whether the backend of a test takes the test's dtype. Some do not take float64; test_native.py tests that "cpu" says so."""
     given = getattr(item, "callspec", None)
     chosen = given.params if given else {}
     in_float64 = chosen.get("dtype") == torch.float64 or item.get_closest_marker("float64") is not None
@@ -37,7 +40,7 @@ def in_a_dtype_of_its_backend(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, not passed, where no kernel could run on a GPU."""
+    """Leave out tests in a dtype that their backend does not take, and skip tests marked gpu where no kernel can run on a GPU."""
     items[:] = filter(in_a_dtype_of_its_backend, items)
     if not torch.cuda.is_available():
         reason = "needs a CUDA device: torch.cuda.is_available() is False"
@@ -52,14 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """What pytest-benchmark may write about the machine: everything but its name."""
+    """Keep the name of the machine out of pytest-benchmark's files."""
     machine_info.pop("node", None)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 16 x 16 in backend="torch": a problem of a hundred rows then has interior, diagonal, ragged and corner tiles. Those of the
-    compiled kernels have one size."""
+    """Tiles of 16 x 16 in backend="torch", so that a problem of a hundred rows has interior, diagonal, ragged and corner tiles.
+
+    The tiles of compiled kernels have one size."""
     monkeypatch.setattr(torch_tiles, "CPU_TILE", 16)
     monkeypatch.setattr(gemm, "CPU_ROWS", 7)
     return 16
@@ -67,7 +71,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is allocated without a value holds nan, or a number far outside of any count: reading it before writing it shows."""
+    """Memory that is allocated without a value holds nan, or a number far beyond any count, so that reading it before writing shows."""
 
     def fill(empty: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -111,13 +115,13 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
 
 
-# What a backend needs where tests name it, beside the device that it is for.
+# The fixture that a backend needs where a test names it.
 NEEDS = {"cpu": "compiled", "cuda": "emulated_cuda", "triton": "interpreted_triton"}
 
 
 @pytest.fixture(autouse=True)
 def named(request: pytest.FixtureRequest) -> None:
-    """What is tested by the name of its backend finds it: the library, or a GPU's kernels interpreted or emulated."""
+    """A test that names a backend finds it: the library, or a GPU's kernels, interpreted or emulated."""
     given = getattr(request.node, "callspec", None)
     if given is not None and (need := NEEDS.get(given.params.get("backend"))):
         request.getfixturevalue(need)

@@ -9,14 +9,14 @@ from pathlib import Path
 from fastnce.compiled import build, find
 
 EMULATOR = Path(__file__).resolve().parent / "native"
-# Kernels say #pragma unroll.
+# The kernels' #pragma unroll is unknown to a C++ compiler.
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -DFASTNCE_EMULATED -DFASTNCE_SM90"
 OPTIMISED = "-O2"
 SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
 def unsupported() -> str | None:
-    """Why the emulated kernels cannot run in this process."""
+    """Why the emulated kernels cannot run in this process; None where they can."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return "kernels are compiled for a GPU in this process (TRITON_INTERPRET is not 1)"
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -31,10 +31,11 @@ def unsupported() -> str | None:
 
 
 def emulate(into: Path, sanitize: bool = False) -> Path:
-    """The library of csrc/cuda for this CPU, in `into`: registers the same operators, and runs the same source. Compiled once for exactly
-    these sources and this emulator, by whichever process comes first.
+    """The library of csrc/cuda for this CPU, in `into`. It registers the same operators as that for GPUs, and runs the same sources.
 
-    `sanitize`: every access in bounds or the process ends; one that loads it needs the sanitizer's library before all others (LD_PRELOAD).
+    It is compiled once for exactly these sources and this emulator, by the first process that asks.
+
+    `sanitize`: an access out of bounds ends the process. To load such a library the sanitizer's own has to be loaded first (LD_PRELOAD).
 
     Raises BuildError as build.build does.
     """

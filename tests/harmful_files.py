@@ -1,4 +1,4 @@
-"""Files of data that are made to do harm: to run code, to take all memory, to end the process or never to end.
+"""Data files made to do harm: to run code, to take all memory, to end the process, or to keep it busy for ever.
 
 python tests/harmful_files.py FOLDER    reads them one after the other in a process that may not grow much; a line for each
 """
@@ -25,8 +25,8 @@ from test_datasets import python_2_array, python_2_batch, python_2_int, random_b
 from train_ref.formats import LARGEST, read_cifar_archive, read_cifar_folder, read_idx, read_subset
 from train_ref.pickled import LONGEST
 
-MEMORY = 3 * LARGEST  # that a reader may take: a file of the largest size in pieces, as a whole, and as what it holds
-SECONDS = 60  # of processor time, for all of them; they take 10
+MEMORY = 3 * LARGEST  # the most that a reader may take: a file of the largest size in pieces, as a whole, and as its content
+SECONDS = 60  # of processor time for all files; they take 10
 GIBIBYTE = gzip.compress(bytes(2**24)) * 64  # of zeros, in one megabyte
 
 # CIFAR's batches -------------------------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ BATCH = python_2_batch(python_2_array(IMAGES), range(10))
 
 
 class Calls:
-    """Pickled as a call."""
+    """An object that is pickled as a call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -46,7 +46,7 @@ class Calls:
 
 
 def instead(usual: bytes, other: bytes) -> bytes:
-    """A batch in which one thing is another."""
+    """A batch with one entry replaced."""
     assert BATCH.count(usual) == 1
     return BATCH.replace(usual, other)
 
@@ -150,7 +150,7 @@ def npz(content: bytes, packing: int = zipfile.ZIP_DEFLATED) -> bytes:
 
 
 def zip_of_a_gibibyte(said: int) -> bytes:
-    """In x.npy, and how many bytes the archive says that they are."""
+    """An archive with x.npy, and the number of bytes that the archive claims for it."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = (packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)) * 64 + b"\3\0"
     sizes = struct.pack("<LLL", 0, len(packed), said)
@@ -182,7 +182,7 @@ ZIPS = {
 
 # Reading them ----------------------------------------------------------------------------------------------------------------------------
 
-# Name of the file -> its reader, and what may be in it.
+# Name of the file -> its reader, and its possible contents.
 HARMFUL: dict[str, tuple[Callable[[Path], Any], dict[str, bytes]]] = {
     "data_batch_1": (lambda path: read_cifar_folder(path.parent, [path.name]), BATCHES),
     "cifar-10-python.tar.gz": (lambda path: read_cifar_archive(path, ["data_batch_1"]), ARCHIVES),
@@ -193,7 +193,7 @@ HARMFUL: dict[str, tuple[Callable[[Path], Any], dict[str, bytes]]] = {
 
 
 def outcome(read: Callable[[Path], Any], path: Path) -> str:
-    """refused: the one message. Anything else is a fault."""
+    """Read a file that has to be refused with its one message. Any other outcome is a fault."""
     try:
         read(path)
     except ValueError as error:
@@ -211,8 +211,8 @@ def main(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     for name, (read, contents) in HARMFUL.items():
-        for what, content in contents.items():
-            print(f"{name}, {what}: ", end="", flush=True)
+        for harm, content in contents.items():
+            print(f"{name}, {harm}: ", end="", flush=True)
             (folder / name).write_bytes(content)
             print(outcome(read, folder / name), flush=True)
     print("harm done" if (folder / "harm").exists() else "no harm done")

@@ -1,7 +1,7 @@
 """Triton's CPU interpreter, made faithful to the hardware, and a check of every address and every pair of programs.
 
-Stock, it multiplies and adds the bit patterns of bfloat16, truncates float32 to bfloat16 where hardware rounds, ignores input_precision
-and keeps what ex2.approx.ftz flushes. Importing this module replaces those operations:
+Triton's own multiplies and adds the bit patterns of bfloat16, truncates float32 to bfloat16 where hardware rounds, ignores input_precision,
+and keeps results that ex2.approx.ftz flushes to 0. Importing this module replaces those operations:
 
     tl.dot      bf16 and fp16: exact products, 16 of them added to the float32 sum at a time, and every such sum rounded towards zero
                 (so do tensor cores: Ootomo and Yokota, arXiv 2203.03341). fp32: operands truncated to tf32 (Triton rounds none of them
@@ -10,7 +10,7 @@ and keeps what ex2.approx.ftz flushes. Importing this module replaces those oper
     tl.exp2     0 for float32 results below 2^-126; tl.rsqrt: inf for arguments below it
     tl.maximum, tl.minimum drop a NaN, as max.f32 does
 
-What it cannot show: races inside of one program, and the order in which tensor cores add. tl.atomic_load and tl.atomic_store count as
+Races inside of one program, and the order in which tensor cores add, cannot be shown here. tl.atomic_load and tl.atomic_store count as
 plain accesses.
 
     with Checked(out, readonly=(q, k)) as c:
@@ -65,7 +65,7 @@ def round_bf16(x: Array) -> Array:
 
 
 def truncate_tf32(x: Array) -> Array:
-    """float32 without its last 13 bits: what an mma does to a float32 operand."""
+    """float32 without its last 13 bits, as an mma reads a float32 operand."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -391,7 +391,7 @@ def _patch_lang(function: Any) -> Any:
 
 
 def _replace(owner: Any, name: str, new: Any) -> Any:
-    """Puts new in place of a method and returns the old one; AttributeError where this Triton has none of that name."""
+    """Put `new` in place of a method and return the old one. AttributeError where this Triton has none of that name."""
     old = getattr(owner, name)
     setattr(owner, name, new)
     return old
@@ -413,5 +413,5 @@ _stock_set_grid_dim = _replace(Builder, "set_grid_dim", _set_grid_dim)
 _stock_arguments = _replace(GridExecutor, "_init_args_hst", _arguments)
 _stock_patch_lang = _replace(stock, "_patch_lang", _patch_lang)
 _stock_patch_tensor = _replace(stock, "_patch_lang_tensor", _patch_tensor)
-# Every int32 operation would be done again in int64 for an assertion that is off: 20 % of a kernel's time.
+# Triton would do every int32 operation again in int64, for an assertion that is off: 20 % of a kernel's time.
 stock.interpreter_builder.options = dataclasses.replace(stock.interpreter_builder.options, sanitize_overflow=False)

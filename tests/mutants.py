@@ -27,7 +27,7 @@ from train_ref.gates.trainings import Trainings
 from train_ref.gates.verdict import Verdict, worst
 from train_ref.implementations import LossFunctions, dense_losses
 
-# Of columns, for a few hundred and for more. They divide none of the sizes in use: the last tile is always ragged.
+# Columns of a tile, for up to 300 columns and for more. They divide no size in use, so the last tile is always ragged.
 TILES = (48, 200)
 
 
@@ -72,10 +72,12 @@ MUTANTS = (
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """What column j is to row i: its partner or a column with its label (of rows and columns) is positive; excluded are itself,
-    the columns before own_before that are not its partner, and those with its excluded label that are not positive. In a decoupled
-    loss the positives are no part of the sum."""
+class Relation:
+    """The rules by which a column is positive for a row, or excluded.
+
+    Positive are the row's partner and the columns with its label. Excluded are the row itself, the columns before own_before that are not
+    its partner, and the columns with its excluded label that are not positive. In a decoupled loss the positives are no part of the sum.
+    """
 
     partner: Tensor | None = None
     labels: tuple[Tensor, Tensor] | None = None
@@ -109,7 +111,7 @@ def equal(labels: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
     return (labels[0][:, None] == labels[1][columns]) & (labels[0][:, None] >= 0)
 
 
-class LogSum:
+class RunningSum:
     """Running log-sum-exp of the rows over tiles."""
 
     def __init__(self, rows: int, like: Tensor, fault: str) -> None:
@@ -135,10 +137,10 @@ class Tiled(torch.autograd.Function):
     """(M,) losses log sum_kept exp s - mean_positive s, a tile of columns at a time; k None: the keys are the queries."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: Tensor, pairs: Pairs, fault: str) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor | None, scale: Tensor, pairs: Relation, fault: str) -> Tensor:
         q_hat, q_norm = unit(q, fault)
         k_hat, k_norm = (q_hat, q_norm) if k is None else unit(k, fault)
-        negatives, positives = LogSum(len(q), q_hat, fault), LogSum(len(q), q_hat, fault)
+        negatives, positives = RunningSum(len(q), q_hat, fault), RunningSum(len(q), q_hat, fault)
         total, n_pos = torch.zeros_like(q_hat[:, 0]), torch.zeros_like(q_hat[:, 0])
         for columns in tiles(len(k_hat), fault):
             s = product(q_hat, k_hat[columns], q.dtype, fault) * scale
@@ -164,7 +166,7 @@ class Tiled(torch.autograd.Function):
             upstream = upstream[0].expand_as(upstream)
         if fault == "no upstream":
             upstream = upstream.abs()
-        # Of the negatives in the sum.
+        # The part of the negatives in the sum.
         share = torch.ones_like(lse_neg)[:, None] if ctx.pairs.decoupled else torch.sigmoid(lse_neg - lse_pos)[:, None]
         dq, dk, dscale = torch.zeros_like(q_hat), torch.zeros_like(k_hat), torch.zeros_like(scale)
         for columns in tiles(len(k_hat), fault):
@@ -173,7 +175,7 @@ class Tiled(torch.autograd.Function):
             s, one = cosine * scale, positive / n_pos.clamp(min=1)[:, None]
             of_positives = (s - lse_pos[:, None]).exp()
             negative = (s - lse_neg[:, None]).exp() * share
-            # Of one positive: 1 - 1 - share, where nothing cancels.
+            # With one positive this is 1 - 1 - share, in which nothing cancels.
             w = torch.where(positive, (of_positives - one) - of_positives * share, negative)
             w = w.masked_fill(~(kept & some[:, None]), 0.0) * upstream[:, None]
             dscale += (w * cosine).sum()
@@ -195,7 +197,7 @@ class Tiled(torch.autograd.Function):
 
 
 def unit(rows: Tensor, fault: str) -> tuple[Tensor, Tensor]:
-    """Rows of length 1 in float32 (float64 of float64), and what they were divided by."""
+    """Rows of length 1 in float32 (float64 of float64), and their norms."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     norm = wide.norm(dim=1, keepdim=True)
     norm = norm + 1e-6 if fault == "epsilon" else norm.clamp(min=1e-12)
@@ -231,7 +233,7 @@ def product(q_hat: Tensor, k_hat: Tensor, dtype: torch.dtype, fault: str) -> Ten
 def tiled(fault: str = "") -> LossFunctions:
     """All losses with one fault, or none."""
 
-    def rows(q: Tensor, k: Tensor | None, scale: Any, pairs: Pairs) -> Tensor:
+    def rows(q: Tensor, k: Tensor | None, scale: Any, pairs: Relation) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
         scale = scale.to(wide) if isinstance(scale, Tensor) else torch.tensor(scale, dtype=wide)
         return Tiled.apply(q, k, scale, pairs, fault)
@@ -246,7 +248,7 @@ def tiled(fault: str = "") -> LossFunctions:
 
     def two_views(z0: Tensor, z1: Tensor, temperature: Any, decoupled: bool = False) -> Tensor:
         partner = torch.arange(2 * len(z0)).roll(len(z0))
-        return rows(torch.cat([z0, z1]), None, 1 / temperature, Pairs(partner, exclude_self=True, decoupled=decoupled))
+        return rows(torch.cat([z0, z1]), None, 1 / temperature, Relation(partner, exclude_self=True, decoupled=decoupled))
 
     def nt_xent(z0: Tensor, z1: Tensor, temperature: Any = 0.5, reduction: str = "mean", *, weight: Tensor | None = None) -> Tensor:
         return reduced(two_views(z0, z1, temperature), reduction, weight)
@@ -266,7 +268,7 @@ def tiled(fault: str = "") -> LossFunctions:
         exclude_query_ids: Tensor | None = None,
         exclude_key_ids: Tensor | None = None,
     ) -> Tensor:
-        own = Pairs(torch.arange(len(query)), pair(query_ids, key_ids), excluded=pair(exclude_query_ids, exclude_key_ids))
+        own = Relation(torch.arange(len(query)), pair(query_ids, key_ids), excluded=pair(exclude_query_ids, exclude_key_ids))
         return reduced(rows(query, positive_key, 1 / temperature, own), reduction, weight)
 
     def clip_loss(
@@ -280,8 +282,8 @@ def tiled(fault: str = "") -> LossFunctions:
         text_ids: Tensor | None = None,
     ) -> Tensor:
         own = torch.arange(len(image))
-        forth = rows(image, text, logit_scale, Pairs(own, pair(image_ids, text_ids)))
-        back = rows(text, image, logit_scale, Pairs(own, pair(text_ids, image_ids)))
+        forth = rows(image, text, logit_scale, Relation(own, pair(image_ids, text_ids)))
+        back = rows(text, image, logit_scale, Relation(own, pair(text_ids, image_ids)))
         return reduced(forth if fault == "one direction" else (forth + back) / 2, reduction, weight)
 
     def sup_con(
@@ -289,12 +291,12 @@ def tiled(fault: str = "") -> LossFunctions:
     ) -> Tensor:
         if features.ndim == 3:
             labels, features = labels.repeat_interleave(features.shape[1]), features.flatten(0, 1)
-        return reduced(rows(features, None, 1 / temperature, Pairs(labels=(labels, labels), exclude_self=True)), reduction, weight)
+        return reduced(rows(features, None, 1 / temperature, Relation(labels=(labels, labels), exclude_self=True)), reduction, weight)
 
     def moco_loss(
         q: Tensor, k: Tensor, queue: Tensor, temperature: Any = 0.07, reduction: str = "mean", *, weight: Tensor | None = None
     ) -> Tensor:
-        pairs = Pairs(torch.arange(len(q)), own_before=len(k))
+        pairs = Relation(torch.arange(len(q)), own_before=len(k))
         return reduced(rows(q, torch.cat([k, queue]), 1 / temperature, pairs), reduction, weight)
 
     losses = (info_nce, nt_xent, dcl_loss, sup_con, clip_loss, moco_loss)
@@ -312,7 +314,7 @@ def subject(mutant: Mutant) -> Subject:
 
 
 def cosine_of_dz(functions: LossFunctions, checkpoint: Checkpoint) -> float:
-    """Between these losses' gradient of the embeddings and the reference's: what replay does not look at, and why."""
+    """The cosine of these losses' gradient of the embeddings and the reference's, which replay does not look at."""
     one, other = gradients(functions, checkpoint), gradients(dense_losses(), checkpoint)
     return F.cosine_similarity(one.dz.double(), other.dz.double(), dim=0).item()
 
@@ -325,8 +327,8 @@ def table_of_faults(recordings: list[Recording]) -> list[str]:
     """Every fault through the first three gates; bold is the gate that the fault is assigned to."""
     lines = ["| fault | given | formula | operator | replay |", "|---|---|---|---|---|"]
     for mutant in MUTANTS:
-        who = subject(mutant)
-        cells = [caught(verdict) for verdict in (formula(who), operator(who), replay(who, recordings))]
+        faulty = subject(mutant)
+        cells = [caught(verdict) for verdict in (formula(faulty), operator(faulty), replay(faulty, recordings))]
         cells = [
             f"**{cell}**" if gate == mutant.gate else cell for gate, cell in zip(("formula", "operator", "replay"), cells, strict=True)
         ]
@@ -335,16 +337,16 @@ def table_of_faults(recordings: list[Recording]) -> list[str]:
 
 
 def table_of_outcomes(recording: Recording, trainings: Trainings) -> list[str]:
-    """What a cosine, a training and its accuracies make of four faults."""
+    """Four faults as a cosine, a training and its accuracies show them."""
     lines = [
         "| fault | replay ‖dz‖ | cosine of dz | free run | 1-shot, points | linear, points | outcome |",
         "|---|---|---|---|---|---|---|",
     ]
     for mutant in (mutant for mutant in MUTANTS if mutant.fault in TRAINED):
-        who = subject(mutant)
-        dz = next(check.measured for check in replay(who, [recording]).checks if check.name.endswith("dz"))
-        cosine = min(cosine_of_dz(who.functions, checkpoint) for checkpoint in recording.checkpoints)
-        free, reached = free_run(who, trainings), outcome(who, trainings)
+        faulty = subject(mutant)
+        dz = next(check.measured for check in replay(faulty, [recording]).checks if check.name.endswith("dz"))
+        cosine = min(cosine_of_dz(faulty.functions, checkpoint) for checkpoint in recording.checkpoints)
+        free, reached = free_run(faulty, trainings), outcome(faulty, trainings)
         points = [f"{100 * found['low']:+.2f} to {100 * found['high']:+.2f}" for found in reached.notes.values()]
         at = f"{caught(free)}, {worst(free.checks).name}" if free.status == "fail" else free.status
         lines.append(f"| {mutant.says} | {dz:.2g} | {cosine:.10f} | {at} | " + " | ".join(points) + f" | {caught(reached)} |")

@@ -1,5 +1,6 @@
-"""The backends as tests name them. A test that is parametrised with "backend" gets what that one needs, see conftest.py. "auto" is "torch"
-in a test, and "cpu" in one that has the fixture `compiled`."""
+"""The names of the backends in tests. For a test with the parameter "backend", conftest.py provides the library or the emulation that the
+backend needs. "auto" is "torch" in a test, and "cpu" in one with the fixture `compiled`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 
 IN_FLOAT64 = ("reference", "torch")
 IN_FLOAT32 = ("cpu", "triton", "cuda")
-ON_CPU = (*IN_FLOAT64, "cpu")  # the kernels of GPUs are interpreted or emulated there, which takes a thousand times as long
+ON_CPU = (*IN_FLOAT64, "cpu")  # without the kernels of GPUs: interpreted or emulated they take a thousand times as long
 
 
 def each(backends: Iterable[str]) -> list[Any]:
@@ -20,5 +21,5 @@ def each(backends: Iterable[str]) -> list[Any]:
 
 
 def widest(backend: str) -> torch.dtype:
-    """Of the dtypes that it computes in."""
+    """The widest dtype that a backend computes in."""
     return torch.float32 if backend in IN_FLOAT32 else torch.float64

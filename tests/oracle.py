@@ -1,6 +1,6 @@
-"""What the statistics mean, written again: Python loops for the classes of pairs, dense torch autograd for the numbers, any dtype.
+"""The definition of the statistics, written again: Python loops for the classes of pairs, dense torch with autograd for the numbers.
 
-Nothing here uses the package's own pairs, norms or backends.
+It uses neither the package's pairs nor its norms nor its backends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEGATIVE, POSITIVE, EXCLUDED = 0, 1, 2
 
 
 class Dense(NamedTuple):
-    """Per-row vectors of the definition."""
+    """The statistics of every row, by the definition."""
 
     lse_neg: Tensor
     lse_pos: Tensor
@@ -27,7 +27,7 @@ class Dense(NamedTuple):
 
 @cache
 def classes(p: Problem) -> Tensor:
-    """(M, N) class of every pair, one pair at a time, in the words of the rules."""
+    """(M, N), the class of every pair, by the rules, one pair after the other."""
     rules, out = p.rules(), torch.zeros(p.m, p.n, dtype=torch.int64)
     for i in range(p.m):
         for j in range(p.n):
@@ -54,7 +54,7 @@ def _class_of(p: Problem, rules: dict[str, Tensor], i: int, j: int) -> int:
 
 
 def logits(q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, normalize: bool) -> Tensor:
-    """Dense logits in the dtype of q; half dtypes as under autocast: norms in float32, product and scaling in half."""
+    """Dense logits in the dtype of q. Half precision is as under autocast: norms in float32, product and scaling in half."""
     if q.dtype in (torch.float16, torch.bfloat16):
         if normalize:
             q_hat, k_hat = F.normalize(q.float(), dim=1).to(q.dtype), F.normalize(k.float(), dim=1).to(q.dtype)
@@ -71,7 +71,7 @@ def statistics(s: Tensor, kinds: Tensor) -> Dense:
 
     def lse(kind: int) -> Tensor:
         kept = kinds == kind
-        # A row without such a pair: logsumexp of nothing is -inf, and its gradient must be none rather than nan.
+        # A row without such a pair has -inf, and takes no part in logsumexp, whose gradient would be nan.
         some = kept.any(1)
         value = s.masked_fill(~kept, -torch.inf).masked_fill(~some[:, None], 0.0).logsumexp(1)
         return value.masked_fill(~some, -torch.inf)

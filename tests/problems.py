@@ -1,4 +1,4 @@
-"""The problems every backend must solve. Each says why it is here."""
+"""The problems that every backend must solve, each with the reason why it is here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """One call of contrastive_stats. n = 0: the keys are the queries."""
+    """One call of contrastive_stats, and why it is made. n_keys = 0: the keys are the queries."""
 
     why: str
     m: int
@@ -17,8 +17,8 @@ class Problem(NamedTuple):
     d: int
     offset: int | None = None
     exclude_self: bool = False
-    labels: int = 0  # number of label values, 0 for none; one in eight is negative
-    excludes: int = 0  # the same for exclude ids
+    labels: int = 0  # how many label values there are, 0: no labels; one in eight is negative
+    excludes: int = 0  # the same of exclude ids
     mask: tuple[int, int] | None = None
     two_sided: bool = False
     normalize: bool = True
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
         return self.why.split(":")[0]
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """q, k, scale, bias; values are rounded through dtype, so that every dtype solves the same problem."""
+        """q, k, scale, bias: the same numbers for every dtype, rounded to it."""
         g = torch.Generator().manual_seed(self.seed)
         q = torch.randn(self.m, self.d, generator=g, dtype=torch.float64)
         k = None if self.symmetric else torch.randn(self.n, self.d, generator=g, dtype=torch.float64)
@@ -54,8 +54,8 @@ class Problem(NamedTuple):
             q += 10.0
             k = None if k is None else k + 10.0
         if self.normalize:
-            # Rows of very different lengths: the norms must not be forgotten on either side. In float16 the gradient, which is as much
-            # longer as the row is shorter, would leave the range.
+            # Rows of very different lengths, so that a norm that is forgotten on one side shows. In float16 they differ less: the gradient
+            # of a short row is as much longer, and would leave the range.
             reach = 0.3 if dtype == torch.float16 else 3.0
             q *= torch.logspace(-reach, reach, self.m, dtype=torch.float64)[:, None]
             k = None if k is None else k * torch.logspace(reach, -reach, self.n, dtype=torch.float64)[:, None]
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
         return q.to(dtype), None if k is None else k.to(dtype), torch.tensor(self.scale, dtype=kind), bias
 
     def rules(self) -> dict[str, Tensor]:
-        """The integer vectors (and the mask) that are in use, named as in Pairs."""
+        """The integer vectors and the mask that are in use, by their names in Pairs."""
         g = torch.Generator().manual_seed(self.seed + 1)
         out = {}
         for kind, count in (("label", self.labels), ("exclude", self.excludes)):
@@ -114,7 +114,7 @@ PROBLEMS = (
         "not normalized, large: logits far beyond the unshifted range", 40, 60, 16, offset=0, normalize=False, scale=9.0, two_sided=True
     ),
     Problem("low temperature: 1/200, running maximum", 66, 0, 24, offset=33, exclude_self=True, scale=200.0),
-    # Weights are divided by sums of their row and of their column: were t rounded differently for these, gradients would be too far off.
+    # Weights are divided by the sums of their row and of their column. If both rounded t differently, gradients would be too far off.
     Problem("low temperature, labels: t from both ends", 100, 130, 24, labels=20, scale=200.0, two_sided=True, bias=-10.0, seed=2),
     Problem("just unshifted: scale at the limit of the fast path", 66, 0, 24, offset=33, exclude_self=True, scale=40.0, regime="aligned"),
     Problem("just shifted: scale above it", 66, 0, 24, offset=33, exclude_self=True, scale=40.1, regime="aligned"),
@@ -125,5 +125,5 @@ PROBLEMS = (
 
 
 def of(start: str, /, **changes: Any) -> Problem:
-    """The first whose why begins so, changed."""
+    """The first problem whose why begins with `start`, with these changes."""
     return next(p for p in PROBLEMS if p.why.startswith(start))._replace(**changes)

@@ -1,6 +1,7 @@
-"""What every backend promises of ranks, ties and hardest negatives: test_metrics.py on the CPU, test_triton.py and test_cuda.py on theirs.
+"""Promises of every backend about ranks, ties and hardest negatives. test_metrics.py runs them on the CPU, test_triton.py and test_cuda.py
+on GPU kernels.
 
-The right values are those of a float64 matrix of similarities, counted as docs/numerics.md says.
+The right values are counted in a float64 matrix of similarities, as docs/numerics.md says.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from torch import Tensor
 from fastnce import RetrievalStats, contrastive_stats, hardest, retrieval
 
 U = 2.0**-24
-# Random similarities are further apart, equal ones nearer together.
+# Two random similarities differ by more, two equal ones after rounding by less.
 NEAR = 1e-6
-# What float32 must get right at 24 columns: the band is 3 u, and two logits are rounded, together by less than as much again.
+# A difference that float32 must rank as float64 does, at 24 columns: the band is 3 u, and the rounding of two logits less than as much
+# again.
 DECIDED = 8 * U
 
 
 class Asked(NamedTuple):
-    """One call, and the float64 similarities that its metrics are of; -inf where there is no such pair."""
+    """One call, and the float64 similarities of its negatives and positives; -inf where there is no such pair."""
 
     name: str
-    run: Callable[..., RetrievalStats]  # of a backend, and how many of the hardest negatives
+    run: Callable[..., RetrievalStats]  # run(backend, number of hardest negatives)
     negatives: Tensor
     positives: Tensor
 
@@ -41,12 +43,12 @@ def without(s: Tensor, mask: Tensor) -> Tensor:
 
 
 SLOW = ("triton", "cuda")  # interpreted, or emulated: a hundred times as long
-# Of all calls those whose tiles differ: both sides, more keys than queries, keys that are the queries, positives by content, a queue.
+# The calls whose tiles differ: both sides, more keys than queries, keys that are the queries, positives by content, a queue.
 ON_KERNELS = ("columns", "more keys", "views", "ids", "queue")
 
 
 def asked_of(backend: str, q: Tensor, k: Tensor, more: Tensor) -> list[Asked]:
-    """Every call; where kernels are slow, those that differ in the tiles."""
+    """All calls; where kernels are slow, only those whose tiles differ."""
     return [asked for asked in all_calls(q, k, more) if backend not in SLOW or asked.name in ON_KERNELS]
 
 
@@ -108,7 +110,7 @@ def split(s: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check(found: RetrievalStats, negatives: Tensor, positives: Tensor, name: str) -> None:
-    """What the rules say of these similarities. nan is above everything, and below nothing; never the hardest."""
+    """Compare with the definition on these similarities. A nan is above everything and below nothing, and never the hardest."""
     best = positives.amax(1, keepdim=True)
     counted = negatives != -torch.inf
     rank = (counted & ~(negatives <= best + NEAR)).sum(1)
@@ -188,7 +190,7 @@ def rows_of_any_length_tie(backend: str) -> None:
 
 
 def nearly_equal_rows_keep_their_order(backend: str) -> None:
-    """Similarities of 0.99998: what is further from the positive than its rounding is above or below it, and no tie."""
+    """Similarities of 0.99998: a negative further from the positive than the rounding is above or below it, and no tie."""
     g = torch.Generator().manual_seed(0)
     q = torch.randn(1, 24, generator=g) + 0.0036 * torch.randn(22, 24, generator=g)
     k = q + 0.0036 * torch.randn(22, 24, generator=g)

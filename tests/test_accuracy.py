@@ -17,7 +17,7 @@ from train_ref.truth import LOSSES, Loss, Rows, contract, exact
 CORNERS = [
     *(accuracy.Cell("clip_loss", torch.float32, "cone", d, t) for d in (1, 5, 64) for t in (0.005, 0.05)),
     *(accuracy.Cell("nt_xent", torch.float32, "hardcone", d, t) for d in (5, 128) for t in (0.005, 0.5)),
-    # Statistics in float32 leave these: what rounds the same way in every row stays in the mean.
+    # Statistics in float32 would leave these errors: a rounding that is the same in every row stays in the mean.
     accuracy.Cell("nt_xent", torch.float32, "aligned", 1, 0.005),
     accuracy.Cell("nt_xent", torch.float32, "cone", 24, 0.005),
     accuracy.Cell("clip_loss", torch.float32, "hardcone", 1, 0.01),

@@ -1,4 +1,4 @@
-"""The ahead-of-time checker: every verdict is reached by a kernel that deserves it, and what Triton would launch is what is compiled."""
+"""The ahead-of-time checker: every verdict is reached by a kernel that deserves it, and it compiles exactly what Triton would launch."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ VERDICTS = {
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """tests/aot.py in a process of its own: where kernels are interpreted, as other tests want them, nothing can be compiled."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *arguments]
+    command = [sys.executable, aot.__file__, *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -147,10 +147,10 @@ def test_kernels_that_are_interpreted_are_refused() -> None:
 
 
 def test_every_kernel_that_the_backend_launches_is_recorded() -> None:
-    sources = [path.read_text() for path in (ROOT / "fastnce" / "backends" / "triton").glob("*.py")]
+    sources = [path.read_text() for path in Path(aot.backend.__path__[0]).glob("*.py")]
     launched = {name for text in sources for name in re.findall(r"\blaunch\(\s*kernels\w*\.(\w+)", text)}
     code = "import aot; print(*{one.kernel.split(':')[1] for one in aot.record(lambda: aot.shipped('sm_90'), 'sm_90')})"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT / "tests")}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(aot.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=True)
     assert launched and set(done.stdout.split()) == launched
 

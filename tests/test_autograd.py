@@ -183,7 +183,7 @@ def test_upstream_gradients(kind: str, backend: str) -> None:
 
 
 def test_saved_for_backward() -> None:
-    """What is kept between forward and backward: the inputs themselves and vectors, never a matrix of logits or a copy."""
+    """Between forward and backward the inputs themselves and vectors are kept, never a matrix of logits or a copy."""
     q, k = (x.requires_grad_() for x in q_and_k(600, 600, 32, torch.float32))
     saved: list[Tensor] = []
 
@@ -233,7 +233,7 @@ def test_uninitialised_memory_is_never_read() -> None:
     assert torch.isfinite(loss)
 
 
-# The size of a batch decides who computes: dense operations for 24 rows, a backend for 520. It decides nothing else.
+# 24 rows are computed by dense operations, 520 by a backend. The size of a batch decides nothing else.
 
 KINDS: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], object]] = {}
 
@@ -393,7 +393,7 @@ def test_size_decides_nothing(name: str, how: str) -> None:
 @pytest.mark.parametrize("name", ["ids", "labels", "mask", "queue", "bias"])
 @pytest.mark.parametrize("rows", [24, 520])
 def test_tensors_of_inference_mode(name: str, rows: int) -> None:
-    """What is no feature, scale or weight may come from inference mode too, with any number of rows."""
+    """Ids, labels and masks may come from inference mode too, with any number of rows."""
     q, k = q_and_k(rows, rows, 3)
     groups = made_in_inference_mode(torch.arange(rows) // 3)
     with torch.inference_mode():
@@ -414,7 +414,7 @@ def test_tensors_of_inference_mode(name: str, rows: int) -> None:
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_create_graph_keeps_vectors(name: str, backend: str, dtype: torch.dtype) -> None:
-    """A second derivative is refused, so that nothing is kept for it beyond what backward had; and torch has nothing to warn of."""
+    """A second derivative is refused, so nothing is kept for it, and torch has nothing to warn of."""
     q, k = (x.requires_grad_() for x in q_and_k(40, 40, 2, dtype))
     s = torch.tensor(3.0, dtype=dtype, requires_grad=True)
     loss, kept = LOSSES[name](q, k, s, backend=backend), [0]
@@ -431,7 +431,7 @@ def test_create_graph_keeps_vectors(name: str, backend: str, dtype: torch.dtype)
 
 
 def test_operators_have_derivatives() -> None:
-    """Whoever calls an operator by hand gets its gradient, or an error."""
+    """A call of an operator by hand has its gradient, or raises."""
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("fastnce::"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), f"{name} would be differentiated as a constant"

@@ -1,7 +1,7 @@
-"""Bad input: what raises, with which type and which words, and what is defined instead, with which values.
+"""Bad input: the errors, with their types and words, and the values of input that has a defined result instead.
 
-What the host knows (types, shapes, dtypes, devices, Python numbers) always raises; what only the device knows has a defined result, and
-raises in debug mode.
+Types, shapes, dtypes, devices and Python numbers are known to the host, and raise always. Values that only the device knows have a defined
+result, and raise in debug mode.
 """
 
 from __future__ import annotations

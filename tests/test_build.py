@@ -1,4 +1,4 @@
-"""Building the compiled libraries: once, whole, for what was asked; and what is said where something is missing."""
+"""Building the compiled libraries: once, whole, for the architectures that were asked for; and the messages about missing tools."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import emulated
 import pytest
 
+import fastnce
 from fastnce.__main__ import main
 from fastnce.compiled import build, find
 
@@ -44,7 +45,7 @@ with open(here / "spans", "a") as spans:
 if out.suffix == ".o" and ".cu" in out.name:
     print((here / "says").read_text())
 """
-# What ptxas 13.0 says with -v, of a kernel that it serialised and of one that it did not.
+# Output of ptxas 13.0 with -v, for a kernel that it serialised and for one that it did not.
 SERIALISED = """\
 ptxas info    : (C7519) warpgroup.arrive is injected in around line 45 by compiler to allow use of registers in GMMA in function 'k'
 ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources
@@ -65,7 +66,7 @@ ptxas info    : Used 28 registers, used 1 barriers
 
 @pytest.fixture
 def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Pretended compilers, CUDA sources that nobody reads, and a cache, for this process and those that it starts."""
+    """Pretended compilers, empty CUDA sources, and a cache, for this process and those that it starts."""
     script = tmp_path / "bin" / "nvcc"
     script.parent.mkdir()
     script.write_text(PRETENDED)
@@ -105,12 +106,12 @@ def put(library: Path, place: Path) -> Path:
 
 
 def start(kind: str, pretended: Path) -> subprocess.Popen[str]:
-    """A process that builds a library and prints what is in it. Without torch, which building does not import and which takes seconds."""
+    """A process that builds a library and prints its content. It does without torch, whose import takes seconds."""
     code = f"""
 import sys, types
 from pathlib import Path
 sys.modules["fastnce"] = package = types.ModuleType("fastnce")
-package.__path__ = [{str(ROOT / "fastnce")!r}]
+package.__path__ = {fastnce.__path__!r}
 from fastnce.compiled import build, find
 sources = find.sources
 find.sources = lambda kind: Path({str(pretended / "csrc")!r}) / kind if kind == "cuda" else sources(kind)
@@ -142,13 +143,13 @@ def test_a_killed_build_is_taken_up_by_the_next(pretended: Path) -> None:
     (pretended / "bin" / "calls").write_text("")
     assert start("cuda", pretended).communicate(timeout=60)[0] == "whole False\n"
     assert calls(pretended).keys() == {"library.so"}
-    # What ptxas said to the killed build is not lost.
+    # The output of ptxas in the killed build is not lost.
     library = find.library_path("cuda")
     assert library is not None and "rows.cu" in json.loads(library.with_suffix(".json").read_text())["ptxas"]
 
 
 def test_a_killed_build_holds_its_lock_until_its_compilers_have_ended(pretended: Path) -> None:
-    """The builder alone is killed: what ninja has started goes on, and whoever comes next waits for it."""
+    """The builder alone is killed: compilers that ninja has started go on, and the next build waits for them."""
     (pretended / "bin" / "pause").write_text("2")
     first = start("cuda", pretended)
     while not list((pretended / "cache").glob("*/*.o")):
@@ -166,7 +167,7 @@ def test_a_killed_build_holds_its_lock_until_its_compilers_have_ended(pretended:
         spans[int(session)].append((float(begin), float(end)))
     last = max(end for _, end in spans[first.pid])
     assert killed < last < taken
-    # Ninja may have come to the end alone, or have left the rest to whoever comes next.
+    # Ninja may have finished alone, or have left the rest to the next build.
     assert all(last < begin for begin, _ in spans[second.pid])
     assert "library.so" in calls(pretended)
 
@@ -261,7 +262,7 @@ def test_an_old_nvcc_says_what_it_can(pretended: Path) -> None:
 
 
 def test_serialised_products_fail_the_build(pretended: Path) -> None:
-    """Again and again: an unchanged unit is not compiled anew, and what was said of it is remembered."""
+    """Again and again: an unchanged unit is not compiled anew, and the output about it is remembered."""
     (pretended / "bin" / "says").write_text(SERIALISED + SOUND)
     for _ in range(2):
         with pytest.raises(build.BuildError, match=r"wait for each other:\nrows\.cu: .*C7511.*\nrows_sm90\.cu: .*C7511"):
@@ -269,7 +270,7 @@ def test_serialised_products_fail_the_build(pretended: Path) -> None:
     assert calls(pretended) and find.library_path("cuda") is None
 
 
-# ---------------------------------------------------------------- what is missing
+# ---------------------------------------------------------------- missing tools
 
 
 def test_what_is_missing_is_named(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +336,7 @@ def test_an_nvcc_of_no_release(pretended: Path) -> None:
 
 
 def left(pretended: Path) -> list[str]:
-    """What a build has left in its cache; but for the lock, which stays."""
+    """The files that a build has left in its cache, without the lock, which stays."""
     return [path.name for path in (pretended / "cache").rglob("*") if path.suffix != ".lock"]
 
 
@@ -354,7 +355,7 @@ def test_a_full_disk_while_compiling_is_one_line_and_leaves_nothing(number: int,
 def test_a_full_disk_at_every_file_is_one_line_and_leaves_nothing(
     file: str, pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the file is there when the disk is full. What lay under the library's name before is what lies there."""
+    """Half of the file is there when the disk is full. Under the library's name the old file stays."""
     before = find.cache_folder() / find.name("cuda", list(build.ARCHS))  # type: ignore[operator]
     before.parent.mkdir()
     before.write_text("damaged")
@@ -435,7 +436,7 @@ def test_a_wheel_with_libraries_is_of_this_system(pretended: Path) -> None:
     assert [path.split("/")[-1].split("-")[1] for path in sorted(found)[::2]] == list(find.KINDS)
 
 
-def test_a_wheel_with_what_nobody_knows(pretended: Path) -> None:
+def test_a_wheel_with_an_unknown_library(pretended: Path) -> None:
     done = wheel(pretended, FASTNCE_BUILD="cpu,rocm")
     assert done.returncode and "FASTNCE_BUILD names rocm; known are cpu, cuda" in done.stderr
     assert not calls(pretended)
@@ -480,7 +481,7 @@ void launch(float* x) { serial<<<1, 128>>>(x, 1); }
 
 @pytest.mark.skipif(not nvcc_is_here(), reason="no nvcc")
 def test_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machine code for each GPU, PTX for later ones, CUDA's runtime inside and private; and ptxas still says what is looked for."""
+    """Machine code for each GPU, PTX for later ones, CUDA's runtime inside and private; ptxas prints the words that are looked for."""
     monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(find, "sources", lambda _: tmp_path / "csrc")
     monkeypatch.setattr(find, "digest", lambda _: "0" * 64)

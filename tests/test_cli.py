@@ -1,4 +1,4 @@
-"""python -m fastnce: what it reports, and that it fails where the numbers are wrong."""
+"""python -m fastnce: its report, and its exit status where the numbers are wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def output(capsys: pytest.CaptureFixture[str]) -> Output:
-    """What was printed since the last call."""
+    """The output since the last call."""
     return lambda: capsys.readouterr().out
 
 

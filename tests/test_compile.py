@@ -1,4 +1,4 @@
-"""torch.compile gives what eager mode gives: values, gradients, refusals, in one graph that is compiled a few times.
+"""torch.compile has the values, gradients and errors of eager mode, in one graph that is compiled a few times.
 
 backend="aot_eager" has everything of torch.compile but the generated code, in a tenth of the time.
 """
@@ -68,7 +68,7 @@ def test_compile_dynamic_batch() -> None:
 
 
 SCALE = 3.0
-# With one tensor as query and key; they are what autograd.Function.apply would see twice.
+# With one tensor as query and key, which autograd.Function.apply would see twice.
 SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "info_nce": lambda z: fastnce.info_nce(z, z),
     "symmetric": lambda z: fastnce.info_nce(z, z, symmetric=True),
@@ -106,7 +106,7 @@ def test_grad_inside(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sup_con", "moco_loss"])
 def test_backward_outside(name: str) -> None:
-    """compile(vmap(loss)) with backward outside, beside a func.grad of the same leaves that nobody differentiates again."""
+    """compile(vmap(loss)) with backward outside, beside a func.grad of the same leaves that is not differentiated again."""
     loss = LOSSES[name]
     q, k, s, qs = three_rows()
     leaves = [x.clone().requires_grad_() for x in (qs, k, s)]
@@ -189,7 +189,7 @@ def test_same_tensor_twice(name: str) -> None:
 
 
 def test_refusals() -> None:
-    """What raises in eager mode raises when it is traced: nothing turns into zeros."""
+    """Calls that raise in eager mode raise when they are traced: no gradient turns into zeros."""
     q, k, s, _ = three_rows()
     loss = LOSSES["info_nce"]
 

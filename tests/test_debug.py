@@ -32,7 +32,7 @@ def debug_mode_off() -> Iterator[None]:
 
 
 def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What a call in debug mode returns, and its warnings."""
+    """The result of a call in debug mode, and its warnings."""
     with warnings.catch_warnings(record=True) as caught, fastnce.debug():
         warnings.simplefilter("always")
         found = call()

@@ -1,4 +1,4 @@
-"""What holds on every backend by name: every loss, no rows, nan of any bits, ids of any size, infinite features."""
+"""Promises of every backend by name: every loss, no rows, nan of any bits, ids of any size, infinite features."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_losses_without_rows(case: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", bad.LOSSES)
 def test_a_few_rows(name: str, backend: str) -> None:
-    """Every way into every loss: what the reference gives."""
+    """Every way into every loss has the values and gradients of the reference."""
     entry = bad.ENTRIES[name]
     found = []
     for asked in (backend, "reference"):
@@ -156,7 +156,7 @@ def test_a_nan_of_any_bits_is_nan_in_everything_it_meets(scale: float, backend: 
 
 
 def dense(q: Tensor, k: Tensor, scale: float) -> tuple[list[Tensor], list[Tensor]]:
-    """What statistics() asks for, of torch's own operations."""
+    """The statistics by torch's own operations."""
     leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
     s = scale * leaves[0] @ leaves[1].T
     diagonal = torch.eye(*s.shape, dtype=torch.bool)
@@ -201,7 +201,7 @@ ENDS = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 2, 2**63 - 1,
 
 @pytest.mark.parametrize("kind", ["labels", "exclude_ids"])
 def test_ids_at_the_ends_of_int64(kind: str, backend: str) -> None:
-    """Equal and not negative is all that counts: what small numbers of the same order give."""
+    """Ids are compared for equality alone: large ones give the results of small ones in the same order."""
     i = torch.arange(ROWS) * 5 % len(ENDS), torch.arange(KEYS) * 3 % len(ENDS)
     small = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -1, -1, -1, -1, -1])
     given = [{f"q_{kind}": values[i[0]], f"k_{kind}": values[i[1]]} for values in (ENDS, small)]
@@ -283,7 +283,7 @@ def test_upstream_gradients_of_any_size(upstream: float, temperature: float, bac
     scale = torch.tensor(1 / temperature, requires_grad=True)
     found = gradients(z.clone().requires_grad_(), scale, upstream, backend)
     usual = gradients(z.clone().requires_grad_(), scale, 1.0, backend)
-    least = 2.0**-126 / upstream  # what lies below is no normal number when it is stored
+    least = 2.0**-126 / upstream  # a smaller one is no normal number when it is stored
     for mine, plain, e in zip(found, usual, exact, strict=True):
         # The derivative by scale is a small sum of large terms, cosines by weights that add up to about 2; float32 keeps 2^-24 of these.
         more = 2e-6 * e.norm() if e.dim() else 5e-5 * e.norm() + 4 * 2.0**-24

@@ -53,7 +53,7 @@ def test_limits_do_not_hang_on_the_seed(backend: str, seed: int) -> None:
 
 
 def test_limits_of_nearly_solved_batches_are_no_wider_than_dense_torch_needs() -> None:
-    """A gradient of 4e-8 where the terms' rounding would be 3e-5: what is 100 times too large fails."""
+    """A gradient of 4e-8, where the rounding of its terms would be 3e-5: one that is 100 times too large fails."""
     case = cases.Case("info_nce", "solved", temperature=0.02)
     found = limits.expected(case, "mean", FLOAT32)
     assert max(found.gradients) * max(found.gradient_sizes) < 1e-6

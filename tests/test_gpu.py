@@ -1,9 +1,8 @@
-"""The GPU backends on a GPU: the problems of problems.py and larger ones against float64, and what only a device has: streams, graphs,
-synchronisation, its memory, indices beyond 2^31. Every test runs with every kind of kernels, see bench/gpu/kernels.py.
+"""The GPU backends on a GPU: the problems of problems.py and larger ones against float64; streams, graphs, synchronisation, memory, indices
+beyond 2^31, which only a device has. Every test runs with every kind of kernels, see bench.gpu.kernels.
 
-FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes by backend="torch", on the CPU and without the marker: what is
-written here can then not fail on a GPU for a reason that a CPU could have found. What the device alone can do is in the few helpers that
-ask for it.
+FASTNCE_GPU_DRY_RUN=1 pytest tests/test_gpu.py runs every body at tiny sizes by backend="torch", on the CPU and without the marker. So no
+test fails on a GPU for a reason that a CPU could have found. Only the few helpers that ask for the device are left out.
 FASTNCE_GPU_DRY_RUN=emulated does the same with the kernels of csrc/cuda, where bench/gpu/run.sh --emulate has compiled them for the CPU.
 FASTNCE_GPU_KERNELS=cuda,cuda-mma chooses among the kernels.
 """
@@ -50,7 +49,7 @@ def on_gpu(test: Any) -> Any:
 
 @pytest.fixture(params=gpu_kernels.asked())
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Where to compute and with what: has device and backend."""
+    """The device and the backend that compute."""
     kernels = Place.of(request.param, WHERE)
     if objection := kernels.objection():
         pytest.skip(f"{kernels.name}: {objection}")
@@ -65,7 +64,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 @contextlib.contextmanager
 def determinism(wanted: bool = True) -> Iterator[None]:
-    """torch's deterministic mode, which also fills torch.empty with nan: what is never written shows."""
+    """torch's deterministic mode, which also fills torch.empty with nan, so that memory that is never written shows."""
     torch.use_deterministic_algorithms(wanted)
     try:
         yield
@@ -114,7 +113,7 @@ def kinds_of(p: Problem, i: Tensor, j: Tensor) -> Tensor:
 
 
 def blocked(p: Problem, dtype: torch.dtype, device: str, wide: bool) -> tuple[list[Tensor], list[Tensor | None], float]:
-    """What test_statistics._dense gives, from blocks of rows and then of columns. wide: in float64, on inputs stored in dtype."""
+    """As test_statistics._dense, from blocks of rows and then of columns. `wide`: in float64, on inputs stored in dtype."""
     leaves = [None if t is None else (t.double() if wide else t).to(device).requires_grad_() for t in p.tensors(dtype)]
     q, k, scale, bias = leaves
     assert q is not None
@@ -309,7 +308,7 @@ def test_losses(name: str, dtype: torch.dtype, d: int, place: Place) -> None:
     assert contract.relative(found[3], exact[3]) <= contract.scalar(dtype, errors[3].item())
 
 
-# What only a device has ----------------------------------------------------------------------------------------------------------------
+# Only on a device ----------------------------------------------------------------------------------------------------------------
 
 
 class Step:
@@ -380,7 +379,7 @@ def test_kernels_follow_the_current_stream(name: str, place: Place) -> None:
 
 
 @on_gpu
-def test_a_side_stream_waits_for_nobody(place: Place) -> None:
+def test_a_side_stream_waits_for_no_other(place: Place) -> None:
     """With the default stream busy for half a second, forward and backward on a side stream are done before it: nothing is launched on,
     or waits for, the default stream."""
     leaves, late = inputs(sized(1500, 30), 64, place.device), Late()

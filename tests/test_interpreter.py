@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import interpreter
 import pytest
@@ -234,7 +233,7 @@ def test_disjoint_writes_and_launches_one_after_the_other_do_not_race() -> None:
     assert not c.races and c.launches == 4
 
 
-# What is written, admitted, started
+# Written, admitted, started
 
 
 def test_elements_that_no_program_wrote_are_counted() -> None:
@@ -277,7 +276,7 @@ def test_a_block_that_checks_nothing_raises() -> None:
 
 
 def test_importing_it_too_late_or_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(Path(__file__).with_name("interpreter.py"))
+    path = interpreter.__file__
     with monkeypatch.context() as patch:
         patch.setattr(tl, "zeros", tl.zeros.fn)
         with pytest.raises(ImportError, match="before TRITON_INTERPRET=1 was set"):

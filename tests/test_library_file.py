@@ -1,4 +1,4 @@
-"""What lies under a library's name: only what was built is loaded, anything else costs time and no loss, and is built again."""
+"""The file under a library's name: only a library that was built is loaded. Any other file costs time and no loss, and is built again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastnce.__main__ import _compiled
 from fastnce.compiled import build, find
 
 ROOT = Path(__file__).resolve().parent.parent
-SOMEBODY = 54321  # a user, and a group, that nobody is
+SOMEBODY = 54321  # a user, and a group, that does not exist
 
 
 @pytest.fixture
@@ -42,14 +42,15 @@ def library(folder: Path, compiled_library: Path) -> Path:
 
 
 def losses() -> list[float]:
-    """By whatever backend "auto" takes."""
+    """Two losses by the backend that "auto" takes."""
     z, labels = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 4
     return [fastnce.sup_con(z, labels, backend="auto").item(), fastnce.nt_xent(z.bfloat16(), backend="auto").item()]
 
 
 def said_of_it(library: Path) -> str:
-    """What two losses say aloud where the library is left aside: once; the report, and backend="cpu" when it raises, say the same. The
-    values of the losses are those of torch's tiles."""
+    """The warning where the library is left aside. Two losses give it once; the report, and backend="cpu" where it raises, say the same.
+
+    The values of the losses are those of torch's tiles."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         found = [losses(), losses()]
@@ -126,7 +127,7 @@ def test_what_is_damaged_is_left_aside_and_built_again(case: str, library: Path,
     if find.record_of(library).is_fifo():
         find.record_of(library).unlink()
 
-    # Whoever builds it puts what was built into its place.
+    # A build puts the new library in its place.
     def plan() -> build.Plan:
         copied = build.quoted(compiled_library)
         return build.Plan("csrc/cpu", "cp", f"rule copy\n  command = cp {copied} $out\nbuild library.so: copy\n", {})
@@ -135,7 +136,7 @@ def test_what_is_damaged_is_left_aside_and_built_again(case: str, library: Path,
     assert built == library and not library.is_symlink() and find.fault(library) is None
     assert library.read_bytes() == compiled_library.read_bytes() and find.library_path("cpu") == library
     assert find.objection("cpu") is None and find.LOADED.get("cpu") == library
-    assert Path(__file__).read_text().startswith('"""What lies under'), "a link's target is nobody's to write"
+    assert Path(__file__).read_text().startswith(f'"""{__doc__}"""'), "the target of a link is not written"
 
 
 def test_a_folder_under_its_name_is_said(library: Path, folder: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_sound_one_is_found_behind_a_damaged_one(library: Path, tmp_path: Path
     assert f"(left aside: {tmp_path / 'packaged' / library.name} has no" in _compiled("cpu")
 
 
-# ---------------------------------------------------------------- somebody else's
+# ---------------------------------------------------------------- of another user
 
 
 def given_away(path: Path, monkeypatch: pytest.MonkeyPatch, link: bool = False) -> None:
@@ -231,7 +232,7 @@ def test_what_somebody_else_owns_is_left_aside(
             build.build("cpu")
 
 
-def test_a_group_of_ones_own_is_nobody_else(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+def test_a_group_of_ones_own_has_no_other_member(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     """As systems give one to every user, with a umask that lets it write."""
     import grp
 

@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def keys_of(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Keys and the query of each. Of the ragged ones the first and the last belong to nobody."""
+    """Keys and the query of each. The first and the last of the ragged ones belong to no query."""
     if kind == "ragged":
         rows = torch.cat([torch.tensor([M]), torch.arange(M).repeat_interleave(COUNTS), torch.tensor([M])])
         return random(len(rows), D, seed=1).to(dtype), rows
@@ -39,7 +39,7 @@ def keys_of(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def defined(q: Tensor, keys: Tensor, rows: Tensor | None, scale: Tensor, normalize: bool) -> Tensor:
-    """The formula in plain torch; 0 for keys that are nobody's."""
+    """The formula in plain torch; 0 for keys of no query."""
     if normalize:
         q, keys = F.normalize(q, dim=-1, eps=0), F.normalize(keys, dim=-1, eps=0)
     own = q[:, None] if rows is None else torch.cat([q, torch.zeros_like(q[:1])])[rows]
@@ -144,7 +144,7 @@ class Allocated(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            # What a sparse matrix holds was made before it.
+            # The tensors inside a sparse matrix were made before it.
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.untyped_storage().data_ptr() not in self.given:
                 self.largest = max(self.largest, leaf.untyped_storage().nbytes())
         return out

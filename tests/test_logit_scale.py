@@ -1,4 +1,4 @@
-"""LogitScale: the value between its limits, a gradient that leads back, and a parameter that nobody else writes."""
+"""LogitScale: the value between its limits, a gradient that leads back, and a parameter that only the optimizer writes."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_sup_con(kind: str, views: str, variant: str, no_positive: str, backend:
 @pytest.mark.parametrize("variant", ["out", "in"])
 @pytest.mark.parametrize("n_views", [1, 2, 3])
 def test_sup_con_whose_unlabelled_examples_keep_their_views(n_views: int, variant: str, views: str, backend: str) -> None:
-    """A negative label, of any value, belongs to nobody else; it is the same as a label that no other example has, or as mask[i, i]."""
+    """A negative label, of any value, belongs to no other example: it is as good as a label of its own, or as mask[i, i]."""
     x, options = features(8, n_views, 5), {"variant": variant, "views": views, "reduction": "none", "backend": backend}
     labels = torch.tensor([2**63 - 1, -1, 0, -1, 2**63 - 1, -(2**63), 0, -100])
     alone = torch.tensor([8, 101, 0, 103, 8, 105, 0, 107])

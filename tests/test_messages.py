@@ -1,4 +1,4 @@
-"""Messages: what one tells its reader to write is right, and what it says of the input is true."""
+"""Messages: the code that one tells its reader to write is right, and its words about the input are true."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uin
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize(("name", "vector"), [(n, v) for n, v in IDS if v != "offsets"])
 def test_an_integer_is_never_said_to_be_none(name: str, vector: str, dtype: str) -> None:
-    """Every integer dtype whose numbers int64 holds is taken for what it is; uint64 is refused as what it is."""
+    """Every integer dtype whose numbers int64 holds is taken; uint64 is refused, and named."""
     entry, kind = ENTRIES[name], getattr(torch, dtype)
     binary = {v: torch.arange(6) % 2 for v in entry.ids}
     given = binary | {vector: binary[vector].to(kind)}
@@ -181,7 +181,7 @@ def test_an_integer_is_never_said_to_be_none(name: str, vector: str, dtype: str)
 @pytest.mark.parametrize("n", [6, 5])
 @pytest.mark.parametrize(("name", "vector"), IDS)
 def test_a_number_is_never_said_to_be_another_than_itself(name: str, vector: str, n: int, columns: int) -> None:
-    """Matrices where vectors are wanted, of the right number of rows and of another: what is denied is the dimension."""
+    """Matrices where vectors are wanted, of the right number of rows and of another: the message is about the dimension."""
     entry = ENTRIES[name]
     rows, called = n + (vector == "offsets"), {"offsets": "negative_keys[1]"}.get(vector, vector)
     for shape in ((rows, columns), (columns, rows), (rows, 1, columns), ()):
@@ -196,7 +196,7 @@ def test_a_number_is_never_said_to_be_another_than_itself(name: str, vector: str
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("name", "feature"), SEVERAL)
 def test_autocast_is_advised_only_where_it_helps(name: str, feature: str, autocast: bool) -> None:
-    """What a message about dtypes tells to write is right, for every combination that raises."""
+    """The remedy in a message about dtypes is right, for every combination that raises."""
     entry, given = ENTRIES[name], ENTRIES[name].arguments()
     for dtypes in ((torch.float32, torch.bfloat16), (torch.float32, torch.float64), (torch.float64, torch.bfloat16)):
         arguments = given | {f: given[f].to(dtypes[f == feature]) for f in entry.features}
@@ -240,7 +240,7 @@ def test_a_number_out_of_range_is_not_called_no_number(name: str, dtype: torch.d
 
 @pytest.mark.parametrize("module", [False, True])
 def test_labels_where_features_are_wanted_point_to_sup_con(module: bool) -> None:
-    """Whoever has labels wants another loss: (rows, labels) is how libraries for metric learning are called."""
+    """A second argument of labels is a call of another loss: libraries for metric learning are called with (rows, labels)."""
     calls: tuple[tuple[Callable[..., Any], str], ...] = (
         (fastnce.NTXentLoss() if module else nt_xent, "nt_xent: z1"),
         (fastnce.InfoNCE() if module else info_nce, "info_nce: positive_key"),

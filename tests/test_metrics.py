@@ -110,7 +110,7 @@ def test_anchors_without_a_positive_are_skipped_in_a_weighted_mean(variant: str,
 @each_backend
 @pytest.mark.parametrize("bad", [1.0, torch.nan])
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_ragged_values_that_belong_to_nobody(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ragged_values_of_no_query(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first offset and after the last: no part in the loss or in a gradient, nan or not. Where reading offsets
     is free they are refused; on a GPU nobody looks."""
     monkeypatch.setattr(arguments, "free_to_read", lambda x: False)

@@ -1,4 +1,4 @@
-"""The nn.Module twins: what they hold, and that they hold nothing else."""
+"""The nn.Module twins of the losses: they hold their options, and nothing else."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_the_options_of_one_module_are_checked_when_it_is_made() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_learnt_scale_trains_in_a_model_of_half_precision(name: str) -> None:
-    """What the module itself holds stays float32; its queue is cast."""
+    """The parameters of the module itself stay float32; its queue is cast."""
     for kind in ("tensor", "parameter", "LogitScale"):
         module = nn.ModuleList([TWINS[name].module(scale=HELD[kind]())]).bfloat16()[0]
         assert torch.as_tensor(module.scale).dtype == torch.float32

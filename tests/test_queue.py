@@ -114,7 +114,7 @@ def test_queue_starts_again_in_place() -> None:
 
 @pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 def test_queue_is_read_in_place(backend: str) -> None:
-    """No copy per step, so that an update between forward and backward must not go unnoticed: it is told what to do instead."""
+    """There is no copy per step. So an update between forward and backward raises, with the remedy."""
     queue, q, k = NegativeQueue(8, 5), rows(3, 5), rows(3, 5, seed=1).detach()
     loss = moco_loss(q, k, queue, backend=backend)
     queue.enqueue(k)
@@ -242,7 +242,7 @@ def inductor_without_code(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> 
 
 @pytest.mark.parametrize("backend", [lookup_backend("aot_eager"), inductor_without_code], ids=["aot_eager", "inductor"])
 def test_moco_compiles_once_in_one_graph(backend: Any) -> None:
-    """Also with two calls before one backward. Inductor computes what is cheap again in the backward, and a plain copy of the queue is."""
+    """Also with two calls before one backward. Inductor computes cheap values again in the backward, such as a plain copy of the queue."""
     torch._dynamo.reset()
     module = MoCoLoss(7, 5, scale=LogitScale(5.0))
     graphs = []

@@ -1,4 +1,4 @@
-"""fastnce.retrieval: its arguments, what it returns, and what it raises. Its counts are rank_promises.py's, on every backend."""
+"""fastnce.retrieval: arguments, results and errors. rank_promises.py has its counts, on every backend."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def same(found: RetrievalStats, expected: RetrievalStats) -> None:
         assert torch.equal(one, other)
 
 
-# What it finds --------------------------------------------------------------------------------------------------------------------------
+# Results -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_by_loops() -> None:
@@ -191,7 +191,7 @@ def test_compiled_and_batched(count: int) -> None:
 
 
 def test_the_operator_has_no_gradient() -> None:
-    """Called by hand: what it returns asks for none."""
+    """The operator, called by hand, returns tensors without a gradient."""
     problem = Problem(A.clone().requires_grad_(), B, torch.ones((), dtype=torch.float64), None, Pairs(False, 0), True, True, metrics=True)
     flat = (3, *autograd.Arguments.of(problem, torch_tiles.NAME))
     torch.library.opcheck(torch.ops.fastnce.hardest.default, flat)
@@ -232,7 +232,7 @@ def test_no_value_is_read_back(count: int) -> None:
     assert [v.shape for v in hardest.forward(problem, count)] == [v.shape for v in hardest.fake(problem, count)]
 
 
-# What raises ----------------------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mistake", bad.FEATURE_MISTAKES)

@@ -1,5 +1,6 @@
-"""The reader of machine code: every verdict is reached by a listing that deserves it. And the real CUDA library, where it is built: what is
-in it, what it needs, and what it says without a GPU."""
+"""The reader of machine code: every verdict is reached by a listing that deserves it. And the real CUDA library, where it is built: its
+content, its needs, and its messages without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def test_what_is_counted() -> None:
         ("NO OVERLAP", ROWS, [text.replace("0x1", "0x0") if "DEPBAR" in text else text for text in BACKWARD], {}),
         # Half of them.
         ("NO OVERLAP", ROWS, [*BACKWARD[:-2], EXPONENTIAL, EXPONENTIAL, *BACKWARD[-2:]], {}),
-        # Outside of any loop, and in what only looks like one.
+        # Outside of any loop, and in a listing that only looks like one.
         ("NO OVERLAP", BOTH, [COPY, *TILE, "EXIT", "BRA 0x10"], {}),
     ],
 )
@@ -249,7 +250,7 @@ def output(*command: str | Path, **environment: str) -> str:
 
 
 def test_it_is_for_every_gpu(library: Path) -> None:
-    """What is in every kernel is read by `python tests/sass.py`, which takes half a minute."""
+    """Only some kernels: `python tests/sass.py` reads them all, which takes half a minute."""
     assert find.archs(library) == tuple(build.ARCHS)
     listed = aot.cuobjdump("--list-elf", "--list-ptx", library)
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("ELF")} == {"sm_80", "sm_90a", "sm_100"}

@@ -1,4 +1,4 @@
-"""Promises about the source itself: who imports whom, what importing costs, what is public and how it is described."""
+"""Promises about the source itself: imports, their direction and cost; the public names and their docstrings; the text of all files."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def module_of(path: Path) -> str:
 
 MODULES = {module_of(path): path for path in sources("fastnce")}
 
-# Data walks down: losses say which pairs are what, stats ask, ops register, a backend computes. Losses know no kernels, backends know
-# neither losses nor each other, and nothing below knows anything above. A new module takes its place in this table.
+# Data walks down: losses give the rules of pairs, statistics asks, autograd registers, a backend computes. Losses know no kernels. Backends
+# know neither losses nor each other, and no module knows one above it. A new module takes its place in this table.
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
     "files": set(),
@@ -85,7 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"_version", "arguments", "logit_scale", "losses", "modules", "queue", "retrieval", "statistics"},
     "__main__": {"__init__", "backends", "compiled.build", "files", "compiled.find", "pairs", "problem", "selftest"},
 }
-# A backend may also import what belongs to it alone: modules of its own folder, or helpers that start with an underscore.
+# A backend may also import modules of its own folder, and helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"compiled.find", "precision", "pairs", "problem", "tiles"}
 
 
@@ -115,7 +115,7 @@ def imports_of(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_who_may_import_whom(module: str) -> None:
+def test_imports_go_one_way(module: str) -> None:
     folder, _, rest = module.partition(".")
     if folder == "backends" and rest:
         own = rest.split(".")[0]
@@ -238,12 +238,12 @@ def entries(section: str) -> dict[str, str]:
 
 
 def lacks(thing: typing.Any) -> list[str]:
-    """What a public docstring should have and has not."""
+    """The parts that a public docstring lacks."""
     text, is_class = thing.__doc__ or "", inspect.isclass(thing)
     parts, is_tuple = sections(text), is_class and issubclass(thing, tuple)
     wanted = ["Attributes"] if is_tuple else ["Args", "Raises", "Example"] if is_class else ["Args", "Returns", "Raises", "Example"]
     missing = [heading for heading in wanted if not parts.get(heading)]
-    if not re.match(r"\S.{20,}\.(\n|$)", parts[""].replace(":\n", ".\n")):
+    if not re.match(r"\S.{20,}\.(\n|$)", parts[""]):
         missing.append("a first sentence")
     names = set(thing._fields) if is_tuple else inspect.signature(thing).parameters.keys()
     described = entries(parts.get(wanted[0], ""))
@@ -338,7 +338,7 @@ FOLDERS = ("fastnce", "tests", "bench", "train_ref", "examples", "docs", "csrc",
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would track; all files where there is no git."""
+    """The files that git tracks or would track; all files where there is no git."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *FOLDERS], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""The gates of train_ref/gates, put to the test: every fault of mutants.py fails the gate it is assigned to, what is sound passes all."""
+"""The gates of train_ref/gates, put to the test: every fault of mutants.py fails its gate, and sound losses pass all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import mutants
 import pytest
 import torch
 from mutants import MUTANTS, Mutant, cosine_of_dz, subject, tiled
@@ -111,8 +112,8 @@ def test_fault_fails_the_gate_it_is_assigned_to(mutant: Mutant) -> None:
 
 
 def test_every_named_fault_is_a_fault_of_the_tiled_losses() -> None:
-    """A misspelt fault would inject nothing; then its gate would have to fail what is sound."""
-    source = (ROOT / "tests" / "mutants.py").read_text()
+    """A misspelt fault would inject nothing, and its gate could not fail it."""
+    source = Path(mutants.__file__).read_text()
     for mutant in MUTANTS:
         assert source.count(f'"{mutant.fault}"') >= 2
     assert len({mutant.fault for mutant in MUTANTS}) == len(MUTANTS)
@@ -208,7 +209,7 @@ def test_refusing_nearly_everything_is_no_pass() -> None:
         assert untrained.status == "not run" and untrained.not_run == ["everything: not today"]
 
 
-def test_batches_in_another_order_are_nobodys_failure() -> None:
+def test_batches_in_another_order_fail_no_subject() -> None:
     same_order([Run([], ["a", "b"], None, load_digits()), Run([], ["a"], None, load_digits())])
     with pytest.raises(RuntimeError, match="different orders"):
         same_order([Run([], ["a", "b"], None, load_digits()), Run([], ["a", "c"], None, load_digits())])

@@ -96,7 +96,7 @@ CASES = [p for p in PROBLEMS if p.why.startswith(SOME)]
 
 
 def a_gradient_that_is_added_to_is_not_rounded(p: Case, dtype: torch.dtype, backend: str) -> None:
-    """Backward of a problem with stand-ins: float32, more than half precision holds, and what it gives without them once rounded."""
+    """Gradients of stand-ins are float32, hold more than half precision, and once rounded are those without stand-ins."""
     q, k, scale, bias = p.tensors(dtype)
     rules = p.rules()
     ids = (rules.get(name) for name in ("q_label", "k_label", "q_exclude", "k_exclude", "mask"))

@@ -1,4 +1,4 @@
-"""The modules beside their functions, and the ways in which a module is copied: shared by the tests of modules, queue and scale."""
+"""Every loss module with its function, and the ways to copy a module, for the tests of modules, queue and scale."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class Twin(NamedTuple):
-    """A module, its function, their inputs, and another value of every option."""
+    """A module, its function, the shapes of their inputs, and options that are not the defaults."""
 
     module: Callable[..., nn.Module]
     function: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     options: dict[str, Any]
-    learnt: int = 3  # that many of its inputs get a gradient, the first ones
+    learnt: int = 3  # how many of its first inputs get a gradient
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         inputs = [rows(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(self.shapes)]
@@ -66,7 +66,7 @@ PAIR = ((6, 5), (6, 5))
 
 
 def clip_function(image: Tensor, text: Tensor, **options: Any) -> Any:
-    """As the module: its own scale, unless the scale is given."""
+    """clip_loss with the scale that a new module owns."""
     return clip_loss(image, text, LogitScale()(), **options)
 
 

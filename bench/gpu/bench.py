@@ -1,6 +1,6 @@
 """Part `bench`: the bars that a GPU has to reach before a speed is claimed for it, one row each.
 
-Forward and backward with normalisation, bfloat16, all contestants of a case in one process and interleaved (measure.py). A ratio is the
+Forward and backward with normalisation, bfloat16, all contestants of a problem in one process and interleaved (measure.py). A ratio is the
 peer's time over ours, and has to be at least the bar. A rate is a part of that of a plain bfloat16 matrix product, measured on the same
 device. Memory is above inputs and gradients. A peer that is not installed or fails leaves its row open.
 """
@@ -29,7 +29,7 @@ FIGURES = ("ours", "theirs", "ratio", "met")
 CELL_SECONDS = 150.0  # of the slowest contestant: torch.compile of an eager loss, and its runs
 
 
-class Case(NamedTuple):
+class Contest(NamedTuple):
     """A problem that is timed against several peers; `peers` gives the least ratio of each by its name."""
 
     bar: int
@@ -44,17 +44,17 @@ class Case(NamedTuple):
 
 
 RATIOS = (
-    Case(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0, "compile autocast": 3.0}),
-    Case(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0, "compile autocast": 2.0}),
-    Case(4, "sup_con", 16_384, 128, {"SupContrast autocast": 15.0}),
-    Case(5, "clip", 32_768, 512, {"open_clip autocast": 4.0, "inf-cl": 8.0}),
-    Case(11, "clip", 65_536, 768, {"siglip-kernel": 1.0, "chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0}),
-    Case(11, "info_nce", 65_536, 768, {"chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0, "inf-cl": 1.0}),
-    Case(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0}, solved=True),
-    Case(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0}, solved=True),
-    Case(5, "clip", 32_768, 512, {"open_clip autocast": 4.0}, solved=True),
-    *(Case(10, "nt_xent", n, d, {"eager autocast": 1.0, "eager": 1.0}) for n in (64, 256, 1024) for d in (128, 1024)),
-    Case(0, "moco", 65_536, 128, {"eager autocast": 1.0}),  # no bar was set: not slower
+    Contest(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0, "compile autocast": 3.0}),
+    Contest(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0, "compile autocast": 2.0}),
+    Contest(4, "sup_con", 16_384, 128, {"SupContrast autocast": 15.0}),
+    Contest(5, "clip", 32_768, 512, {"open_clip autocast": 4.0, "inf-cl": 8.0}),
+    Contest(11, "clip", 65_536, 768, {"siglip-kernel": 1.0, "chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0}),
+    Contest(11, "info_nce", 65_536, 768, {"chunked cuBLAS": 1.0, "liger-kernel": 1.0, "cut-cross-entropy": 1.0, "inf-cl": 1.0}),
+    Contest(1, "nt_xent", 32_768, 128, {"eager autocast": 8.0}, solved=True),
+    Contest(3, "nt_xent", 32_768, 512, {"eager autocast": 5.0}, solved=True),
+    Contest(5, "clip", 32_768, 512, {"open_clip autocast": 4.0}, solved=True),
+    *(Contest(10, "nt_xent", n, d, {"eager autocast": 1.0, "eager": 1.0}) for n in (64, 256, 1024) for d in (128, 1024)),
+    Contest(0, "moco", 65_536, 128, {"eager autocast": 1.0}),  # no bar was set: not slower
 )
 RATES = ((65_536, 128, 0.50), (65_536, 256, 0.60), (65_536, 512, 0.90), (65_536, 1024, 0.95))
 MEMORY = (("nt_xent", 32_768, 128), ("clip", 32_768, 256), ("nt_xent", 32_768, 512), ("clip", 32_768, 768), ("nt_xent", 262_144, 128))
@@ -110,16 +110,16 @@ class Bars:
         (row,) = self.measured(replace(self.cell("gemm", "gemm", n, n, ("cublas",)), n=n, d=n))
         return float(row["tflops"]) if row["status"] == "ok" else None
 
-    def ratios(self, case: Case) -> Iterator[dict[str, Any]]:
-        more = SOLVED if case.solved else {}
-        ours, *theirs = self.measured(self.cell("time", case.loss, case.n, case.d, (peers.OURS, *case.peers), **more))
+    def ratios(self, contest: Contest) -> Iterator[dict[str, Any]]:
+        more = SOLVED if contest.solved else {}
+        ours, *theirs = self.measured(self.cell("time", contest.loss, contest.n, contest.d, (peers.OURS, *contest.peers), **more))
         for row in theirs:
             found = {
-                "bar": case.bar,
-                "case": case.title(),
+                "bar": contest.bar,
+                "case": contest.title(),
                 "peer": row["contestant"],
                 "unit": "ms",
-                "at_least": case.peers[row["contestant"]],
+                "at_least": contest.peers[row["contestant"]],
             }
             failed = next((r for r in (ours, row) if r["status"] != "ok"), None)
             if failed is not None:
@@ -182,8 +182,8 @@ def main() -> int:
     report = part.Report("bench", figures=FIGURES)
     bars = Bars(report)
     first, rest = RATIOS[:4], RATIOS[4:12] if report.dry else RATIOS[4:]
-    for case in (*first, None, *rest):
-        if case is None:
+    for contest in (*first, None, *rest):
+        if contest is None:
             # After the bars that matter most, and before the many small ones.
             for n, d, least in RATES:
                 if not bars.late(6, f"nt_xent N={n} D={d} nominal rate"):
@@ -196,9 +196,9 @@ def main() -> int:
             if not bars.late(9, f"nt_xent N={LARGEST[0]}"):
                 with report.step("largest"):
                     report.add(bars.largest(*LARGEST))
-        elif not bars.late(case.bar, case.title()):
-            with report.step(case.title()):
-                for row in bars.ratios(case):
+        elif not bars.late(contest.bar, contest.title()):
+            with report.step(contest.title()):
+                for row in bars.ratios(contest):
                     report.add(row)
     for n, d, words, units, least in KERNELS:
         if not bars.late(7, f"nt_xent N={n} D={d} kernels *{words}*"):

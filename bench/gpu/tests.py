@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 
 # Tests that need the device for themselves: they take most of its memory, or measure whether the host waits for it.
-ALONE = "elements or nobody"
+ALONE = "elements or no_other"
 # First the tests whose kernels are compiled already, a second each; last those that take minutes.
 GROUPS = (
     Group(f"cuda and not problems and not ({ALONE})", 0.5, "cuda"),

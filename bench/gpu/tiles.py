@@ -34,20 +34,20 @@ ENOUGH = 1.02  # ratios below are noise
 Ask = tuple[Any, ...]  # the arguments of tiles.tile
 
 
-class Case(NamedTuple):
+class Shape(NamedTuple):
     loss: str
     n: int
     d: int
     dtype: torch.dtype = torch.bfloat16
 
 
-# A case for each kernel and width. float32, whose operands have two halves, comes last.
-CASES = (
-    *(Case(loss, 16_384, d) for d in (128, 512, 256, 64) for loss in ("nt_xent", "clip", "sup_con")),
-    *(Case("moco", 65_536, d) for d in (128, 256, 64)),
-    *(Case(loss, 8_192, d, torch.float32) for d in (128, 512) for loss in ("nt_xent", "clip", "sup_con", "moco")),
+# A shape for each kernel and width. float32, whose operands have two halves, comes last.
+SHAPES = (
+    *(Shape(loss, 16_384, d) for d in (128, 512, 256, 64) for loss in ("nt_xent", "clip", "sup_con")),
+    *(Shape("moco", 65_536, d) for d in (128, 256, 64)),
+    *(Shape(loss, 8_192, d, torch.float32) for d in (128, 512) for loss in ("nt_xent", "clip", "sup_con", "moco")),
 )
-DRY = (Case("nt_xent", 32, 8),)
+DRY = (Shape("nt_xent", 32, 8),)
 
 
 @contextmanager
@@ -74,12 +74,12 @@ def variants(tile: Any) -> Iterator[Any]:
                 yield tile._replace(**{field: other})
 
 
-class Loss:
-    """A case, ready to run."""
+class Timed:
+    """The loss of a shape, ready to be timed."""
 
-    def __init__(self, case: Case, device: str, backend: str) -> None:
-        self.device, self.leaves = device, dense.leaves(case.loss, case.n, case.d, case.dtype, device=device)
-        self.function = peers.fastnce_loss(case.loss, backend)
+    def __init__(self, shape: Shape, device: str, backend: str) -> None:
+        self.device, self.leaves = device, dense.leaves(shape.loss, shape.n, shape.d, shape.dtype, device=device)
+        self.function = peers.fastnce_loss(shape.loss, backend)
 
     def step(self) -> Tensor:
         return measure.prepared("full", self.function, self.leaves)()
@@ -112,24 +112,24 @@ class Loss:
         }
 
 
-def named(case: Case) -> dict[str, Any]:
-    return case._asdict() | {"dtype": str(case.dtype)[6:]}
+def named(shape: Shape) -> dict[str, Any]:
+    return shape._asdict() | {"dtype": str(shape.dtype)[6:]}
 
 
-def attempts(report: part.Report, case: Case, seen: set[Ask]) -> Iterator[dict[str, Any]]:
-    """A row for every variant of every tile that no case before has asked for."""
-    loss = Loss(case, report.device, report.backend)
-    for key, tile in loss.asked().items():
+def attempts(report: part.Report, shape: Shape, seen: set[Ask]) -> Iterator[dict[str, Any]]:
+    """A row for every variant of every tile that no shape before has asked for."""
+    timed = Timed(shape, report.device, report.backend)
+    for key, tile in timed.asked().items():
         if key in seen:
             continue
         seen.add(key)
         for other in list(variants(tile))[: 2 if report.dry else None]:
-            row = named(case) | {"asked": " ".join(map(str, key)), "tile": "x".join(map(str, other))}
+            row = named(shape) | {"asked": " ".join(map(str, key)), "tile": "x".join(map(str, other))}
             if report.left() < 15:
                 yield row | {"status": "no time left"}
                 return
             try:
-                yield row | loss.compare(key, tile, other, 1 if report.dry else ROUNDS)
+                yield row | timed.compare(key, tile, other, 1 if report.dry else ROUNDS)
             except Exception as error:
                 status, detail = measure.status_of(error)
                 yield row | {"status": f"{status} {detail}".strip()}
@@ -137,10 +137,10 @@ def attempts(report: part.Report, case: Case, seen: set[Ask]) -> Iterator[dict[s
                     report.fail(f"{row}: {detail}")
 
 
-def objections(case: Case, backend: str, device: str) -> str:
+def objections(shape: Shape, backend: str, device: str) -> str:
     """Why the backend cannot run here; empty where it can."""
     try:
-        Loss(case, device, backend).asked()
+        Timed(shape, device, backend).asked()
     except NotImplementedError as error:
         return str(error).strip().splitlines()[-1].strip()
     return ""
@@ -152,12 +152,12 @@ def main() -> int:
     if report.dry:
         report.backend = "triton"
     reason = objections(DRY[0], report.backend, report.device)
-    for case in () if reason else DRY if report.dry else CASES:
+    for shape in () if reason else DRY if report.dry else SHAPES:
         if report.left() < 15:
-            report.add(named(case) | {"status": "no time left"})
+            report.add(named(shape) | {"status": "no time left"})
             continue
-        with report.step(str(case)):
-            for row in attempts(report, case, seen):
+        with report.step(str(shape)):
+            for row in attempts(report, shape, seen):
                 report.add(row)
         if report.device == "cuda":
             torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Small problems under pytest-benchmark (pytest tests/bench --benchmark-enable); without it, ordinary tests.
 
-What is asserted is the result, against dense float64: never a time. A contestant that computes something else, or a
-faster wrong kernel, fails here before it can win anything.
+Results are compared with dense float64, and no time is asserted. A contestant that computes something else, or a faster wrong kernel, fails
+here before it can win.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ D = 48
 
 @pytest.mark.parametrize("n", [256, 1024])
 def test_contrastive_stats(benchmark: Any, n: int) -> None:
-    """Forward and backward of what info_nce is made of: log(exp(pos) + exp(lse_neg)) - pos."""
+    """Forward and backward of the formula inside info_nce: log(exp(pos) + exp(lse_neg)) - pos."""
     query, key = dense.leaves("info_nce", n, D)
 
     def step() -> Tensor:

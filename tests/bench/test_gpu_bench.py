@@ -1,4 +1,4 @@
-"""What the GPU parts are made of, without a GPU: references agree, failures become rows, and the whole script runs."""
+"""The GPU parts without a GPU: references agree, failures become rows, and the whole script runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked cuBLAS", lambda: slip)
     found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
-    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Case(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
+    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Contest(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
     assert [row["met"] for row in rows] == [None, None]
     assert len(found.errors) == 1 and "NameError" in found.errors[0]
 
@@ -177,7 +177,7 @@ def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pyte
 
 
 def test_which_kernels_are_chosen_and_for_how_long() -> None:
-    """The library itself decides by the architecture; here only what it is asked with shows."""
+    """The library itself decides by the architecture; only the argument that it gets shows here."""
     cpu = torch.device("cpu")
     for name, where, architecture in (("cuda-mma", "gpu", 80), ("cuda-mma", "emulated", 80), ("cuda", "emulated", 90)):
         with gpu_kernels.chosen(Kernels.of(name, where)):
@@ -242,7 +242,7 @@ def lap(**samples: list[float]) -> Row:
     return gpu_race.judged(cell("time", names), results, dict(zip(names, samples.values(), strict=True)))
 
 
-def test_who_is_first() -> None:
+def test_the_first_of_a_race() -> None:
     row = lap(cuda=[2.0, 9.0, 2.0], cuda_mma=[2.02, 9.1, 2.02], triton=[3.0, 13.5, 3.0], eager=[1.0, 4.0, 1.0])
     assert (row["first"], row["ahead"], row["triton"], row["status"]) == ("cuda = cuda-mma", 1.5, 3.0, "ok")
     assert (row["eager_over"], row["met"]) == (0.5, False)
@@ -261,8 +261,8 @@ def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> Non
     assert len(found.errors) == 1
 
 
-def test_who_ends_his_process_is_out_of_the_race(tmp_path: Path) -> None:
-    """A fault on a GPU takes the process, a barrier that nobody arrives at its time: the others go on."""
+def test_a_contestant_that_ends_its_process_is_out_of_the_race(tmp_path: Path) -> None:
+    """A fault on a GPU ends the process, and a kernel that waits for ever takes its time: the others go on."""
     found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
     runs: list[tuple[str, ...]] = []
 
@@ -287,7 +287,7 @@ def test_rows_of_a_process_whatever_becomes_of_it(end: str, seconds: float) -> N
     assert [row["loss"] for row in gpu_race.answers([sys.executable, "-c", code], given, seconds)] == ["nt_xent", "clip"]
 
 
-# ---------------------------------------------------------------- what is read from logs
+# ---------------------------------------------------------------- reading logs
 
 
 def test_outcomes_of_a_log() -> None:
@@ -357,12 +357,14 @@ def test_a_report_of_a_gpu() -> None:
 
 # ---------------------------------------------------------------- the script
 
+BENCH_GPU = [sys.executable, "-m", "bench", "gpu"]
+
 
 @pytest.mark.slow
 def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
-    """All parts, on the CPU: what a GPU hour is too short to find out."""
+    """All parts run on the CPU, before an hour on a GPU is spent to find out that one does not."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*BENCH_GPU, "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     for part in gpu_part.PARTS:
         found = json.loads((tmp_path / f"{part}.json").read_text())
@@ -381,6 +383,6 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 def test_the_script_refuses_what_it_does_not_know() -> None:
-    done = subprocess.run(["bash", "bench/gpu/run.sh", "--dryrun"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*BENCH_GPU, "--dryrun"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "unknown argument '--dryrun'" in done.stderr

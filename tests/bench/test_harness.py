@@ -1,4 +1,4 @@
-"""The harness itself: failures become rows, what cannot fit is not tried, and results give nothing away."""
+"""The harness itself: failures become rows, contestants that cannot fit are not tried, and results hold nothing about the user."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_contestant_that_kills_its_process_is_the_only_one_lost(tmp_path: Path
 
 
 def test_what_the_kernel_kills_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several in one process it is not known who; alone it is."""
+    """Among several in one process the culprit is unknown; alone it is known."""
 
     def killed(*given: Any, **more: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], -signal.SIGKILL, "", "")

@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_there_is_an_error(checkout: Path, capsys: pytest.C
 
 
 def test_what_measures_writes_into_the_current_folder() -> None:
-    """Who measures on a machine of theirs records nothing unless they say so."""
+    """Measuring on a machine of one's own records nothing in the checkout unless that is asked for."""
     for name in ("time", "memory", "accuracy"):
         shown = io.StringIO()
         with pytest.raises(SystemExit), contextlib.redirect_stdout(shown):

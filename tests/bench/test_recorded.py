@@ -1,4 +1,4 @@
-"""What is recorded stays what it was measured to be, however its file is laid out."""
+"""Recorded numbers stay as they were measured, however their file is laid out."""
 
 from __future__ import annotations
 

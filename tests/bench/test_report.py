@@ -1,4 +1,4 @@
-"""The pages show what was recorded: nothing invented, nothing left out, the same bytes every time, and a change is noticed."""
+"""The pages show the recorded results: nothing invented, nothing left out, the same bytes every time, and a change is noticed."""
 
 from __future__ import annotations
 
@@ -110,14 +110,14 @@ def contents(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
-# What is recorded here ------------------------------------------------------------------------------------------------------------------
+# Recorded here -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_pages_and_figures_are_what_the_results_say() -> None:
     assert stale(page.ROOT, page.ROOT / "bench" / "results") == []
 
 
-# What is noticed ------------------------------------------------------------------------------------------------------------------------
+# Changes noticed ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_rendering_twice_changes_nothing(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +212,7 @@ def test_results_of_another_schema_are_named(root: Path, results: Path, capsys: 
     assert "2027" not in (root / "README.md").read_text()
 
 
-# What is shown --------------------------------------------------------------------------------------------------------------------------
+# Pages ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_newest_result_is_shown_and_the_best_library(results: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run over many cells: what is not tried, what is left at its end, and rates and ratios over its rows."""
+"""A run over many cells: those that are not tried, those that are left at its end, and the rates and ratios of its rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_interrupt_leaves_what_was_measured(capsys: pytest.CaptureFixture[str
     assert "interrupted: 2 of 3 cells left out" in capsys.readouterr().err
 
 
-def test_the_time_left_counts_who_still_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_counts_contestants_that_still_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
 
