@@ -7,7 +7,10 @@ A contestant is a function from the leaves of a problem to the 0-dim loss:
     clip      (image, text, logit_scale)  both (N, D) and a learnable 0-dim scale; the mean of both directions
     sup_con   (z, labels)                 (N, D) and integers (N,): rows of equal label are positives, at least two of each
     moco      (q, k, queue)               queue (N, D), q and k (N/16, D): 4,096 queries for the usual queue of 65,536
+    dcl       (z,)                        as nt_xent
 
+The losses are those of train_ref.truth.LOSSES, by their names without "_loss". Where no eager form stands here, eager is the definition
+there.
 All contestants of a loss do the same work on the same raw rows: normalise them, and give the gradient of every leaf that
 learns: not of moco's k and queue, which come from a network that does not learn. Leaves may be on any device.
 """
@@ -21,10 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from train_ref import truth
+
 Contestant = Callable[..., Tensor]
 
 TEMPERATURE = 0.1  # of all but clip
 LOGIT_SCALE = 1 / 0.07  # where CLIP starts to learn its own
+TABLE = {name.removesuffix("_loss"): loss for name, loss in truth.LOSSES.items()}
+LOSSES = tuple(TABLE)
 QUERIES = 16  # moco: keys in the queue per query
 EXAMPLES = 16  # sup_con: rows of each label
 CHUNK = 512  # rows of the chunked forms: at N = 131,072 their logits are 256 MiB in float32
@@ -43,7 +50,7 @@ def leaves(
     if loss == "sup_con":
         labels = torch.arange(n, device=device) % max(n // EXAMPLES, 1)
         rows = [normal(max(n // EXAMPLES, 1), d)[labels] + noise * normal(n, d)]
-    elif loss == "nt_xent":
+    elif TABLE[loss].symmetric:  # two views
         first = normal(n // 2, d)
         rows = [torch.cat([first, first + noise * normal(*first.shape)])]
     else:
@@ -228,7 +235,17 @@ def chunked_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     return _mean(_queued, (q, k), queue, _scale(q))
 
 
-EAGER: dict[str, Contestant] = {
+def _defined(loss: truth.Loss) -> Contestant:
+    """The mean of the definition, at TEMPERATURE. Rows of one side come joined."""
+
+    def call(*sides: Tensor) -> Tensor:
+        parts = (part for names, side in zip(loss.sides, sides, strict=True) for part in side.chunk(len(names)))
+        return loss.function(**dict(zip(loss.leaves, parts, strict=True)), **{loss.number: 1 / TEMPERATURE}).mean()
+
+    return call
+
+
+EAGER: dict[str, Contestant] = {name: _defined(loss) for name, loss in TABLE.items()} | {
     "nt_xent": eager_nt_xent,
     "info_nce": eager_info_nce,
     "clip": eager_clip,
@@ -243,4 +260,3 @@ CHUNKED: dict[str, Contestant] = {
     "sup_con": chunked_sup_con,
     "moco": chunked_moco,
 }
-LOSSES = tuple(EAGER)

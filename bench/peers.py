@@ -6,7 +6,6 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +20,8 @@ OURS = "fastnce"
 
 
 def fastnce_loss(loss: str, backend: str = "auto") -> Contestant:
-    functions: dict[str, Callable[..., Any]] = {
-        "nt_xent": partial(fastnce.nt_xent, temperature=dense.TEMPERATURE),
-        "info_nce": partial(fastnce.info_nce, temperature=dense.TEMPERATURE),
-        "clip": fastnce.clip_loss,
-        "sup_con": partial(fastnce.sup_con, temperature=dense.TEMPERATURE),
-        "moco": partial(fastnce.moco_loss, temperature=dense.TEMPERATURE),
-    }
-    return partial(functions[loss], backend=backend)
+    given = {} if loss == "clip" else {"temperature": dense.TEMPERATURE}  # clip's scale is one of its leaves
+    return partial(getattr(fastnce, dense.TABLE[loss].name), **given, backend=backend)
 
 
 # ---------------------------------------------------------------- torch's own fused loss
@@ -123,7 +116,7 @@ FACTORIES: Factories = {
         "eager": partial(EAGER.__getitem__, loss),
         **({"careful": partial(CAREFUL.__getitem__, loss)} if loss in CAREFUL else {}),
         "compile": partial(torch.compile, EAGER[loss]),
-        "chunked": partial(CHUNKED.__getitem__, loss),
+        **({"chunked": partial(CHUNKED.__getitem__, loss)} if loss in CHUNKED else {}),
     }
     for loss in LOSSES
 }
