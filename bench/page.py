@@ -15,6 +15,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import comparison, figure, record, table
 from bench.comparison import LOSSES, WIDTH, Comparison, comparisons, refused, value
@@ -63,8 +64,8 @@ def headline(results: Results) -> str:
         lines.append(bars([name, *(f"{cell(compared.row(m, label, n))} {unit}" for m, unit in (("memory", "MiB"), ("time", "ms")))]))
     lines += [
         "",
-        f"Forward and backward, D = {WIDTH}, {compared.rows[0]['dtype']}; memory above the inputs, median {clock}; {table.place(env)}, "
-        f"torch {env['torch']}, {env['time'][:10]}, code {env['sources'][:8]} (digest of its sources). {small(results)}",
+        f"N counts both views. Forward and backward, D = {WIDTH}, {compared.rows[0]['dtype']}; memory above the inputs, median {clock}; "
+        f"{table.place(env)}, torch {env['torch']}, {kernels(env)}{env['time'][:10]}, sources {env['sources'][:8]}. {small(results)}",
     ]
     return "\n".join(lines)
 
@@ -78,9 +79,15 @@ def small(results: Results) -> str:
     for row, *_ in found:
         last[row["loss"]] = max(last.get(row["loss"], 0), row["n"])
     losses = {n: [loss for loss in last if last[loss] == n] for n in sorted(set(last.values()))}
-    where = " and ".join(f"{n:,} ({', '.join(names)})" for n, names in losses.items())
+    where = ", ".join(f"{n:,} ({', '.join(names)})" for n, names in losses.items())
     most = max(times for *_, times in found)
-    return f"Another implementation is faster up to N = {where}, at most {most:.1f} times: [where]({BENCHMARKS}#who-is-faster)."
+    faster = f"Small batches: other implementations are up to {most:.1f} times as fast"
+    return f"{faster}, at most to N = {where}: [where]({BENCHMARKS}#who-is-faster)."
+
+
+def kernels(env: dict[str, Any]) -> str:
+    """Whether the library of backend="cpu" was built, where the result says it: the beginning of a list."""
+    return f"compiled kernels {env['compiled']}, " if "compiled" in env else ""
 
 
 def largest_of_both(compared: Comparison) -> int | None:
@@ -188,9 +195,8 @@ def accuracy(results: Results) -> str:
     parts = []
     for result, (inside, cells) in zip(results.judged, accuracy_counts(results), strict=True):
         env = result.env
-        kernels = f"compiled kernels {env['compiled']}, " if "compiled" in env else ""
         lines = [
-            f"{inside:,} of {cells:,} cells are inside the contract ({env['cpu']}, torch {env['torch']}, {kernels}"
+            f"{inside:,} of {cells:,} cells are inside the contract ({env['cpu']}, torch {env['torch']}, {kernels(env)}"
             f"sources {env['sources'][:8]}, `{env['command']}`). Worst of each quantity as a fraction of its limit, and cells outside:",
             "",
             "| dtype | loss | mean loss | row | gradient | d/d scale | outside |",
