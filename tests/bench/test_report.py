@@ -253,7 +253,7 @@ def test_the_four_numbers_of_readme(results: Path) -> None:
     line = text.splitlines()[-1]
     for condition in CONDITIONS:
         assert condition in line
-    worst = "other implementations are up to 1.5 times as fast, at most to N = 1,024 (clip), 2,048 (nt_xent)"
+    worst = "Small batches: other implementations are up to 1.5 times as fast, at most to N = 1,024 (clip), 2,048 (nt_xent)"
     assert line.endswith(f". {worst}: [where](docs/benchmarks.md#who-is-faster).")
 
 
