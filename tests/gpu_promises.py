@@ -9,7 +9,7 @@ from typing import Any
 import test_statistics
 import torch
 from every_loss import OF_VIEWS
-from problems import Problem
+from problems import Call
 from torch import Tensor
 
 import fastnce
@@ -40,7 +40,7 @@ def turned(x: Tensor) -> Tensor:
     return x.T.contiguous().T
 
 
-def nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, backend: str, guard: Guard = nullcontext, rtol: float = 0.0) -> None:
+def nothing_beside_a_view_is_read(p: Call, dtype: torch.dtype, backend: str, guard: Guard = nullcontext, rtol: float = 0.0) -> None:
     """Results and gradients are those of a contiguous copy. rtol: for sums that are added to memory in any order."""
     tensors, found = p.tensors(dtype), []
     for view in (torch.clone, inside_nan, every_other, turned):
@@ -102,7 +102,7 @@ def a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, dtype: 
         assert contrastive_stats(q, k.nan_to_num(), scale=torch.tensor(scale), backend=backend).lse_neg.isnan().all()
 
 
-def only_what_is_asked_for_gets_a_gradient(p: Problem, subsets: Iterable[int], dtype: torch.dtype, backend: str) -> None:
+def only_what_is_asked_for_gets_a_gradient(p: Call, subsets: Iterable[int], dtype: torch.dtype, backend: str) -> None:
     """Gradients of some of (q, k, scale, bias) are, bit by bit, those of all of them, whichever passes are left out."""
     _, whole = test_statistics.run(p, dtype, backend)
     for subset in subsets:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from problems import Problem
+from problems import Call
 from torch import Tensor
 
 NEGATIVE, POSITIVE, EXCLUDED = 0, 1, 2
@@ -26,7 +26,7 @@ class Dense(NamedTuple):
 
 
 @cache
-def classes(p: Problem) -> Tensor:
+def classes(p: Call) -> Tensor:
     """(M, N), the class of every pair, by the rules, one pair after the other."""
     rules, out = p.rules(), torch.zeros(p.m, p.n, dtype=torch.int64)
     for i in range(p.m):
@@ -35,7 +35,7 @@ def classes(p: Problem) -> Tensor:
     return out
 
 
-def _class_of(p: Problem, rules: dict[str, Tensor], i: int, j: int) -> int:
+def _class_of(p: Call, rules: dict[str, Tensor], i: int, j: int) -> int:
     if p.exclude_self and i == j:
         return EXCLUDED
     if p.offset is not None and (j - i == p.offset or (p.symmetric and i - j == p.offset)):

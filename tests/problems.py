@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Problem(NamedTuple):
+class Call(NamedTuple):
     """One call of contrastive_stats, and why it is made. n_keys = 0: the keys are the queries."""
 
     why: str
@@ -85,45 +85,43 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = (
-    Problem("one pair: no negatives at all", 1, 1, 3, offset=0),
-    Problem("one column: D = 1, all similarities are +-1", 9, 14, 1, offset=0),
-    Problem("queue: ragged in all three sizes, N > M, no positive", 33, 70, 24),
-    Problem("in-batch: positives on the diagonal, more keys than queries", 33, 70, 24, offset=0),
-    Problem("gathered: positives start at another rank's offset", 20, 70, 24, offset=37),
-    Problem("offset off the end: some rows have no positive", 40, 50, 8, offset=25),
-    Problem("negative offset: the first rows have no positive", 40, 50, 8, offset=-7),
-    Problem("clip: both directions from one tile", 45, 45, 16, offset=0, two_sided=True, bias=-3.0),
-    Problem("clip offset: columns outside the diagonal have no positive", 20, 53, 16, offset=30, two_sided=True),
-    Problem("clip captions: several positives per row and per column", 30, 53, 16, labels=12, two_sided=True, bias=1.0),
-    Problem("clip captions, aligned too: ids and the diagonal agree or add up", 40, 40, 16, offset=0, labels=12, two_sided=True),
-    Problem("simclr: z z' without self, partner at N/2", 66, 0, 24, offset=33, exclude_self=True),
-    Problem("simclr solved: positives near 1 at a low temperature", 66, 0, 24, offset=33, exclude_self=True, scale=100.0, regime="aligned"),
-    Problem("two partners: 2 offset < N, a middle row has one on each side", 50, 0, 12, offset=10, exclude_self=True),
-    Problem("self kept: symmetric without excluding the diagonal", 35, 0, 12, offset=17),
-    Problem("supcon: labels, some negative, some alone", 70, 0, 24, labels=9, exclude_self=True),
-    Problem("supcon one class: no negatives", 20, 0, 8, labels=1, exclude_self=True),
-    Problem("supcon one view: anchors are the first rows of the keys", 24, 72, 16, labels=9, exclude_self=True),
-    Problem("mask: not symmetric, one example matrix for three views", 60, 0, 16, mask=(20, 20), exclude_self=True),
-    Problem("mask and ids: rows against keys", 33, 44, 16, mask=(11, 44), excludes=5, labels=7),
-    Problem("excluded documents: the own pair stays", 33, 70, 24, offset=0, excludes=6),
-    Problem("excluded symmetric", 66, 0, 24, offset=33, excludes=6, exclude_self=True),
-    Problem("everything excluded: one id for all", 20, 30, 8, excludes=1),
-    Problem("excluded labels: exclusion wins over labels, alignment over both", 40, 40, 8, offset=5, labels=4, excludes=4, two_sided=True),
-    Problem("not normalized: lengths matter, logits are unbounded", 40, 60, 16, offset=0, normalize=False, scale=0.7),
-    Problem(
-        "not normalized, large: logits far beyond the unshifted range", 40, 60, 16, offset=0, normalize=False, scale=9.0, two_sided=True
-    ),
-    Problem("low temperature: 1/200, running maximum", 66, 0, 24, offset=33, exclude_self=True, scale=200.0),
+    Call("one pair: no negatives at all", 1, 1, 3, offset=0),
+    Call("one column: D = 1, all similarities are +-1", 9, 14, 1, offset=0),
+    Call("queue: ragged in all three sizes, N > M, no positive", 33, 70, 24),
+    Call("in-batch: positives on the diagonal, more keys than queries", 33, 70, 24, offset=0),
+    Call("gathered: positives start at another rank's offset", 20, 70, 24, offset=37),
+    Call("offset off the end: some rows have no positive", 40, 50, 8, offset=25),
+    Call("negative offset: the first rows have no positive", 40, 50, 8, offset=-7),
+    Call("clip: both directions from one tile", 45, 45, 16, offset=0, two_sided=True, bias=-3.0),
+    Call("clip offset: columns outside the diagonal have no positive", 20, 53, 16, offset=30, two_sided=True),
+    Call("clip captions: several positives per row and per column", 30, 53, 16, labels=12, two_sided=True, bias=1.0),
+    Call("clip captions, aligned too: ids and the diagonal agree or add up", 40, 40, 16, offset=0, labels=12, two_sided=True),
+    Call("simclr: z z' without self, partner at N/2", 66, 0, 24, offset=33, exclude_self=True),
+    Call("simclr solved: positives near 1 at a low temperature", 66, 0, 24, offset=33, exclude_self=True, scale=100.0, regime="aligned"),
+    Call("two partners: 2 offset < N, a middle row has one on each side", 50, 0, 12, offset=10, exclude_self=True),
+    Call("self kept: symmetric without excluding the diagonal", 35, 0, 12, offset=17),
+    Call("supcon: labels, some negative, some alone", 70, 0, 24, labels=9, exclude_self=True),
+    Call("supcon one class: no negatives", 20, 0, 8, labels=1, exclude_self=True),
+    Call("supcon one view: anchors are the first rows of the keys", 24, 72, 16, labels=9, exclude_self=True),
+    Call("mask: not symmetric, one example matrix for three views", 60, 0, 16, mask=(20, 20), exclude_self=True),
+    Call("mask and ids: rows against keys", 33, 44, 16, mask=(11, 44), excludes=5, labels=7),
+    Call("excluded documents: the own pair stays", 33, 70, 24, offset=0, excludes=6),
+    Call("excluded symmetric", 66, 0, 24, offset=33, excludes=6, exclude_self=True),
+    Call("everything excluded: one id for all", 20, 30, 8, excludes=1),
+    Call("excluded labels: exclusion wins over labels, alignment over both", 40, 40, 8, offset=5, labels=4, excludes=4, two_sided=True),
+    Call("not normalized: lengths matter, logits are unbounded", 40, 60, 16, offset=0, normalize=False, scale=0.7),
+    Call("not normalized, large: logits far beyond the unshifted range", 40, 60, 16, offset=0, normalize=False, scale=9.0, two_sided=True),
+    Call("low temperature: 1/200, running maximum", 66, 0, 24, offset=33, exclude_self=True, scale=200.0),
     # Weights are divided by the sums of their row and of their column. If both rounded t differently, gradients would be too far off.
-    Problem("low temperature, labels: t from both ends", 100, 130, 24, labels=20, scale=200.0, two_sided=True, bias=-10.0, seed=2),
-    Problem("just unshifted: scale at the limit of the fast path", 66, 0, 24, offset=33, exclude_self=True, scale=40.0, regime="aligned"),
-    Problem("just shifted: scale above it", 66, 0, 24, offset=33, exclude_self=True, scale=40.1, regime="aligned"),
-    Problem("high temperature: all logits nearly equal", 66, 0, 24, offset=33, exclude_self=True, scale=1e-3),
-    Problem("cone: all similarities near 0.99", 60, 60, 24, offset=0, scale=50.0, regime="cone", two_sided=True),
-    Problem("solved clip: 1/temperature 100", 60, 60, 24, offset=0, scale=100.0, regime="aligned", two_sided=True),
+    Call("low temperature, labels: t from both ends", 100, 130, 24, labels=20, scale=200.0, two_sided=True, bias=-10.0, seed=2),
+    Call("just unshifted: scale at the limit of the fast path", 66, 0, 24, offset=33, exclude_self=True, scale=40.0, regime="aligned"),
+    Call("just shifted: scale above it", 66, 0, 24, offset=33, exclude_self=True, scale=40.1, regime="aligned"),
+    Call("high temperature: all logits nearly equal", 66, 0, 24, offset=33, exclude_self=True, scale=1e-3),
+    Call("cone: all similarities near 0.99", 60, 60, 24, offset=0, scale=50.0, regime="cone", two_sided=True),
+    Call("solved clip: 1/temperature 100", 60, 60, 24, offset=0, scale=100.0, regime="aligned", two_sided=True),
 )
 
 
-def of(start: str, /, **changes: Any) -> Problem:
+def of(start: str, /, **changes: Any) -> Call:
     """The first problem whose why begins with `start`, with these changes."""
     return next(p for p in PROBLEMS if p.why.startswith(start))._replace(**changes)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from every_loss import OF_VIEWS
 from named import ON_CPU, widest
-from problems import PROBLEMS, of
-from problems import Problem as Case
+from problems import PROBLEMS, Call, of
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +59,7 @@ def test_gradcheck(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("p", SOME, ids=str)
 @pytest.mark.parametrize("metrics", [False, True])
-def test_opcheck(p: Case, metrics: bool) -> None:
+def test_opcheck(p: Call, metrics: bool) -> None:
     """All four of torch's checks on both operators: schema, fake implementation, autograd registration, AOT dispatch."""
     q, k, scale, bias = p.tensors(torch.float32)
     rules = p.rules()

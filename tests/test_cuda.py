@@ -16,7 +16,7 @@ import rank_promises
 import test_statistics as whole_suite
 import test_wide
 import torch
-from problems import PROBLEMS, Problem, of
+from problems import PROBLEMS, Call, of
 from torch import Tensor
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 
@@ -89,7 +89,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def check(p: Problem, dtype: torch.dtype, family: str, launched: list[Launch]) -> None:
+def check(p: Call, dtype: torch.dtype, family: str, launched: list[Launch]) -> None:
     """Within the budget, by the kernels that were meant."""
     launched.clear()
     whole_suite.check(p, dtype, "cuda")
@@ -106,7 +106,7 @@ def cases(*chosen: tuple[str, torch.dtype]) -> Any:
 
 @cases(("mma", FLOAT), ("mma", BFLOAT), ("wgmma", HALF), ("long", FLOAT), ("long", HALF))
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_values_and_gradients(p: Problem, dtype: torch.dtype, family: str, launched: list[Launch]) -> None:
+def test_values_and_gradients(p: Call, dtype: torch.dtype, family: str, launched: list[Launch]) -> None:
     check(p, dtype, family, launched)
 
 
@@ -161,7 +161,7 @@ def test_more_than_one_tile(name: str, dtype: torch.dtype, family: str, launched
     [(of("queue", m=50, n_keys=2000, d=64), FLOAT), (of("cone", d=1024), FLOAT), (of("cone", d=2048), BFLOAT)],
     ids=["columns", "two parts", "one part"],
 )
-def test_long_sums_keep_their_last_bits(p: Problem, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_keep_their_last_bits(p: Call, dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor cores round every sum towards zero, here too: 375 times in a row that is twice the budget of a gradient, and along 1,024
     columns of rows that are alike twice that of a logit."""
     monkeypatch.setattr(host, "multiprocessors", lambda device: 1)
@@ -171,7 +171,7 @@ def test_long_sums_keep_their_last_bits(p: Problem, dtype: torch.dtype, family: 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [of("in-batch"), of("simclr:", m=150, offset=75, d=64), of("clip captions:")], ids=str)
-def test_float32_in_one_part_where_tf32_is_allowed(p: Problem, family: str, launched: list[Launch]) -> None:
+def test_float32_in_one_part_where_tf32_is_allowed(p: Call, family: str, launched: list[Launch]) -> None:
     """The error then is that of float16's 11 bits: above that of two parts, within what TF32 may cost."""
     exact, exact_grads, largest = whole_suite.exact_run(p, FLOAT)
     torch.set_float32_matmul_precision("high")
@@ -188,7 +188,7 @@ def test_float32_in_one_part_where_tf32_is_allowed(p: Problem, family: str, laun
 @pytest.mark.parametrize("p", [of("simclr:"), of("clip:"), of("clip captions:"), of("supcon:"), of("low temperature:")], ids=str)
 @cases(("mma", FLOAT), ("wgmma", BFLOAT), ("long", BFLOAT))
 def test_deterministic_mode_adds_in_one_order(
-    p: Problem, dtype: torch.dtype, family: str, launched: list[Launch], deterministic: None
+    p: Call, dtype: torch.dtype, family: str, launched: list[Launch], deterministic: None
 ) -> None:
     """No kernel adds to a number of another program; a second run, in which threads take turns in another order, has the same bits."""
     check(p, dtype, family, launched)
@@ -203,7 +203,7 @@ def test_deterministic_mode_adds_in_one_order(
 
 @cases(("mma", FLOAT), ("mma", HALF), ("long", BFLOAT))
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9 and "large" not in p.why], ids=str)
-def test_metrics_are_exact_where_logits_are(p: Problem, dtype: torch.dtype, family: str) -> None:
+def test_metrics_are_exact_where_logits_are(p: Call, dtype: torch.dtype, family: str) -> None:
     """Small whole numbers and a power of two as scale: no logit is rounded, many are equal, and every count is that of a dense sort. Of
     equal columns the first is the hardest."""
     sides = torch.randint(-2, 3, (2, max(p.m, p.n), p.d), generator=torch.Generator().manual_seed(0))
@@ -242,14 +242,14 @@ def test_the_first_of_equal_columns_is_the_hardest(multiprocessors: int, family:
 
 @cases(("mma", FLOAT), ("wgmma", BFLOAT), ("long", HALF))
 @pytest.mark.parametrize("p", [of("in-batch"), of("simclr:"), of("clip captions:"), of("mask and ids"), of("one column")], ids=str)
-def test_nothing_beside_a_view_is_read(p: Problem, dtype: torch.dtype, family: str) -> None:
+def test_nothing_beside_a_view_is_read(p: Call, dtype: torch.dtype, family: str) -> None:
     # Blocks run one after the other here, but in a circle its two kinds of sums meet in any order.
     gpu_promises.nothing_beside_a_view_is_read(p, dtype, "cuda", rtol=contract.gradient(dtype, 0.0) if p.symmetric else 0.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [of("simclr:"), of("clip captions:"), of("mask and ids")], ids=str)
-def test_kernels_write_what_their_schema_says_and_nothing_else(p: Problem, family: str) -> None:
+def test_kernels_write_what_their_schema_says_and_nothing_else(p: Call, family: str) -> None:
     q, k, scale, bias = (None if t is None else t.requires_grad_() for t in p.tensors(BFLOAT))
     with SchemaCheckMode():
         found = contrastive_stats(q, k, scale=scale, bias=bias, metrics=True, backend="cuda", **p.call())
@@ -264,13 +264,13 @@ def test_a_bad_row_makes_nan_of_what_it_meets_and_of_nothing_else(bad: float, dt
 
 @cases(("mma", FLOAT), ("wgmma", HALF))
 @pytest.mark.parametrize("p", [of("clip captions:"), of("clip:"), of("clip:", two_sided=False)], ids=["ids", "columns", "rows"])
-def test_only_what_is_asked_for_gets_a_gradient(p: Problem, dtype: torch.dtype, family: str) -> None:
+def test_only_what_is_asked_for_gets_a_gradient(p: Call, dtype: torch.dtype, family: str) -> None:
     gpu_promises.only_what_is_asked_for_gets_a_gradient(p, (1, 2, 4, 8, 13), dtype, "cuda")
 
 
 @cases(("mma", HALF), ("wgmma", BFLOAT), ("long", BFLOAT))
 @pytest.mark.parametrize("p", [of("queue"), of("clip captions:"), of("clip:")], ids=str)
-def test_a_gradient_that_is_added_to_is_not_rounded(p: Problem, dtype: torch.dtype, family: str) -> None:
+def test_a_gradient_that_is_added_to_is_not_rounded(p: Call, dtype: torch.dtype, family: str) -> None:
     test_wide.a_gradient_that_is_added_to_is_not_rounded(p, dtype, "cuda")
 
 

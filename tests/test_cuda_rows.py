@@ -10,7 +10,7 @@ import gpu_promises
 import pytest
 import test_statistics as whole_suite
 import torch
-from problems import PROBLEMS, Problem
+from problems import PROBLEMS, Call
 from torch import Tensor
 
 from fastnce.backends._gpu import host, limits, rows, tiles
@@ -226,7 +226,7 @@ def test_elements_beyond_two_to_the_31() -> None:
 
 
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.why.startswith(("clip:", "simclr:", "mask and"))], ids=str)
-def test_the_triton_backend_takes_them_too(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_triton_backend_takes_them_too(p: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own kernels over the tiles, in the interpreter, between these."""
     pytest.importorskip("triton", reason="Triton is not installed")
     import interpreter  # noqa: F401  the hardware's arithmetic

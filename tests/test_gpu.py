@@ -22,7 +22,7 @@ import pytest
 import test_statistics
 import torch
 from every_loss import OF_VIEWS
-from problems import PROBLEMS, Problem, of
+from problems import PROBLEMS, Call, of
 from torch import Tensor
 
 import fastnce
@@ -85,7 +85,7 @@ def wait() -> None:
 # The oracle in blocks ------------------------------------------------------------------------------------------------------------------
 
 
-def kinds_of(p: Problem, i: Tensor, j: Tensor) -> Tensor:
+def kinds_of(p: Call, i: Tensor, j: Tensor) -> Tensor:
     """oracle.classes of the pairs of rows i and columns j, all at once."""
     rules = {name: value.to(i.device) for name, value in p.rules().items()}
 
@@ -112,7 +112,7 @@ def kinds_of(p: Problem, i: Tensor, j: Tensor) -> Tensor:
     return kinds
 
 
-def blocked(p: Problem, dtype: torch.dtype, device: str, wide: bool) -> tuple[list[Tensor], list[Tensor | None], float]:
+def blocked(p: Call, dtype: torch.dtype, device: str, wide: bool) -> tuple[list[Tensor], list[Tensor | None], float]:
     """As test_statistics._dense, from blocks of rows and then of columns. `wide`: in float64, on inputs stored in dtype."""
     leaves = [None if t is None else (t.double() if wide else t).to(device).requires_grad_() for t in p.tensors(dtype)]
     q, k, scale, bias = leaves
@@ -142,7 +142,7 @@ def blocked(p: Problem, dtype: torch.dtype, device: str, wide: bool) -> tuple[li
 
 
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_blocks_are_the_oracle(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_the_oracle(p: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everywhere, also without a GPU: the oracle of the large problems is that of the small ones."""
     monkeypatch.setattr(f"{__name__}.BLOCK", 16)
     assert torch.equal(kinds_of(p, torch.arange(p.m), torch.arange(p.n)), oracle.classes(p))
@@ -160,7 +160,7 @@ def test_blocks_are_the_oracle(p: Problem, monkeypatch: pytest.MonkeyPatch) -> N
 # Right numbers -------------------------------------------------------------------------------------------------------------------------
 
 
-def run_on(place: Place, p: Problem, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
+def run_on(place: Place, p: Call, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
     """test_statistics.run on a device, its results on the CPU."""
     q, k, scale, bias = (None if t is None else t.to(place.device).requires_grad_() for t in p.tensors(dtype))
     call = {name: v.to(place.device) if isinstance(v, Tensor) else v for name, v in p.call().items()}
@@ -178,7 +178,7 @@ def run_on(place: Place, p: Problem, dtype: torch.dtype) -> tuple[list[Tensor], 
 @each_mode
 @each_dtype
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_problems(p: Problem, dtype: torch.dtype, deterministic: bool, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems(p: Call, dtype: torch.dtype, deterministic: bool, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels solve what the other backends solve, judged by the same check: the interpreter proves the algorithm, not what the
     compiler makes of it, nor how tensor cores round."""
     monkeypatch.setattr(test_statistics, "run", lambda p, dtype, _: run_on(place, p, dtype))
@@ -209,7 +209,7 @@ LARGE = (
 )
 
 
-def shrunk(p: Problem) -> Problem:
+def shrunk(p: Call) -> Call:
     """A large problem at the size of a dry run."""
 
     def small(n: int) -> int:
@@ -224,7 +224,7 @@ def shrunk(p: Problem) -> Problem:
 @each_mode
 @each_dtype
 @pytest.mark.parametrize("p", LARGE, ids=str)
-def test_large_problems(p: Problem, dtype: torch.dtype, deterministic: bool, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_problems(p: Call, dtype: torch.dtype, deterministic: bool, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles, ragged edges, every rule and every family of kernels, against float64 in blocks on the same device."""
     p = shrunk(p) if DRY else p
     monkeypatch.setattr(test_statistics, "run", lambda p, dtype, _: run_on(place, p, dtype))
@@ -236,7 +236,7 @@ def test_large_problems(p: Problem, dtype: torch.dtype, deterministic: bool, pla
 
 @on_gpu
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9], ids=str)
-def test_metrics(p: Problem, place: Place) -> None:
+def test_metrics(p: Call, place: Place) -> None:
     """Rank, ties, hardest negative and best positive; a rank may count a negative that is as near to the threshold as float32 rounds."""
     tensors = p.tensors(torch.float32)
     q, k, scale, bias = (None if t is None else t.to(place.device) for t in tensors)

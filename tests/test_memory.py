@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from every_loss import OF_VIEWS
-from problems import PROBLEMS
-from problems import Problem as Case
+from problems import PROBLEMS, Call
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def solve(p: Case, backend: Any, device: str = "cpu") -> None:
+def solve(p: Call, backend: Any, device: str = "cpu") -> None:
     """Forward and backward of one problem, called as the operators call them; on meta there are no values."""
 
     def there(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -59,7 +58,7 @@ TILED = [p for p in PROBLEMS if p.m > 9]
 
 
 @pytest.mark.parametrize("p", TILED, ids=str)
-def test_no_tensor_as_large_as_the_logits(p: Case, small_tiles: int) -> None:
+def test_no_tensor_as_large_as_the_logits(p: Call, small_tiles: int) -> None:
     """Tiles are 16 x 16 here: nothing may be larger than the largest of an input, a tile, and a caller's own mask."""
     with Largest() as seen:
         solve(p, torch_tiles)
@@ -79,7 +78,7 @@ def test_the_detector_sees_the_dense_backend() -> None:
 
 
 @pytest.mark.parametrize("p", TILED, ids=str)
-def test_no_value_is_read_back_on_a_device(p: Case, small_tiles: int) -> None:
+def test_no_value_is_read_back_on_a_device(p: Call, small_tiles: int) -> None:
     """Meta tensors have no values: whatever reads one back, as .item() does, raises."""
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
         torch.empty((), device="meta").item()

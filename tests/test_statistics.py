@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from named import ON_CPU, widest
-from problems import PROBLEMS, Problem, of
+from problems import PROBLEMS, Call, of
 from torch import Tensor
 
 from fastnce import contrastive_stats, merge
@@ -17,7 +17,7 @@ from train_ref.truth import contract
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def upstream(p: Problem, finite: list[Tensor]) -> list[Tensor]:
+def upstream(p: Call, finite: list[Tensor]) -> list[Tensor]:
     """Random gradients of every differentiable statistic, of very different sizes."""
     g = torch.Generator().manual_seed(p.seed + 2)
     return [
@@ -26,18 +26,18 @@ def upstream(p: Problem, finite: list[Tensor]) -> list[Tensor]:
 
 
 @cache
-def dense_run(p: Problem, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None], float]:
+def dense_run(p: Call, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None], float]:
     """Statistics and gradients of the oracle, evaluated in dtype."""
     return _dense(p, *p.tensors(dtype))
 
 
 @cache
-def exact_run(p: Problem, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None], float]:
+def exact_run(p: Call, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None], float]:
     """The oracle in float64 on inputs as they are stored in dtype."""
     return _dense(p, *(None if t is None else t.double() for t in p.tensors(dtype)))
 
 
-def _dense(p: Problem, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None) -> tuple[list[Tensor], list[Tensor | None], float]:
+def _dense(p: Call, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor | None) -> tuple[list[Tensor], list[Tensor | None], float]:
     leaves = [None if t is None else t.clone().requires_grad_() for t in (q, k, scale, bias)]
     q, k, scale, bias = leaves
     s = oracle.logits(q, q if k is None else k, scale, bias, p.normalize)
@@ -51,7 +51,7 @@ def _dense(p: Problem, q: Tensor, k: Tensor | None, scale: Tensor, bias: Tensor 
     return [v.detach() for v in out], [None if t is None else next(grads) for t in leaves], s.detach().abs().max().item()
 
 
-def run(p: Problem, dtype: torch.dtype, backend: str) -> tuple[list[Tensor], list[Tensor | None]]:
+def run(p: Call, dtype: torch.dtype, backend: str) -> tuple[list[Tensor], list[Tensor | None]]:
     """The same through the package."""
     q, k, scale, bias = (None if t is None else t.requires_grad_() for t in p.tensors(dtype))
     found = contrastive_stats(q, k, scale=scale, bias=bias, backend=backend, **p.call())
@@ -67,7 +67,7 @@ def run(p: Problem, dtype: torch.dtype, backend: str) -> tuple[list[Tensor], lis
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_values_and_gradients(p: Problem, dtype: torch.dtype, backend: str, small_tiles: int) -> None:
+def test_values_and_gradients(p: Call, dtype: torch.dtype, backend: str, small_tiles: int) -> None:
     check(p, dtype, backend)
 
 
@@ -75,13 +75,13 @@ def test_values_and_gradients(p: Problem, dtype: torch.dtype, backend: str, smal
 @pytest.mark.parametrize(
     "p", [p for p in PROBLEMS if p.why.startswith(("simclr solved", "clip captions:", "mask:", "low temperature"))], ids=str
 )
-def test_real_tiles(p: Problem) -> None:
+def test_real_tiles(p: Call) -> None:
     """The shipped tile size, with a ragged second."""
     grown = p._replace(m=700, n_keys=0 if p.symmetric else 600, offset=None if p.offset is None else 350, d=16, labels=p.labels * 20)
     check(grown._replace(mask=(350, 350)) if p.mask else grown, torch.float32, "torch")
 
 
-def check(p: Problem, dtype: torch.dtype, backend: str) -> None:
+def check(p: Call, dtype: torch.dtype, backend: str) -> None:
     exact, exact_grads, largest = exact_run(p, dtype)
     dense, dense_grads, _ = dense_run(p, dtype)
     found, grads = run(p, dtype, backend)
@@ -112,7 +112,7 @@ def check(p: Problem, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9], ids=str)
-def test_metrics(p: Problem, backend: str, small_tiles: int) -> None:
+def test_metrics(p: Call, backend: str, small_tiles: int) -> None:
     """Rank, ties, hardest negative and best positive equal a dense sort, rows and columns."""
     dtype = widest(backend)
     q, k, scale, bias = p.tensors(dtype)

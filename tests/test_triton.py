@@ -15,7 +15,7 @@ import test_statistics as whole_suite
 import test_wide
 import torch
 from interpreter import Checked, add_products
-from problems import PROBLEMS, Problem, of
+from problems import PROBLEMS, Call, of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,8 +26,7 @@ from fastnce.backends._gpu import gradients, host, tiles
 from fastnce.backends.triton import kernels_rows, launches
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.pairs import Pairs
-from fastnce.problem import Problem as Asked
-from fastnce.problem import SideGrad, Wanted
+from fastnce.problem import Problem, SideGrad, Wanted
 from train_ref.truth import contract
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -74,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def check(p: Problem, dtype: torch.dtype) -> None:
+def check(p: Call, dtype: torch.dtype) -> None:
     with Checked(arguments=True) as checked:
         whole_suite.check(p, dtype, "triton")
     assert not checked.races
@@ -83,13 +82,13 @@ def check(p: Problem, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", ["fits", pytest.param("long", marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_values_and_gradients(p: Problem, dtype: torch.dtype, family: str) -> None:
+def test_values_and_gradients(p: Call, dtype: torch.dtype, family: str) -> None:
     check(p, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_float16(p: Problem, family: str) -> None:
+def test_float16(p: Call, family: str) -> None:
     """In the tiles the same as bfloat16, whose numbers fit into float16 exactly: it differs in the passes over single rows."""
     check(p, torch.float16)
 
@@ -101,7 +100,7 @@ SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_deterministic_mode_adds_in_one_order(p: Problem, family: str, deterministic: None, launched: list[str]) -> None:
+def test_deterministic_mode_adds_in_one_order(p: Call, family: str, deterministic: None, launched: list[str]) -> None:
     """No kernel adds to a number of another program; the second run has the same bits."""
     check(p, torch.float32)
     assert "forward_rows" in launched and "forward_both" not in launched
@@ -119,7 +118,7 @@ def on_tensor_cores(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True], ids=["tiles", "blocks"])
 @pytest.mark.parametrize("p", [of("queue", m=50, n_keys=2000, d=64), of("cone", d=1024)], ids=["columns", "depth"])
-def test_long_sums_keep_their_last_bits(p: Problem, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_keep_their_last_bits(p: Call, blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor cores round every sum towards zero, here too: 375 times in a row that is twice the budget of a gradient, and along 1,024
     columns of rows that are alike twice that of a logit."""
     monkeypatch.setattr(tiles, "PROGRAMS", 1)
@@ -140,7 +139,7 @@ def test_tiles_of_a_block_are_taken_in_groups(family: str, monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_tiles(p: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles that a GPU runs, where a problem is smaller than one of them, and where it ends in the middle of the second."""
     monkeypatch.setattr(host, "multiprocessors", lambda device: 1)
     check(p, torch.bfloat16)
@@ -151,7 +150,7 @@ def test_shipped_tiles(p: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [p for p in PROBLEMS if p.m > 9 and "low" not in p.why and "cone" not in p.why], ids=str)
-def test_metrics(p: Problem, family: str) -> None:
+def test_metrics(p: Call, family: str) -> None:
     """Rank, ties, hardest negative and best positive equal a dense sort of the float64 logits, up to their rounding."""
     q, k, scale, bias = p.tensors(torch.float32)
     with Checked(arguments=True) as checked:
@@ -188,12 +187,12 @@ def checked() -> Checked:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_nothing_beside_a_view_is_read(p: Problem, family: str) -> None:
+def test_nothing_beside_a_view_is_read(p: Call, family: str) -> None:
     # Sums of the unshifted kernel are added in the order in which its programs run, and here they run one after the other.
     gpu_promises.nothing_beside_a_view_is_read(p, torch.bfloat16, "triton", checked)
 
 
-def check_kept_output(p: Problem, dtypes: tuple[torch.dtype, ...], launched: list[str]) -> None:
+def check_kept_output(p: Call, dtypes: tuple[torch.dtype, ...], launched: list[str]) -> None:
     """MoCo: backward has nothing to do over the tiles, and gives the gradients that keys with a gradient give."""
     upstream = torch.randn(p.m, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
     for dtype in dtypes:
@@ -247,7 +246,7 @@ def test_only_what_is_asked_for_gets_a_gradient(two_sided: bool, subsets: tuple[
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @pytest.mark.parametrize("p", [QUEUE, of("simclr:"), of("clip captions:")], ids=str)
-def test_a_gradient_that_is_added_to_is_not_rounded(p: Problem, family: str) -> None:
+def test_a_gradient_that_is_added_to_is_not_rounded(p: Call, family: str) -> None:
     with Checked(arguments=True) as checked:
         test_wide.a_gradient_that_is_added_to_is_not_rounded(p, torch.bfloat16, "triton")
     assert not checked.races
@@ -335,11 +334,11 @@ class Watched(TorchDispatchMode):
         self.live -= size
 
 
-def asked(n: int, d: int, **how: Any) -> Asked:
+def asked(n: int, d: int, **how: Any) -> Problem:
     q, k = torch.randn(2, n, d, generator=torch.Generator().manual_seed(0)).bfloat16()
     pairs = how.pop("pairs", Pairs(offset=0))
     symmetric = how.pop("symmetric", False)
-    return Asked(q, None if symmetric else k, torch.tensor(10.0), None, pairs, how.pop("two_sided", False), True, **how)
+    return Problem(q, None if symmetric else k, torch.tensor(10.0), None, pairs, how.pop("two_sided", False), True, **how)
 
 
 ASKED = {

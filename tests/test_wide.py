@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from named import ON_CPU
-from problems import PROBLEMS
-from problems import Problem as Case
+from problems import PROBLEMS, Call
 from torch import Tensor
 
 import fastnce
@@ -95,7 +94,7 @@ SOME = ("queue", "clip captions, aligned", "simclr:", "mask and ids", "not norma
 CASES = [p for p in PROBLEMS if p.why.startswith(SOME)]
 
 
-def a_gradient_that_is_added_to_is_not_rounded(p: Case, dtype: torch.dtype, backend: str) -> None:
+def a_gradient_that_is_added_to_is_not_rounded(p: Call, dtype: torch.dtype, backend: str) -> None:
     """Gradients of stand-ins are float32, hold more than half precision, and once rounded are those without stand-ins."""
     q, k, scale, bias = p.tensors(dtype)
     rules = p.rules()
@@ -120,12 +119,12 @@ def a_gradient_that_is_added_to_is_not_rounded(p: Case, dtype: torch.dtype, back
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("p", CASES, ids=str)
-def test_a_gradient_that_is_added_to_is_not_rounded(p: Case, backend: str, dtype: torch.dtype) -> None:
+def test_a_gradient_that_is_added_to_is_not_rounded(p: Call, backend: str, dtype: torch.dtype) -> None:
     a_gradient_that_is_added_to_is_not_rounded(p, dtype, backend)
 
 
 @pytest.mark.parametrize("p", CASES[:2], ids=str)
-def test_the_same_in_tiles_of_torch(p: Case, small_tiles: int) -> None:
+def test_the_same_in_tiles_of_torch(p: Call, small_tiles: int) -> None:
     a_gradient_that_is_added_to_is_not_rounded(p, torch.bfloat16, "torch")
 
 
