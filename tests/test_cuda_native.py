@@ -57,6 +57,7 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> str:
     return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator"), DRIVER)
 
 
+@pytest.mark.slow
 def test_index_arithmetic(tmp_path: Path, emulator: str) -> None:
     """Millions of checks: each is one swizzled unit, one element of a fragment, one tile in an order."""
     status, output = said(linked([compiled(EMULATOR / "index.cpp", tmp_path, DRIVER), emulator], tmp_path, SANITIZERS))

@@ -65,6 +65,7 @@ def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.Monke
     agrees(loss, measure.step(dense.CHUNKED[loss], leaves), leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled() -> None:
     leaves = dense.leaves("nt_xent", 66, 24)

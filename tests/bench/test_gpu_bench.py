@@ -299,6 +299,7 @@ def test_outcomes_of_a_log() -> None:
     assert gpu_tests.failures(alone) == ["tests/test_gpu.py::test_b - assert 1"]
 
 
+@pytest.mark.slow
 def test_the_groups_are_all_tests() -> None:
     """Every test on a GPU is in exactly one group: pytest -k looks for words in names."""
     listed = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", gpu_tests.TESTS]
