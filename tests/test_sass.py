@@ -174,7 +174,7 @@ def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_every_recorded_kernel_uses_tensor_cores_and_overlaps_where_it_can() -> None:
     """The record that .ci/run compares with a library. No GPU has 256 registers for a thread."""
     rows = json.loads((ROOT / "tests" / "sass.json").read_text())["kernels"]
-    assert len({(row["kernel"], row["form"]) for row in rows}) == len(rows) > 80
+    assert len({(row["kernel"], row["form"]) for row in rows}) == len(rows) >= 90
     for row in rows:
         regs = [row[arch] for arch in build.ARCHS if not arch.startswith("compute_") and row[arch] is not None]
         assert regs and all(0 < n < 256 for n in regs), row

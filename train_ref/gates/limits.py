@@ -7,13 +7,17 @@ contract more room, each with its reason there:
     gradient    storing; low, below a temperature of 0.02; single
     d/dscale    cancelling = (16 + 2 scale) u sum |g (1 - exp -L_i)|; single
 
+Two lines bound the mean loss and float32's gradients besides, however large m is: 5e-6 L or 1e-6 nats, and 2e-5 + 1e-7 sqrt(N) of N rows,
+both times 0.02 / temperature below a temperature of 0.02. Identical rows are without the first.
+
 m, the error of dense torch in the same dtype on the same stored inputs, is a draw. Where one row carries nearly all of a gradient, as at
 low temperatures, it is the rounding of that row's few logits, and small by luck in one order: with one order, 9 of 240 draws of MoCo's
 calls failed a sound backend. So m is the largest of ORDERS orders of rows and coordinates. All gradients of a call carry the same weights,
 so that m is the largest over them too, relative to each.
 
 terms = 2 scale |g (1 - exp -L_i)| bounds what cancels in a gradient (twice that where every row is query and key). Where less than u terms
-is left, as of identical rows and of one dimension, the limit is 16 u terms and the storing. float64 itself knows 1e-13 of all terms.
+is left, as of identical rows and of one dimension, the limit is 16 u terms and the storing. Where less than `cancelling` is left of
+d/dscale, the limit is that. float64 itself knows 1e-13 of all terms.
 """
 
 from __future__ import annotations
@@ -68,6 +72,8 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     few = scale / len(exact.rows) if case.pairs > 1 else 0.0  # of one pair the loss is 0
     alike = scale if case.kind == "identical" and case.pairs > 1 else 0.0
     mean = contract.mean_loss(torch.float32, single, exact.mean, few=few, alike=alike)
+    if not alike:
+        mean = min(mean, max(5e-6 * exact.mean, 1e-6) * low)
     rows = contract.row(torch.float32, max(largest(single.rows - exact.rows) for single in singles), scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
@@ -86,9 +92,11 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
 
     # Each weight carries the rounding of an lse of size scale, each cosine a few of its own.
     rounding = (16 + 2 * scale) * U * mass.abs().sum().item() + 1e-13 * scale * given.abs().sum().item()
-    by_scale_size = abs(exact.by_scale) if abs(exact.by_scale) > rounding else 1.0
-    error = max(abs(single.by_scale - exact.by_scale) for single in singles) / by_scale_size
-    by_scale = contract.scalar(dtype, error, cancelling=rounding / by_scale_size, single=error)
+    error = max(abs(single.by_scale - exact.by_scale) for single in singles)
+    if (by_scale_size := abs(exact.by_scale)) > rounding:
+        by_scale = contract.scalar(dtype, error / by_scale_size, cancelling=rounding / by_scale_size, single=error / by_scale_size)
+    else:  # nothing is left of terms that cancel but their rounding
+        by_scale, by_scale_size = rounding + (2 * error if dtype == torch.float32 else 1e-3 * by_scale_size), 1.0
     return Expected(exact, loss_scale, mean, rows, gradients, sizes, by_scale, by_scale_size)
 
 
@@ -143,7 +151,10 @@ def gradient_limit(
         return 16 * U * terms + unknown + storing
     # Sums in other tiles are as good: not dense half precision's own error, but twice that, as in float32.
     of_size = contract.gradient(side.dtype, single / size, 2 * error / size, storing=storing / size, low=low, single=single / size)
-    return of_size * size + unknown
+    limit = of_size * size
+    if side.dtype == torch.float32:
+        limit = min(limit, (2e-5 * size + 1e-7 * math.sqrt(len(true))) * low)
+    return limit + unknown
 
 
 def largest(values: Tensor) -> float:
