@@ -7,7 +7,7 @@ contract more room, each with its reason there:
     gradient    storing; low, below a temperature of 0.02; single
     d/dscale    cancelling = (16 + 2 scale) u sum |g (1 - exp -L_i)|; single
 
-Two lines bound the mean loss and float32's gradients besides, however large m is: 5e-6 L or 1e-6 nats, and 2e-5 + 1e-7 sqrt(N) of N rows,
+Two lines bound the mean loss and float32's gradients besides, however large m is: 5e-6 |L| or 1e-6 nats, and 2e-5 + 1e-7 sqrt(N) of N rows,
 both times 0.02 / temperature below a temperature of 0.02. Identical rows are without the first.
 
 m, the error of dense torch in the same dtype on the same stored inputs, is a draw. Where one row carries nearly all of a gradient, as at
@@ -73,7 +73,7 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     alike = scale if case.kind == "identical" and case.pairs > 1 else 0.0
     mean = contract.mean_loss(torch.float32, single, exact.mean, few=few, alike=alike)
     if not alike:
-        mean = min(mean, max(5e-6 * exact.mean, 1e-6) * low)
+        mean = min(mean, max(5e-6 * abs(exact.mean), 1e-6) * low)
     rows = contract.row(torch.float32, max(largest(single.rows - exact.rows) for single in singles), scale)
 
     # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
