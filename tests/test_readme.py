@@ -106,7 +106,7 @@ def test_the_test_command_is_what_ci_runs() -> None:
     tests = command("-m pytest")[-1].removeprefix(".venv/bin/")
     assert tests.startswith("python -m pytest -q")
     ci = ROOT / ".ci" / "run"
-    assert [line for line in ci.read_text().splitlines() if "-m pytest" in line] == [f"step {tests}", f"step {tests} -m slow"]
+    assert [line for line in ci.read_text().splitlines() if "-m pytest" in line] == [f"step {tests}"]
     assert ci.stat().st_mode & 0o111
 
 
