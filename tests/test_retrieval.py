@@ -11,14 +11,14 @@ import pytest
 import test_bad_input as bad
 import torch
 import torch.nn.functional as F
-from named import ON_CPU
+from named import ON_CPU, each, widest
 from test_memory import Largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import RetrievalStats, autograd, hardest, retrieval
-from fastnce.backends import torch_tiles
+from fastnce.backends import BACKENDS, torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -159,12 +159,14 @@ def test_rank_from_the_best_positive_of_all_keys(batch: tuple[int, int], backend
     assert found.hits[1][0]
 
 
-def test_no_queries() -> None:
+@pytest.mark.parametrize("backend", each(BACKENDS))
+def test_no_queries(backend: str) -> None:
+    a, b = A.to(widest(backend)), B.to(widest(backend))
     for count in (1, 3):
-        found = retrieval(A[:0], B, hardest=count, two_sided=True)
+        found = retrieval(a[:0], b, hardest=count, two_sided=True, backend=backend)
         assert found.rank.shape == found.hits[1].shape == (0,) and found.hardest.shape == (0, count) and found.mrr.isnan()
         assert found.columns is not None and found.columns.hardest.tolist() == [[-1] * count] * 16 and found.columns.mrr == 0
-        assert retrieval(A[:0], query_ids=LABELS[:0], hardest=count).hardest.shape == (0, count)
+        assert retrieval(a[:0], query_ids=LABELS[:0], hardest=count, backend=backend).hardest.shape == (0, count)
 
 
 def test_autocast_lowers_nothing() -> None:
@@ -412,11 +414,24 @@ def test_debug_mode_compares_the_ids_of_partners(queries: int, keys: int) -> Non
         retrieval(A[:queries], B[:keys], offset=0, query_ids=labels, key_ids=other)
 
 
-def test_values_that_make_no_sense_have_a_place() -> None:
-    """Zero rows have similarity 0 with everything; nan rows rank last, and are in no hits."""
-    q, k = A.clone(), B.clone()
+@pytest.mark.parametrize("backend", each(BACKENDS))
+def test_values_that_make_no_sense_have_a_place(backend: str) -> None:
+    """Zero rows have similarity 0 with everything; nan rows rank last, and are in no hits. Where a row has too few negatives, -1 stands."""
+    q, k = (rows.to(widest(backend), copy=True) for rows in (A, B))
     q[2], q[5], k[7] = 0.0, math.nan, math.nan
-    found = retrieval(q, k, ks=(1, 99), hardest=20)
+    found = retrieval(q, k, ks=(1, 99), hardest=20, backend=backend)
     assert found.rank[5] == 15 and found.rank[7] == 15 and found.hits[99].tolist() == [i not in (5, 7) for i in range(16)]
     assert found.hardest[5].tolist() == [-1] * 20 and found.hardest[2].tolist() == [j for j in range(16) if j not in (2, 7)] + [-1] * 6
     assert found.ties[2] == 14 and found.rank[2] == 1  # the nan is above
+
+
+@pytest.mark.parametrize("backend", each(BACKENDS))
+@pytest.mark.parametrize("count", [1, 3])
+def test_queries_without_a_positive_or_without_a_negative(count: int, backend: str) -> None:
+    """Such a query is no hit, whatever its rank; without a negative its hardest is -1."""
+    q, k = A.to(widest(backend)), B.to(widest(backend))
+    alone = torch.arange(16) % 4
+    found = retrieval(q, k, query_ids=torch.where(alone > 0, alone, -1), key_ids=alone, hardest=count, backend=backend)
+    assert not found.hits[10][alone == 0].any() and found.hits[10][alone > 0].any()
+    found = retrieval(q, k, query_ids=alone * 0, key_ids=alone * 0, hardest=count, backend=backend)
+    assert found.hits[1].all() and not found.rank.any() and (found.hardest.view(16, -1) == -1).all()

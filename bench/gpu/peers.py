@@ -209,6 +209,7 @@ def _siglip() -> Contestant:
 
 
 def _memeff() -> Contestant:
+    """Of raw rows, which it normalises itself."""
     loss = _member("memeff", "MemoryEfficientCLIPLoss")(temperature=1 / dense.LOGIT_SCALE, stable=False)
 
     def call(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
