@@ -8,7 +8,8 @@ contract more room, each with its reason there:
     d/dscale    cancelling = (16 + 2 scale) u sum |g (1 - exp -L_i)|; single
 
 Two lines bound the mean loss and float32's gradients besides, however large m is: 5e-6 |L| or 1e-6 nats, and 2e-5 + 1e-7 sqrt(N) of N rows,
-both times 0.02 / temperature below a temperature of 0.02. Identical rows are without the first.
+both times 0.02 / temperature below a temperature of 0.02. The first is not for identical rows, the second not for gradients of which dense
+torch itself is beyond it.
 
 m, the error of dense torch in the same dtype on the same stored inputs, is a draw. Where one row carries nearly all of a gradient, as at
 low temperatures, it is the rounding of that row's few logits, and small by luck in one order: with one order, 9 of 240 draws of MoCo's
@@ -17,7 +18,7 @@ so that m is the largest over them too, relative to each.
 
 terms = 2 scale |g (1 - exp -L_i)| bounds what cancels in a gradient (twice that where every row is query and key). Where less than u terms
 is left, as of identical rows and of one dimension, the limit is 16 u terms and the storing. Where less than `cancelling` is left of
-d/dscale, the limit is that. float64 itself knows 1e-13 of all terms.
+d/dscale, the limit is that and twice dense float32's error. float64 itself knows 1e-13 of all terms.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
     error = max(abs(single.by_scale - exact.by_scale) for single in singles)
     if (by_scale_size := abs(exact.by_scale)) > rounding:
         by_scale = contract.scalar(dtype, error / by_scale_size, cancelling=rounding / by_scale_size, single=error / by_scale_size)
-    else:  # nothing is left of terms that cancel but their rounding
-        by_scale, by_scale_size = rounding + (2 * error if dtype == torch.float32 else 1e-3 * by_scale_size), 1.0
+    else:  # nothing is left of terms that cancel but their rounding, and that of dense float32
+        by_scale, by_scale_size = rounding + 2 * error, 1.0
     return Expected(exact, loss_scale, mean, rows, gradients, sizes, by_scale, by_scale_size)
 
 
@@ -151,9 +152,9 @@ def gradient_limit(
         return 16 * U * terms + unknown + storing
     # Sums in other tiles are as good: not dense half precision's own error, but twice that, as in float32.
     of_size = contract.gradient(side.dtype, single / size, 2 * error / size, storing=storing / size, low=low, single=single / size)
-    limit = of_size * size
-    if side.dtype == torch.float32:
-        limit = min(limit, (2e-5 * size + 1e-7 * math.sqrt(len(true))) * low)
+    limit, fixed = of_size * size, (2e-5 * size + 1e-7 * math.sqrt(len(true))) * low
+    if side.dtype == torch.float32 and single <= fixed:  # dense torch itself may be beyond that line
+        limit = min(limit, fixed)
     return limit + unknown
 
 
