@@ -142,7 +142,7 @@ def supcontrast_form(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def open_clip_form(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """What open_clip's ClipLoss computes on one device: both logit matrices, image by text and text by image."""
+    """The same as open_clip's ClipLoss on one device: both logit matrices, image by text and text by image."""
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     labels = indices(image)
     per_image = logit_scale * image @ text.T
