@@ -117,6 +117,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             setattr(options, name, value)
     if options.losses == ["all"]:
         options.losses = list(dense.LOSSES)
+    options.losses = dense.spelled_as(dense.LOSSES, options.losses)
     options.measure = [name for name in MEASURES if name in options.measure]
     peak = Path("/proc/self/clear_refs").exists() or options.device == "cuda"
     for option, known in (

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bench import record
+from bench.dense import spelled_as
 from bench.inputs import REGIMES, Extended, example
 from fastnce import files
 from train_ref.truth import LOSSES, Loss, contract
@@ -327,7 +328,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=record.OUT, help=f"bench/results records it; default: {record.OUT}")
     options = parser.parse_args(arguments)
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    losses, dtypes = options.losses.split(","), options.dtypes.split(",")
+    losses, dtypes = spelled_as(LOSSES, options.losses.split(",")), options.dtypes.split(",")
+    options.losses = ",".join(losses)
     if not set(losses) <= set(LOSSES) or not set(dtypes) <= known.keys() or options.n < 4 or options.n % 2:
         parser.error(f"--losses are of {', '.join(LOSSES)}; --dtypes of {', '.join(known)}; --n is even and at least 4")
     dimensions, temperatures = (DIMENSIONS[::3], TEMPERATURES[::4]) if options.quick else (DIMENSIONS, TEMPERATURES)

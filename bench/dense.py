@@ -17,7 +17,7 @@ learns: not of moco's k and queue, which come from a network that does not learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,12 @@ LOSSES = tuple(TABLE)
 QUERIES = 16  # moco: keys in the queue per query
 EXAMPLES = 16  # sup_con: rows of each label
 CHUNK = 512  # rows of the chunked forms: at N = 131,072 their logits are 256 MiB in float32
+
+
+def spelled_as(known: Collection[str], losses: Iterable[str]) -> list[str]:
+    """Losses by their names in `known`: clip for clip_loss, or the other way round. Unknown names stay as they are."""
+    names = {spelling: short if short in known else loss.name for short, loss in TABLE.items() for spelling in (short, loss.name)}
+    return list(dict.fromkeys(names.get(loss, loss) for loss in losses))
 
 
 def leaves(
@@ -142,7 +148,7 @@ def supcontrast_form(z: Tensor, labels: Tensor) -> Tensor:
 
 
 def open_clip_form(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """What open_clip's ClipLoss computes on one device: both logit matrices, image by text and text by image."""
+    """The same as open_clip's ClipLoss on one device: both logit matrices, image by text and text by image."""
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     labels = indices(image)
     per_image = logit_scale * image @ text.T

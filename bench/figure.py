@@ -91,7 +91,7 @@ def digest(chart: Chart) -> str:
 
 
 def stamp(chart: Chart) -> str:
-    """What a picture says about itself: its digest and, where matplotlib is installed, what else decides about its bytes."""
+    """A picture's words about itself: its digest and, where matplotlib is installed, all else that decides about its bytes."""
     try:
         import matplotlib
         import PIL

@@ -1,4 +1,4 @@
-"""What accuracy.py compares: rows of four kinds for every loss, and their logits with more digits than float64 has."""
+"""The inputs of accuracy.py: rows of four kinds for every loss, and their logits with more digits than float64 has."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Extended:
         return self.kept[side][block]
 
     def logits(self, scale: Any, side: int, block: slice, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """What exact.Logits says."""
+        """As in exact.Logits."""
         cosines, mask = self.cosines(side, block), positive.numpy()
         t = scale * (cosines - (cosines * mask).sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1))
         near = t.astype(np.float64)

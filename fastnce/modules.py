@@ -74,7 +74,18 @@ class InfoNCE(Loss):
         exclude_query_ids: Tensor | None = None,
         exclude_key_ids: Tensor | None = None,
     ) -> Tensor:
-        """info_nce of these features, with the options of this module; its arguments, shapes and errors are described there."""
+        """info_nce of these features, with the options of this module. The ways of giving negatives and ids are described there.
+
+        Args:
+            query, positive_key: (M, D) and (N, D), N >= M: row i is the positive of query i.
+            negative_keys: (K, D) shared, (M, K, D) paired, or ragged, a tuple (values (T, D), offsets (M + 1,)). Default: none.
+            weight: (M,) floating-point weights of the queries. Default: all equal.
+            query_ids, key_ids: integers, (M,) and one for each key met. Equal ids make a positive.
+            exclude_query_ids, exclude_key_ids: integers, (M,) and one for each key met. Equal ids leave a pair out.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", (M,).
+        """
         return losses.info_nce(
             query,
             positive_key,
@@ -119,16 +130,18 @@ class NTXentLoss(Loss):
         normalize: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            reduction=reduction,
-            scale=scale,
-            normalize=normalize,
-            backend=backend,
-        )
+        super().__init__(temperature=temperature, reduction=reduction, scale=scale, normalize=normalize, backend=backend)
 
     def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """nt_xent of two views (B, D), or of one tensor (2B, D), with the options of this module; it is described there."""
+        """nt_xent of two views, with the options of this module.
+
+        Args:
+            z0, z1: (B, D) two views, row i of one the positive of row i of the other; or z0 alone, (2B, D), one after the other.
+            weight: floating-point weights, (2B,) one per row or (B,) one per example. Default: all equal.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", (2B,), rows of z0 first.
+        """
         return losses.nt_xent(z0, z1, weight=weight, **self._given())
 
 
@@ -166,7 +179,15 @@ class DCLLoss(Loss):
         super().__init__(temperature=temperature, reduction=reduction, scale=scale, normalize=normalize, backend=backend)
 
     def forward(self, z0: Tensor, z1: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """dcl_loss of two views (B, D), or of one tensor (2B, D), with the options of this module; it is described there."""
+        """dcl_loss of two views, with the options of this module.
+
+        Args:
+            z0, z1: (B, D) two views, row i of one the positive of row i of the other; or z0 alone, (2B, D), one after the other.
+            weight: floating-point weights, (2B,) one per row or (B,) one per example. Default: all equal.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", (2B,), rows of z0 first.
+        """
         return losses.dcl_loss(z0, z1, weight=weight, **self._given())
 
 
@@ -218,7 +239,16 @@ class SupConLoss(Loss):
         )
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """sup_con of features (B, V, D) or (N, D), with the options of this module; its arguments and errors are described there."""
+        """sup_con of these features, with the options of this module.
+
+        Args:
+            features: (B, V, D), V views of B examples, or (N, D), one view of each.
+            labels, mask: integers, one per example, equal ones positives; or bool (B, B) or (N, N), mask[i, j]: j is a positive of i.
+            weight: floating-point weights, one per anchor or (B,) one per example. Default: all equal.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", one value per anchor.
+        """
         return losses.sup_con(features, labels, mask, weight=weight, **self._given())
 
 
@@ -278,10 +308,19 @@ class ClipLoss(Loss):
         aligned: bool | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """clip_loss of these features, with the options of this module; its arguments, shapes and errors are described there.
+        """clip_loss of these features, with the options of this module.
 
-        logit_scale given here (as open_clip calls it) is used as it is, in place of the module's. The module's own parameter then has a
-        gradient of 0, so that DistributedDataParallel finds every parameter used; weight decay alone would move it.
+        Args:
+            image, text: (N, D) features, row i with row i unless aligned=False; (M, D) and (N, D) where ids say which rows belong together.
+            logit_scale: in place of the module's, whose gradient is then 0: DistributedDataParallel finds it used, weight decay moves it.
+            logit_bias: a float or a one-element tensor, added to every logit. Default: none.
+            image_ids, text_ids: integers (M,), (N,). Equal ids make a positive.
+            exclude_image_ids, exclude_text_ids: integers (M,), (N,). Equal ids leave a pair out.
+            aligned: whether row i belongs to row i. Default: where there are as many images as texts.
+            weight: (N,) floating-point weights of the pairs. Default: all equal.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", (N,).
         """
         own = self.scale
         loss = losses.clip_loss(
@@ -314,8 +353,7 @@ class MoCoLoss(Loss):
         reduction, normalize, backend: as in moco_loss.
 
     Raises:
-        TypeError, ValueError: an option that moco_loss does not take, when the module is made; temperature and scale at once; a
-            queue_size or dim that is no positive integer.
+        TypeError, ValueError: an option that moco_loss does not take; temperature and scale at once; queue_size or dim below 1.
 
     Example:
         >>> loss = fastnce.MoCoLoss(2, 4, temperature=1.0)
@@ -354,19 +392,21 @@ class MoCoLoss(Loss):
         normalize: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            reduction=reduction,
-            scale=scale,
-            normalize=normalize,
-            backend=backend,
-        )
+        super().__init__(temperature=temperature, reduction=reduction, scale=scale, normalize=normalize, backend=backend)
         arguments.count("MoCoLoss", "queue_size", queue_size)
         arguments.count("MoCoLoss", "dim", dim)
         self.queue = NegativeQueue(queue_size, dim)
 
     def forward(self, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
-        """moco_loss of q (N, D) and its keys k (N, D), detached, against the queue; after that, in training mode, k enters the queue."""
+        """moco_loss against the queue, with the options of this module; after that, in training mode, the keys enter the queue.
+
+        Args:
+            q, k: (N, D) queries, and keys of the momentum encoder: row i is the positive of query i. The keys get no gradient.
+            weight: (N,) floating-point weights of the queries. Default: all equal.
+
+        Returns:
+            A 0-dim float32 tensor (float64 for float64 features) in nats; with reduction="none", (N,).
+        """
         if isinstance(k, Tensor):
             k = k.detach()
         # Inside backward this is the second run of a checkpointed call.

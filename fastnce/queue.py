@@ -60,16 +60,27 @@ class NegativeQueue(nn.Module):
         self.pointer.zero_()
 
     def places(self, n: int) -> Tensor:
-        """The rows that the next n keys go to, (n,) int64; of more than `size` keys, the rows of the last `size`."""
+        """The rows that the next keys go to.
+
+        Args:
+            n: how many keys; of more than `size`, only the last `size` have rows.
+
+        Returns:
+            Rows of `keys`, int64, (min(n, size),), in the order of the keys.
+        """
         size = self.keys.shape[0]
         kept = min(n, size)
         return (self.pointer + (n - kept) + torch.arange(kept, device=self.keys.device)) % size
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Replace the oldest keys by these, (B, dim), cast to the queue's dtype; of more than `size`, the last ones stay.
+        """Replace the oldest keys by these. The host does not wait for the device.
 
-        The host does not wait for the device. Raises TypeError, ValueError, RuntimeError: no features, another width, another device.
+        Args:
+            keys: (B, dim), cast to the queue's dtype; of more than `size`, the last ones stay.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: no features, another width, another device.
         """
         arguments.features("NegativeQueue.enqueue", keys=keys)
         n, (size, dim) = keys.shape[0], self.keys.shape

@@ -1,6 +1,6 @@
 """Every Triton kernel compiled ahead of time, exactly as it is launched, and what the hardware gets. Needs no GPU.
 
-    python tests/aot.py                                        # what the backend launches; exit 1 where a verdict is not ok
+    python tests/aot.py                                        # the backend's launches; exit 1 where a verdict is not ok
     python tests/aot.py --arch sm_90,sm_100 --json FILE        # some architectures; keep the numbers
     python tests/aot.py --markdown A.json B.json               # recorded runs of two versions of Triton side by side
     python tests/aot.py --check A.json B.json                  # exit 1 unless they are of the same launches and every verdict is ok
@@ -104,7 +104,7 @@ class Launch(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What one launch compiles to.
+    """The machine code of one launch.
 
     regs, stack, spills   registers per thread, bytes of stack, instructions that load from or store to it
     smem, blocks          bytes of shared memory per block, resident blocks per SM
@@ -144,7 +144,7 @@ def target(arch: str) -> GPUTarget:
 
 
 def record(run: Callable[[], None], arch: str) -> list[Launch]:
-    """The different launches that run() makes, in the order in which they come first. None is run: what they would write stays as it is.
+    """The different launches that run() makes, in the order in which they come first. None is run: their outputs stay as they are.
 
     The place of Triton's launcher is taken, so that whatever stands between a kernel and its caller is seen through. Tensors may be on
     the CPU: their allocations, like a GPU's, start at multiples of 16 bytes.
@@ -324,7 +324,7 @@ def check(launches: list[Launch]) -> list[Found]:
 
 
 def variants(launches: list[Launch]) -> list[str]:
-    """What distinguishes every launch from the others of its kernel: flags by name, numbers, types of tensors, tensors that may be None."""
+    """The differences between the launches of each kernel: flags by name, numbers, types of tensors, tensors that may be None."""
     described = []
     for launch in launches:
         parts = dict(launch.signature)
@@ -432,7 +432,7 @@ def read(files: list[Path]) -> dict[str, list[Found]]:
 
 
 def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]:
-    """What a recorded run says otherwise than these sources: first its digest, then names, then the numbers of a sample."""
+    """The differences between a recorded run and these sources: first its digest, then names, then the numbers of a sample."""
     run = json.loads(recorded.read_text())
     again = f"record it again: python tests/aot.py --json {recorded}"
     if run["sources"] != sources() or run["triton"] != triton.__version__:

@@ -1,4 +1,4 @@
-"""What nvcc made of csrc/cuda: registers, spills and instructions of every kernel of a built library. Needs no GPU.
+"""The machine code that nvcc made of csrc/cuda: registers, spills and instructions of every kernel of a built library. Needs no GPU.
 
     python -m fastnce build-cuda
     python tests/sass.py                          # the library of these sources; exit 1 where a verdict is not ok
@@ -47,13 +47,13 @@ WGMMA = "wgmma_"
 COUNTED = {name: (name,) for name in ("HMMA", "HGMMA", "MUFU", "LDSM", "UTMALDG", "LDL", "STL")} | {"ATOM": ("RED.", "REDG", "ATOM")}
 # The loops wait once per tile: forward kernels for each of two, backward kernels for each of two products.
 WAITS = 2
-# Of a plain tile's exponentials, the part that has to stand between its neighbour's products and the wait for them. What is left to ptxas
-# ends up behind the wait, or not, with any change of the code around it.
+# Of a plain tile's exponentials, the part that has to stand between its neighbour's products and the wait for them. The rest, left to
+# ptxas, ends up behind the wait, or not, with any change of the code around it.
 OVERLAP = 2 / 3
 
 
 class Found(NamedTuple):
-    """What became of one kernel on one architecture.
+    """The machine code of one kernel on one architecture.
 
     kernel, form     wgmma_forward_both, "D=128 index"
     regs             per thread
@@ -207,7 +207,7 @@ def percent(part: float | None) -> str:
 
 
 def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
-    """What is recorded: a row per kernel and form."""
+    """The rows that are recorded: one per kernel and form."""
     archs = [arch for arch in build.ARCHS if not arch.startswith("compute_")]
     found = []
     for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):

@@ -148,7 +148,7 @@ def test_how_often_views_are_mirrored_changed_and_without_colour() -> None:
     coloured = views[~colourless]
     mirrored = coloured[:, 0, 4, 0] - coloured[:, 1, 4, 0] < coloured[:, 0, 4, 7] - coloured[:, 1, 4, 7]
     assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.045)
-    corner = torch.where(mirrored[:, None], coloured[:, :, 4, 7], coloured[:, :, 4, 0])  # what was left
+    corner = torch.where(mirrored[:, None], coloured[:, :, 4, 7], coloured[:, :, 4, 0])  # the corner that was the left one
     changed = (corner - torch.tensor(left)).abs().amax(1) > 1e-3
     assert changed.float().mean().item() == pytest.approx(0.8, abs=0.04)
     moved = [(colorsys.rgb_to_hsv(*colour)[0] - colorsys.rgb_to_hsv(*left)[0] + 0.5) % 1 - 0.5 for colour in corner.tolist()]

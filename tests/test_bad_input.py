@@ -81,7 +81,7 @@ class Entry(NamedTuple):
         return 12 if self.features == ("z0", "z1") or self.arguments()[self.features[0]].dim() == 3 else 6
 
     def called(self, argument: str) -> str:
-        """What messages call it: the two of a ragged tuple as the caller writes them."""
+        """Its name in messages: the two of a ragged tuple as the caller writes them."""
         return {"values": "negative_keys[0]", "offsets": "negative_keys[1]"}.get(argument, argument)
 
     def __call__(self, **changes: Any) -> Any:
@@ -152,7 +152,7 @@ def kind(mode: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def debug_mode_off() -> Iterator[None]:
-    """Whatever FASTNCE_DEBUG says."""
+    """With any FASTNCE_DEBUG."""
     with fastnce.debug(False):
         yield
 
@@ -873,7 +873,7 @@ def test_derivatives_that_are_refused(name: str, backend: str) -> None:
 
 @contextlib.contextmanager
 def refusal(words: str) -> Iterator[None]:
-    """What is inside may raise, but only so."""
+    """Code inside may raise, but only so."""
     try:
         yield
     except RuntimeError as error:

@@ -146,7 +146,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, out
 
 
 def test_a_gpu_is_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
-    """What "auto" takes there, why, how to have the kernels, and the command that checks them. Fake tensors stand for a GPU's."""
+    """The choice of "auto" there, its reason, how to have the kernels, and the command that checks them. Fake tensors stand for a GPU's."""
     backends._say_once.cache_clear()
     with FakeTensorMode():
         q, k = torch.ones(2, 8, 4, device="cuda")

@@ -29,7 +29,7 @@ from train_ref.truth import contract
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 # mma.sync and wgmma, with whole rows in shared memory, and rows that fit into none: of those there is one family.
 FAMILIES = ("mma", "wgmma", "long")
-# What the wgmma kernels serve: float16 operands of one part.
+# The wgmma kernels serve float16 operands of one part.
 WGMMA_KERNELS = {"forward_rows", "forward_both", "backward_rows"}
 
 

@@ -12,7 +12,7 @@ from fastnce.backends._gpu.host import NONE
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-# What each operator writes.
+# The outputs of each operator.
 WRITES = {
     "tile": set(),
     "runs_on": set(),

@@ -1,4 +1,4 @@
-"""What the CUDA backend says and does without its library; the kernels are tested where it is built for the CPU."""
+"""The messages and actions of the CUDA backend without its library; the kernels are tested where it is built for the CPU."""
 
 from __future__ import annotations
 

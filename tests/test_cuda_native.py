@@ -149,7 +149,7 @@ FAULTS = (
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What is the same for all faults: emulator, tile sizes, and the problems."""
+    """The parts that are the same for all faults: emulator, tile sizes, and the problems."""
     into = tmp_path_factory.mktemp("driver")
     sources = [EMULATOR / "emulator.cpp", find.sources("cuda") / "tiles.cu", EMULATOR / "kernels.cpp"]
     with ThreadPoolExecutor(2) as pool:

@@ -123,7 +123,7 @@ def test_finish(how: str, columns: int, dtype: torch.dtype) -> None:
     g = 3 * (dx[:, :8, :columns].double().sum(0) / 2**20 + partner @ y.double())
     hat = x.double() * r_x[:, None]
     exact = r_x[:, None] * (g - hat * (hat * g).sum(1, keepdim=True)) if normalize else g
-    # What cancels, all of it in one column, is judged by what it is the rest of.
+    # In one column all terms cancel: the rest is judged by the size of the terms.
     size = (r_x[:, None] * g).norm() if normalize else g.norm()
     assert (out.double() - exact).norm() <= contract.gradient(dtype, 0.0) * size
 

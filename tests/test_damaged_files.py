@@ -85,7 +85,7 @@ def test_a_damaged_file_is_read_or_named(name: str, tmp_path: Path) -> None:
         found = outcome(read, path)
         assert found in ("read", "refused")
         refused += found == "refused"
-    # All that were cut off, but for the last zeros of an archive. What nobody reads may change.
+    # All that were cut off, but for the last zeros of an archive. Bytes that are never read may change.
     assert refused >= 50
 
 

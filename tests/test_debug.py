@@ -26,7 +26,7 @@ TOGETHER = IDS[:, None] == IDS
 
 @pytest.fixture(autouse=True)
 def debug_mode_off() -> Iterator[None]:
-    """Whatever FASTNCE_DEBUG says."""
+    """With any FASTNCE_DEBUG."""
     with fastnce.debug(False):
         yield
 

@@ -1,4 +1,4 @@
-"""What is written is there whole or not at all, and a disk without room is one line that names the file."""
+"""A written file is there whole or not at all, and a disk without room is one line that names the file."""
 
 from __future__ import annotations
 

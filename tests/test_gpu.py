@@ -56,7 +56,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     with gpu_kernels.chosen(kernels):
         yield kernels
     if gpu_measure.lost():
-        # Whatever runs next in this process would fail too. pytest-xdist starts another one.
+        # The next test in this process would fail too. pytest-xdist starts another one.
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)
         pytest.exit(f"{request.node.name} left a device that answers nothing")
@@ -458,7 +458,7 @@ def test_graph_replay(name: str, d: int, deterministic: bool, place: Place) -> N
 
 @contextlib.contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises."""
+    """Calls that make the host wait for the device raise."""
     if DRY:
         yield
         return

@@ -301,7 +301,7 @@ def test_where_no_library_can_be_nothing_fails(place: str, folder: Path, monkeyp
 
 
 def test_what_may_not_be_read(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may read all: what the system would say is said here."""
+    """Root may read all: the system's refusal is made here."""
 
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

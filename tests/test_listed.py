@@ -197,7 +197,7 @@ def test_peak_memory(kind: str) -> None:
 
     q, negatives = random(1024, 256).bfloat16().requires_grad_(), random(1024, 64, 256, seed=1).bfloat16().requires_grad_()
     most, loss = WHOLE[kind]
-    loss(q, negatives)  # what is allocated once
+    loss(q, negatives)  # makes the allocations that come once
     gc.collect()
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")

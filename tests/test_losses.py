@@ -284,7 +284,7 @@ def test_clip_exclusion(given: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clip_of_images_that_are_copied_for_their_captions(backend: str) -> None:
-    """What image_ids cannot do: copies stay in the denominators, and exclude_image_ids takes them out. By hand, for a batch of two images
+    """A limit of image_ids: copies stay in the denominators, and exclude_image_ids takes them out. By hand, for a batch of two images
     of which one is there twice: its copies have similarity 1 with each other's captions, as their own."""
     image, s = torch.eye(2, dtype=torch.float64)[[0, 0, 1]], 2.0
     ids, e = torch.tensor([0, 0, 1]), torch.tensor(s, dtype=torch.float64).exp()

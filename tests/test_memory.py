@@ -79,7 +79,7 @@ def test_the_detector_sees_the_dense_backend() -> None:
 
 @pytest.mark.parametrize("p", TILED, ids=str)
 def test_no_value_is_read_back_on_a_device(p: Call, small_tiles: int) -> None:
-    """Meta tensors have no values: whatever reads one back, as .item() does, raises."""
+    """Meta tensors have no values: code that reads one back, as .item() does, raises."""
     with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
         torch.empty((), device="meta").item()
     solve(p, torch_tiles, "meta")

@@ -112,7 +112,7 @@ def test_anchors_without_a_positive_are_skipped_in_a_weighted_mean(variant: str,
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_ragged_values_of_no_query(in_batch: bool, bad: float, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first offset and after the last: no part in the loss or in a gradient, nan or not. Where reading offsets
-    is free they are refused; on a GPU nobody looks."""
+    is free they are refused; on a GPU they are not read."""
     monkeypatch.setattr(arguments, "free_to_read", lambda x: False)
     g = torch.Generator().manual_seed(0)
     q, k, values = (torch.randn(n, 24, generator=g) for n in (4, 4, 12))

@@ -383,7 +383,7 @@ def test_a_module_made_on_the_meta_device(name: str) -> None:
     assert all(t.is_meta for t in module.state_dict().values())
     module.to_empty(device="cpu")
     for t in (*module.parameters(), *module.buffers()):
-        t.data.fill_(77)  # whatever lay there
+        t.data.fill_(77)  # stands for the bytes that lay there
     torch.manual_seed(0)
     for part in module.modules():
         if hasattr(part, "reset_parameters"):

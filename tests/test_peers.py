@@ -1,6 +1,6 @@
 """fastnce against other projects' losses, called live (pytest -m peers); skipped where they are not installed.
 
-What to write instead of a peer's loss, peer = factor x fastnce:
+The fastnce call in place of a peer's loss, peer = factor x fastnce:
 
     info-nce-pytorch    info_nce(query, positive_key, negative_keys, ...)   1, the same arguments
     lightly             NTXentLoss(t)(a, b)                                 1, nt_xent(a, b, t)

@@ -125,7 +125,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_answer_is_above_the_fold() -> None:
-    """What it is, the line that changes, then what that gains: before anything is to be installed."""
+    """The two sentences, the line that changes, then its gain: before anything is to be installed."""
     lines = README.splitlines()
     assert lines.index("<!-- bench:begin (generated) -->") < 20
     assert README.index("fastnce.info_nce(") < README.index("<!-- bench:end -->") < README.index("pip install")

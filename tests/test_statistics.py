@@ -100,7 +100,7 @@ def check(p: Call, dtype: torch.dtype, backend: str) -> None:
         assert f.shape == e.shape
         own = contract.gradient if name in ("dq", "dk") else contract.scalar
         error, dense_error = (f.double() - e).norm().item(), (d.double() - e).norm().item()
-        # What is exactly 0 but computed from terms that cancel is judged by the size of those: the radial part of dq, which is all of it
+        # A result that is exactly 0 but the sum of terms that cancel is judged by their size: the radial part of dq, which is all of it
         # where D = 1, and the sums that dscale and dbias are.
         size = e.norm().item() or 1.0
         if name in ("dscale", "dbias"):

@@ -237,19 +237,21 @@ def entries(section: str) -> dict[str, str]:
     return {name: text for names, text in found for name in names.split(", ")}
 
 
-def lacks(thing: typing.Any) -> list[str]:
-    """The parts that a public docstring lacks."""
+def lacks(thing: typing.Any, method: bool = False) -> list[str]:
+    """The parts that a public docstring lacks. That of a method needs no errors and no example, and without arguments only its sentence."""
     text, is_class = thing.__doc__ or "", inspect.isclass(thing)
     parts, is_tuple = sections(text), is_class and issubclass(thing, tuple)
     wanted = ["Attributes"] if is_tuple else ["Args", "Raises", "Example"] if is_class else ["Args", "Returns", "Raises", "Example"]
+    names = set(thing._fields) if is_tuple else inspect.signature(thing).parameters.keys() - ({"self"} if method else set())
+    if method:
+        wanted = ["Args", "Returns"][: 1 + (thing.__annotations__["return"] != "None")] if names else []
     missing = [heading for heading in wanted if not parts.get(heading)]
     if not re.match(r"\S.{20,}\.(\n|$)", parts[""]):
         missing.append("a first sentence")
-    names = set(thing._fields) if is_tuple else inspect.signature(thing).parameters.keys()
-    described = entries(parts.get(wanted[0], ""))
+    described = entries(parts.get("Attributes" if is_tuple else "Args", ""))
     missing += [f"the argument {name}" for name in names if len(described.get(name, "").split()) < 3]
     missing += [f"{name}, which is no argument" for name in described.keys() - names]
-    if not is_tuple:
+    if not (is_tuple or method):
         if ">>> " not in parts.get("Example", ""):
             missing.append("an example that runs")
         if not any(name.endswith(("Error", "Exception")) for name in entries(parts.get("Raises", ""))):
@@ -259,9 +261,10 @@ def lacks(thing: typing.Any) -> list[str]:
 
 @pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
 def test_public_names_say_what_they_are(name: str) -> None:
-    """A sentence, every argument, the result, the errors and an example; and a docstring for every method."""
+    """A sentence, every argument, the result, the errors and an example; of a method a sentence, every argument and the result."""
     assert lacks(getattr(fastnce, name)) == []
-    assert not [n for n, f in public_methods(name) if n not in ("__init__", "extra_repr") and len((f.__doc__ or "").split()) < 5]
+    for method, function in public_methods(name):
+        assert method in ("__init__", "extra_repr") or lacks(function, method=True) == [], method
 
 
 def test_a_docstring_that_lacks_something_is_found() -> None:
@@ -298,6 +301,8 @@ def test_a_docstring_that_lacks_something_is_found() -> None:
     ):
         documented.__doc__ = whole.replace(part, "y: any" if part == "x: any" else "")
         assert lacks(documented) == lost, part
+        optional = ("Raises", "an exception by its name", "an example that runs")
+        assert lacks(documented, method=True) == [one for one in lost if one not in optional], part
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("debug", "merge")])

@@ -93,7 +93,7 @@ def test_float16(p: Call, family: str) -> None:
     check(p, torch.float16)
 
 
-# What the tiles and the walk differ in: all three shapes, positives by index and by content, both sides of the limit of the range.
+# The cases in which tiles or the walk differ: all three shapes, positives by index and by content, both sides of the limit of the range.
 KINDS = ("in-batch", "clip:", "clip captions:", "simclr:", "supcon:", "mask and", "low temperature:")
 SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
@@ -395,8 +395,8 @@ def test_every_tile_of_the_table_fits_the_padding(architecture: str) -> None:
 
 
 def test_gradients_of_keys_are_as_exact_as_those_of_queries_at_a_low_temperature(family: str) -> None:
-    """Both divide by sums of the very same logits. Whole numbers, so that every product is exact: what differs is how norms and scale are
-    multiplied to it, and in another order a logit of 200 is off by 1e-5."""
+    """Both divide by sums of the very same logits. Whole numbers, so that every product is exact: only norms and scale are multiplied
+    to it in two ways, and in another order a logit of 200 is off by 1e-5."""
     for seed in range(3):
         values = torch.randint(-3, 4, (2, 40, 24), generator=torch.Generator().manual_seed(seed)).double()
 

@@ -208,7 +208,7 @@ def example(loss: Loss, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def public_losses() -> set[str]:
-    """What fastnce offers of the modules of its losses."""
+    """The public names of fastnce that its modules of losses define."""
     modules = f"{fastnce.losses.__name__}."
     return {name for name in fastnce.__all__ if getattr(getattr(fastnce, name), "__module__", "").startswith(modules)}
 

@@ -54,7 +54,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, training: int, error: type[BaseExce
 
 
 def result(folder: Path) -> Any:
-    """What a run has found, without what it took."""
+    """The findings of a run, without its times."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -148,7 +148,7 @@ def test_ctrl_c(tmp_path: Path) -> None:
     """Once the second training has begun."""
     command = [sys.executable, "train_ref/train.py", "--method", "simclr", "--loss", "reference", "--seeds", "2", "--quick"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    # As from a terminal: what a shell starts in the background ignores Ctrl-C, and so would its children.
+    # As from a terminal: a process that a shell starts in the background ignores Ctrl-C, and so would its children.
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None

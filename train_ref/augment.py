@@ -149,7 +149,7 @@ def photo_views(images: Tensor, generator: torch.Generator, *, least_area: float
     Brightness, contrast, saturation and hue change 80 % of the views, in this order (torchvision draws the order).
     """
     images = as_float(images).repeat(2, 1, 1, 1)
-    # All numbers in one copy to the device, for which nobody waits: it leaves the CPU before the call returns.
+    # All numbers go to the device in one copy that the host does not wait for: they leave the CPU before the call returns.
     drawn = torch.rand(N_DRAWN, len(images), generator=generator, device=generator.device).to(images.device, non_blocking=True)
     area, ratio, x, y, flip, jittered, bright, contrasting, saturated, turned, colourless = drawn.unbind()
     box = random_box(least_area + (1 - least_area) * area, LOG_RATIO * (2 * ratio - 1), x, y)

@@ -152,7 +152,7 @@ def read_options(argv: Sequence[str] | None) -> Options:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         p.error(f"argument --out: cannot make the folder {out}: {error.strerror}")
-    # What decides the numbers: not where the report goes.
+    # The options that decide the numbers: not where the report goes.
     shown = {name: value for name, value in vars(given).items() if value and name not in ("out", "threads", "device")}
     arguments = [part for name, value in shown.items() for part in spelled(name, value)]
     return Options(subjects, left_out, gates, sizes, arguments, device, given.threads, out)
@@ -169,7 +169,7 @@ def read_backends(p: argparse.ArgumentParser, asked: list[str] | None, device: t
         from fastnce.backends import BACKENDS
     except ModuleNotFoundError as error:
         p.error(f"fastnce is needed ({error}); run 'pip install -e .' in the repository")
-    # What users get who name none comes last: on the CPU small problems have a way of their own there.
+    # "auto", the choice for users without a choice, comes last: on the CPU small problems have a way of their own there.
     every = [*BACKENDS, "auto"]
     names, left_out = [], [f"backend {name}: not asked for" for name in every if asked and name not in asked]
     for name in dict.fromkeys(asked or every):
@@ -193,7 +193,7 @@ def interpreted(subject: Subject) -> bool:
 
 
 class Workshop:
-    """What several verdicts need and is made once: recordings of the reference, trainings by seed."""
+    """Things that several verdicts need, made once: recordings of the reference, trainings by seed."""
 
     def __init__(self, data: ImageData, sizes: Sizes) -> None:
         self.data, self.sizes = data, sizes
@@ -235,7 +235,7 @@ def verdicts(options: Options, data: ImageData) -> Iterator[Verdict]:
     slow = Workshop(data, INTERPRETED)
     controls = [replace(control, device=options.device) for control in usual.trainings.controls]
     names = list(dict.fromkeys(subject.name for subject in options.subjects))
-    # Otherwise nobody is compared with the controls' trainings.
+    # Without such a subject the controls' trainings are compared with none.
     trained = any(subject.dtype in LIMITS and not interpreted(subject) for subject in options.subjects)
     for gate in options.gates:
         if gate == "formula":

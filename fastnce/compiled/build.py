@@ -79,7 +79,7 @@ def build(kind: str, into: Path | None = None, archs: Sequence[str] = ()) -> Pat
     archs   for "cuda": of ARCHS, all of them by default. Other architectures are another library
 
     Raises BuildError for an unknown architecture, without a compiler, nvcc, ninja or torch, where a source does not compile, where ptxas
-    says that it serialised products, and without a folder that the user, and nobody else, can write; FileNotFoundError without sources.
+    says that it serialised products, and without a folder that the user alone can write; FileNotFoundError without sources.
     """
     if not find.sources(kind).is_dir():
         raise FileNotFoundError(f"{find.sources(kind)} is missing: this installation has no sources of the {kind} library")

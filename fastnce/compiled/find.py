@@ -107,7 +107,7 @@ def not_built(kind: str) -> str:
 
 
 def fault(library: Path) -> str | None:
-    """What is wrong with a file of a library's name, as the end of a sentence about it.
+    """The fault of a file of a library's name, as the end of a sentence about it.
 
     None: it is, to the byte, the file that build.py left there, and every user who can change it can also change this module, or the user's
     own files.

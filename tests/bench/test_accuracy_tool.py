@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from bench import __main__ as command
 from bench import accuracy, inputs
 from train_ref.truth import LOSSES
 from train_ref.truth import exact as truth
@@ -48,6 +51,25 @@ def test_extended_logits_hold_what_float64_rounds() -> None:
     assert t[0, 1] == -3 and t[0, 0] == 0
     if np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant + 9:
         assert beyond[0, 1] == pytest.approx(3 * 2.0**-60, rel=0.2)
+
+
+def test_losses_have_two_spellings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Short, as in the tables of time and memory, and public, as in those of accuracy: the commands take both and record their own."""
+    short, public = (f"--losses={names}" for names in ("nt_xent,clip,dcl,moco", "nt_xent,clip_loss,dcl_loss,moco_loss"))
+    assert command.parse(["time", short]).losses == command.parse(["time", public]).losses == ["nt_xent", "clip", "dcl", "moco"]
+    monkeypatch.setattr(accuracy.Grid, "run", lambda grid: iter(ran.append(grid.losses) or ()))
+    monkeypatch.setattr(accuracy.torch, "set_num_threads", lambda _: None)
+    ran: list[list[str]] = []
+    for given in (short, public):
+        assert accuracy.main([given, f"--out={tmp_path}"]) == 0
+        assert f" {public} " in capsys.readouterr().out
+    assert ran == [["nt_xent", "clip_loss", "dcl_loss", "moco_loss"]] * 2
+    for refuse in (partial(command.parse, ["time", "--losses=nt_xent_loss"]), partial(accuracy.main, ["--losses=nt_xent_loss"])):
+        with pytest.raises(SystemExit) as stopped:
+            refuse()
+        assert stopped.value.code == 2
+    assert "--losses: unknown 'nt_xent_loss'; choose from nt_xent," in (said := capsys.readouterr().err)
+    assert "--losses are of nt_xent," in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -467,7 +467,7 @@ def test_every_colour_has_another_on_a_dark_page() -> None:
 
 
 def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
-    """Whatever the order of sets and the settings of the user are there."""
+    """With another order of sets and other settings of the user there."""
     code = "import sys, test_report; sys.stdout.buffer.write(test_report.figure.render(test_report.chart()))"
     (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.grid: True\nsavefig.bbox: tight\n")
     env = os.environ | {

@@ -1,4 +1,4 @@
-"""One call of a loss, forward and backward, whoever computes it: what the operator gate compares."""
+"""One call of a loss, forward and backward, by any implementation: the operator gate compares these."""
 
 from __future__ import annotations
 

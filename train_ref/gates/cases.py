@@ -1,4 +1,4 @@
-"""The calls of the operator gate: what is asked of every loss, one call at a time."""
+"""The calls of the operator gate: the questions to every loss, one call at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train_ref.truth import LOSSES, Rows
 TEMPERATURES = (0.005, 0.02, 0.05, 0.1, 0.5)
 NOISE = {"aligned": 0.5, "solved": 0.1}  # between the two views, in standard deviations of a coordinate
 QUEUE = 1.6  # keys in the queue, per pair
-# What implementations may offer beside features and temperature, and where. The bias cancels in CLIP's loss: it must not show.
+# Options that implementations may offer beside features and temperature, and where. The bias cancels in CLIP's loss: it must not show.
 OPTIONS = {
     "ids": ("info_nce", "clip_loss"),
     "exclude ids": ("info_nce",),

@@ -1,4 +1,4 @@
-"""What was found, as one page of Markdown and as JSON. What was not measured stays visible: it is never a pass."""
+"""The findings, as one page of Markdown and as JSON. A check that was not measured stays visible: it is never a pass."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ SUBJECTS = {
 
 
 def legend(report: Report) -> list[str]:
-    """What the table of verdicts says, and who its subjects are."""
+    """The meaning of the table of verdicts, and of the names of its subjects."""
     present = {name_of(verdict.subject) for verdict in report.verdicts}
     return [
         "- pass: every check that ran is inside its limit. *n* left out: that many parts of the gate did not run.",

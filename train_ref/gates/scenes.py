@@ -32,11 +32,11 @@ class Scene(nn.Module):
         self.network = build_network(seed, device)
 
     def inputs(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """What the networks see of (B, 1, 8, 8) images: two views of each."""
+        """The networks' inputs from (B, 1, 8, 8) images: two views of each."""
         return two_views(images, generator)
 
     def embed(self, inputs: Tensor) -> Embeddings:
-        """What the loss sees, part of the graph, in float32."""
+        """The loss's inputs, part of the graph, in float32."""
         first, second = self.network(inputs).chunk(2)
         return first, second
 
@@ -44,7 +44,7 @@ class Scene(nn.Module):
         return functions.nt_xent(*embeddings, temperature=self.temperature)
 
     def after_step(self) -> None:
-        """What has to happen once the optimiser has moved the parameters."""
+        """Called once the optimiser has moved the parameters."""
 
 
 class SupCon(Scene):

@@ -1,4 +1,4 @@
-"""Who is put to the test: an implementation of the losses and the dtype of the features it is given."""
+"""A subject of the gates: an implementation of the losses and the dtype of the features it is given."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Subject:
         return function
 
     def trained(self) -> LossFunctions:
-        """Its losses for a float32 network: what the network hands over is cast to the dtype first, as autocast would."""
+        """Its losses for a float32 network: the network's features are cast to the dtype first, as autocast would."""
 
         def cast(value: Any) -> Any:
             features = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1

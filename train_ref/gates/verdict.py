@@ -1,4 +1,4 @@
-"""What a gate says: checks, each with the measured number, its limit and where the number was worst."""
+"""The verdict of a gate: checks, each with the measured number, its limit and where the number was worst."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def worst_by_name(checks: Iterable[Check]) -> list[Check]:
 
 @dataclass
 class Verdict:
-    """A gate's answer about one subject. What could not be measured is in not_run and is no part of a pass.
+    """A gate's answer about one subject. A check that could not be measured is in not_run and is no part of a pass.
 
-    missing, a part of not_run, is what a pass may not lack; yardsticks are what subjects are compared with.
+    missing, a part of not_run, has the checks that a pass may not lack; subjects are compared with yardsticks.
     """
 
     gate: str

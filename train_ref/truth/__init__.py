@@ -1,4 +1,4 @@
-"""What is right: every loss in dense torch, which the tests, gates and benchmarks hold fastnce to.
+"""The truth: every loss in dense torch. Tests, gates and benchmarks hold fastnce to it.
 
 losses.py defines the losses, LOSSES below lists them, exact.py has their answers in float64 for any number of rows, contract.py says how
 far from exact is right enough, golden/ has other projects' results. Nothing here imports what it judges: torch is all it needs. A public
@@ -17,7 +17,7 @@ from train_ref.truth import losses, pairs
 
 
 class Rows(NamedTuple):
-    """What an example is made of: two views (B, D), a queue (K, D), and labels (B,)."""
+    """The inputs of an example: two views (B, D), a queue (K, D), and labels (B,)."""
 
     first: Tensor
     second: Tensor
@@ -62,7 +62,7 @@ class Loss(NamedTuple):
         return len(self.sides) == 1
 
     def share(self, values: Tensor) -> Tensor:
-        """What the weights dL/ds of a row's negatives add up to, from the values of the rows.
+        """The sum of the weights dL/ds of a row's negatives, from the values of the rows.
 
         1 - p, p the share of the positives in the sum: next to nothing where the loss is solved.
         """

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 U = 2.0**-24
-STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # what rounding a half-precision gradient once may cost
+STORED = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # the cost of rounding a half-precision gradient once
 FLOAT64 = 1e-13
 UNDERFLOW = 1e-30  # a magnitude of the loss below which nothing is asked of half precision's derivatives: their terms leave float32
 

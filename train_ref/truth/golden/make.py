@@ -140,7 +140,7 @@ LONELY = [0, 1, 2, 0, 1, 3, 4, 0, 2, 5, 6, 2, 1, 0, 7]  # classes 3 to 7 have on
 
 
 class Case(NamedTuple):
-    peer: str  # who computed it
+    peer: str  # the project whose code computed it
     function: str  # of fastnce
     options: dict[str, Any]  # its arguments besides the inputs
     recipes: dict[str, Recipe]
