@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(
         assert said.endswith("--resume") and (tmp_path / "unfinished.json").is_file()
 
 
-# Who else writes -------------------------------------------------------------------------------------------------------------------------
+# Other writers ---------------------------------------------------------------------------------------------------------------------------
 
 # The build publishes in its own way; the kernel's file of a process; logs of parts that run on rented machines, which grow.
 OTHERS = {"fastnce/compiled/build.py", "bench/measure.py", "bench/gpu/tests.py", "bench/gpu/build.py", "bench/gpu/sanitize.py"}

@@ -180,7 +180,7 @@ def test_only_symbols_of_the_stable_interface(compiled_library: Path) -> None:
     assert not [name for name in names if "::" in name and any(space in name for space in ("torch::", "at::", "c10::"))]
 
 
-# ---------------------------------------------------------------- who asks for it, and without it
+# ---------------------------------------------------------------- asked for by name, and without it
 
 
 def problem(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Problem:
