@@ -1,4 +1,6 @@
-"""Every loss module with its function, and the ways to copy a module, for the tests of modules, queue and scale."""
+"""Every loss module with its function, and the ways to copy a module, for the tests of modules, queue and scale.
+
+The table of losses names the modules. A module with options of its own is written down in TWINS, with a value for each."""
 
 from __future__ import annotations
 
@@ -11,21 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastnce import (
-    ClipLoss,
-    DCLLoss,
-    InfoNCE,
-    LogitScale,
-    MoCoLoss,
-    NTXentLoss,
-    SupConLoss,
-    clip_loss,
-    dcl_loss,
-    info_nce,
-    moco_loss,
-    nt_xent,
-    sup_con,
-)
+import fastnce
+from fastnce import ClipLoss, InfoNCE, LogitScale, MoCoLoss, SupConLoss, clip_loss, info_nce, moco_loss, sup_con
+from train_ref.truth import LOSSES, Loss
 
 
 def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,7 +52,7 @@ class Twin(NamedTuple):
 
 
 COMMON = {"reduction": "sum", "normalize": False, "backend": "reference"}
-PAIR = ((6, 5), (6, 5))
+TEMPERATURE = {"temperature": 0.3}
 
 
 def clip_function(image: Tensor, text: Tensor, **options: Any) -> Any:
@@ -80,16 +70,18 @@ def moco_function(q: Tensor, k: Tensor, **options: Any) -> Any:
     return moco_loss(q, k, rows(7, 5, seed=9).detach(), **options)
 
 
-TWINS = {
-    "InfoNCE": Twin(InfoNCE, info_nce, PAIR, COMMON | {"temperature": 0.3, "symmetric": True}),
-    "InfoNCE unpaired": Twin(InfoNCE, info_nce, (*PAIR, (7, 5)), COMMON | {"temperature": 0.3, "in_batch": True}),
-    "NTXentLoss": Twin(NTXentLoss, nt_xent, PAIR, COMMON | {"temperature": 0.3}),
-    "DCLLoss": Twin(DCLLoss, dcl_loss, PAIR, COMMON | {"temperature": 0.3}),
-    "SupConLoss": Twin(
-        SupConLoss, sup_con, ((6, 3, 5),), COMMON | {"temperature": 0.3, "variant": "in", "views": "one", "no_positive": "skip"}
-    ),
-    "ClipLoss": Twin(ClipLoss, clip_function, PAIR, COMMON),
-    "MoCoLoss": Twin(moco_module, moco_function, PAIR, COMMON | {"temperature": 0.3}, learnt=1),
+def twin_of(loss: Loss, **options: Any) -> Twin:
+    """Of a loss of one tensor (6, 5) for each of its features, with the options that every module has."""
+    return Twin(getattr(fastnce, loss.module), getattr(fastnce, loss.name), ((6, 5),) * len(loss.leaves), COMMON | TEMPERATURE | options)
+
+
+TWINS = {loss.module: twin_of(loss) for loss in LOSSES.values()} | {
+    # Modules with inputs or options that others do not have.
+    "InfoNCE": twin_of(LOSSES["info_nce"], symmetric=True),
+    "InfoNCE unpaired": Twin(InfoNCE, info_nce, ((6, 5), (6, 5), (7, 5)), COMMON | TEMPERATURE | {"in_batch": True}),
+    "SupConLoss": Twin(SupConLoss, sup_con, ((6, 3, 5),), COMMON | TEMPERATURE | {"variant": "in", "views": "one", "no_positive": "skip"}),
+    "ClipLoss": Twin(ClipLoss, clip_function, ((6, 5), (6, 5)), COMMON),
+    "MoCoLoss": Twin(moco_module, moco_function, ((6, 5), (6, 5)), COMMON | TEMPERATURE, learnt=1),
 }
 
 
