@@ -314,6 +314,13 @@ def test_the_groups_are_all_tests() -> None:
     assert marked == [ROOT / gpu_tests.TESTS]
 
 
+@pytest.mark.parametrize(
+    "shape", [next(shape for shape in sanitize.SHAPES if shape.loss == loss) for loss in (*dense.LOSSES, "mask")], ids=str
+)
+def test_a_sanitizer_sees_every_loss(shape: sanitize.Shape) -> None:
+    sanitize.solve(shape, "cpu", "torch")
+
+
 def test_reports_of_a_sanitizer() -> None:
     assert sanitize.reports_of("========= ERROR SUMMARY: 0 errors") == 0
     assert sanitize.reports_of("========= ERROR SUMMARY: 3 errors") == 3
