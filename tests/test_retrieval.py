@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnce
 from fastnce import RetrievalStats, autograd, hardest, retrieval
-from fastnce.backends import BACKENDS, torch_tiles
+from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
@@ -157,16 +157,6 @@ def test_rank_from_the_best_positive_of_all_keys(batch: tuple[int, int], backend
     found = retrieval(q, k, query_ids=torch.tensor([5, 9]), key_ids=torch.tensor([*batch, 5, 6]), offset=0, backend=backend)
     assert found.rank[0] == 0
     assert found.hits[1][0]
-
-
-@pytest.mark.parametrize("backend", each(BACKENDS))
-def test_no_queries(backend: str) -> None:
-    a, b = A.to(widest(backend)), B.to(widest(backend))
-    for count in (1, 3):
-        found = retrieval(a[:0], b, hardest=count, two_sided=True, backend=backend)
-        assert found.rank.shape == found.hits[1].shape == (0,) and found.hardest.shape == (0, count) and found.mrr.isnan()
-        assert found.columns is not None and found.columns.hardest.tolist() == [[-1] * count] * 16 and found.columns.mrr == 0
-        assert retrieval(a[:0], query_ids=LABELS[:0], hardest=count, backend=backend).hardest.shape == (0, count)
 
 
 def test_autocast_lowers_nothing() -> None:
@@ -379,12 +369,14 @@ def test_debug_mode_names_the_row(name: str, feature: str, wrong: float) -> None
         SEARCHES[name](**{feature: given})
 
 
-def test_debug_mode_changes_no_result_and_warns() -> None:
-    expected = SEARCHES["two sets"](hardest=2)
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+def test_debug_mode_changes_no_result_and_warns(backend: str) -> None:
+    a, b = A.to(widest(backend)), B.to(widest(backend))
+    expected = SEARCHES["two sets"](hardest=2, backend=backend)
     with fastnce.debug():
-        same(SEARCHES["two sets"](hardest=2), expected)
+        same(SEARCHES["two sets"](hardest=2, backend=backend), expected)
         with bad.raises(ValueError, "retrieval: no row has any candidate: the ids, labels or mask exclude every pair"):
-            retrieval(A, query_ids=LABELS, exclude_query_ids=LABELS * 0)
+            retrieval(a, query_ids=LABELS, exclude_query_ids=LABELS * 0, backend=backend)
         for words, call in {
             "9 of 16 queries have no positive: they are no hits, and add 0 to mrr": {
                 "query_ids": torch.where(LABELS < 2, LABELS, -1),
@@ -402,7 +394,7 @@ def test_debug_mode_changes_no_result_and_warns() -> None:
             },
         }.items():
             with pytest.warns(UserWarning, match=f"^retrieval: {re.escape(words)}") as caught:
-                retrieval(A, B, **call)
+                retrieval(a, b, **call, backend=backend)
             assert all(warning.filename == __file__ for warning in caught)
 
 
@@ -414,24 +406,97 @@ def test_debug_mode_compares_the_ids_of_partners(queries: int, keys: int) -> Non
         retrieval(A[:queries], B[:keys], offset=0, query_ids=labels, key_ids=other)
 
 
-@pytest.mark.parametrize("backend", each(BACKENDS))
-def test_values_that_make_no_sense_have_a_place(backend: str) -> None:
-    """Zero rows have similarity 0 with everything; nan rows rank last, and are in no hits. Where a row has too few negatives, -1 stands."""
-    q, k = (rows.to(widest(backend), copy=True) for rows in (A, B))
+# Values of bad input -------------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(backend: str) -> tuple[Tensor, Tensor]:
+    return A.to(widest(backend), copy=True), B.to(widest(backend), copy=True)
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+@pytest.mark.parametrize("count", [1, 20])
+def test_zero_rows_and_nan_rows(count: int, backend: str) -> None:
+    """Zero rows have similarity 0 with everything; nan rows rank last, and are in no hits."""
+    q, k = rows_of(backend)
     q[2], q[5], k[7] = 0.0, math.nan, math.nan
-    found = retrieval(q, k, ks=(1, 99), hardest=20, backend=backend)
+    found = retrieval(q, k, ks=(1, 99), hardest=count, two_sided=True, backend=backend)
+    left = [j for j in range(16) if j not in (2, 7)]
     assert found.rank[5] == 15 and found.rank[7] == 15 and found.hits[99].tolist() == [i not in (5, 7) for i in range(16)]
-    assert found.hardest[5].tolist() == [-1] * 20 and found.hardest[2].tolist() == [j for j in range(16) if j not in (2, 7)] + [-1] * 6
+    assert found.hardest[5].tolist() == [-1] * count and found.hardest_similarity[5].tolist() == [-math.inf] * count
+    assert found.hardest[2].tolist() == (left + [-1] * 6)[:count]
+    assert found.hardest_similarity[2].tolist() == ([0.0] * 14 + [-math.inf] * 6)[:count]
     assert found.ties[2] == 14 and found.rank[2] == 1  # the nan is above
+    columns = found.columns
+    assert columns is not None
+    assert columns.rank[7] == 15 and columns.rank[5] == 15 and columns.hardest[7].tolist() == [-1] * count
+    assert columns.hits[99].tolist() == [i not in (5, 7) for i in range(16)]
 
 
-@pytest.mark.parametrize("backend", each(BACKENDS))
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+@pytest.mark.parametrize("wrong", [math.inf, -math.inf, 2e18])
+def test_infinite_and_too_long_rows_are_nan(wrong: float, backend: str) -> None:
+    q, k = (side.float() for side in rows_of(backend))
+    q[5, 1] = k[7, 2] = wrong
+    found = retrieval(q, k, ks=(1, 99), two_sided=True, backend=backend)
+    q[5], k[7] = math.nan, math.nan
+    same(found, retrieval(q, k, ks=(1, 99), two_sided=True, backend=backend))
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
 @pytest.mark.parametrize("count", [1, 3])
-def test_queries_without_a_positive_or_without_a_negative(count: int, backend: str) -> None:
-    """Such a query is no hit, whatever its rank; without a negative its hardest is -1."""
-    q, k = A.to(widest(backend)), B.to(widest(backend))
-    alone = torch.arange(16) % 4
-    found = retrieval(q, k, query_ids=torch.where(alone > 0, alone, -1), key_ids=alone, hardest=count, backend=backend)
-    assert not found.hits[10][alone == 0].any() and found.hits[10][alone > 0].any()
-    found = retrieval(q, k, query_ids=alone * 0, key_ids=alone * 0, hardest=count, backend=backend)
-    assert found.hits[1].all() and not found.rank.any() and (found.hardest.view(16, -1) == -1).all()
+def test_no_queries(count: int, backend: str) -> None:
+    q, k = rows_of(backend)
+    found = retrieval(q[:0], k, hardest=count, two_sided=True, backend=backend)
+    assert found.rank.shape == found.hits[1].shape == (0,) and found.hardest.shape == (0, count) and found.mrr.isnan()
+    assert found.columns is not None and found.columns.hardest.tolist() == [[-1] * count] * 16 and found.columns.mrr == 0
+    assert retrieval(q[:0], query_ids=LABELS[:0], hardest=count, backend=backend).hardest.shape == (0, count)
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+@pytest.mark.parametrize("count", [1, 3])
+def test_neither_queries_nor_keys(count: int, backend: str) -> None:
+    q, k = rows_of(backend)
+    found = retrieval(q[:0], k[:0], hardest=count, two_sided=True, backend=backend)
+    for side in (found, found.columns):
+        assert side is not None and side.rank.shape == side.ties.shape == (0,) and side.hardest.shape == (0, count) and side.mrr.isnan()
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+def test_no_positive(backend: str) -> None:
+    """All negatives are above, no hit, and 0 in the mean."""
+    q, k = rows_of(backend)
+    some = torch.where(LABELS < 2, LABELS, -1)
+    found = retrieval(q, k, ks=(1, 99), query_ids=some, key_ids=LABELS, backend=backend)
+    alone = some < 0
+    assert found.rank[alone].tolist() == [16] * int(alone.sum()) and not found.ties[alone].any()
+    assert torch.equal(found.hits[99], ~alone)
+    reciprocal = (1 + found.rank + found.ties / 2).reciprocal().where(~alone, 0.0)
+    assert found.mrr.item() == pytest.approx(reciprocal.mean().item(), rel=1e-6)
+    none = retrieval(q, k, ks=(1, 99), query_ids=torch.full((16,), -1), key_ids=LABELS, backend=backend)
+    assert none.mrr == 0 and not any(hits.any() for hits in none.hits.values()) and none.rank.tolist() == [16] * 16
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+@pytest.mark.parametrize("count", [1, 4])
+def test_fewer_negatives_than_hardest(count: int, backend: str) -> None:
+    """-1 and -inf for the rest: with two negatives of each query, and with none."""
+    q, k = rows_of(backend)
+    found = retrieval(q[:3], k[:3], hardest=count, backend=backend)
+    for i in range(3):
+        assert sorted(found.hardest[i].tolist()[:2]) == [j for j in range(3) if j != i] or count == 1
+        assert found.hardest[i].tolist()[2:] == [-1] * max(count - 2, 0)
+        assert found.hardest_similarity[i].tolist()[2:] == [-math.inf] * max(count - 2, 0)
+    ids = torch.zeros(3, dtype=torch.int64)
+    for names in ({"query_ids": ids}, {"exclude_query_ids": ids, "exclude_key_ids": ids, "offset": 0}):
+        found = retrieval(q[:3], k[:3], hardest=count, backend=backend, **names)
+        assert found.hardest.tolist() == [[-1] * count] * 3 and found.hardest_similarity.tolist() == [[-math.inf] * count] * 3
+        assert found.rank.tolist() == [0] * 3 and found.hits[1].all() and found.mrr == 1
+
+
+@pytest.mark.parametrize("backend", each(bad.BACKENDS))
+def test_rows_that_are_all_equal(backend: str) -> None:
+    """Every negative is a tie: no hit at 1, and half of the ties count in mrr."""
+    q = torch.ones(6, 5, dtype=widest(backend))
+    found = retrieval(q, q, ks=(1, 6), backend=backend)
+    assert found.rank.tolist() == [0] * 6 and found.ties.tolist() == [5] * 6
+    assert not found.hits[1].any() and found.hits[6].all() and found.mrr.item() == pytest.approx(1 / 3.5, rel=1e-6)

@@ -209,7 +209,7 @@ def _siglip() -> Contestant:
 
 
 def _memeff() -> Contestant:
-    """Of raw rows, which it normalises itself."""
+    # Rows are passed as they are: the loss normalises them itself, unless it is made with normalized_inputs=True.
     loss = _member("memeff", "MemoryEfficientCLIPLoss")(temperature=1 / dense.LOGIT_SCALE, stable=False)
 
     def call(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:

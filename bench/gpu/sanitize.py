@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 import torch
 
 import fastnce
+from bench import dense
 from bench.gpu import part
 from bench.gpu.kernels import Kernels, chosen
 from bench.record import ROOT
+from train_ref.truth import Rows
 
 TOOLS: dict[str, list[str]] = {
     "memcheck": ["--leak-check", "no"],
@@ -40,6 +42,8 @@ COLUMNS = ("tool", "kernels", "shapes", "reports", "clean", "seconds", "status",
 
 
 class Shape(NamedTuple):
+    """A loss of bench/dense.py by its name there, or "mask", with n rows in all: both views of a symmetric loss, or the queue."""
+
     loss: str
     n: int
     d: int
@@ -48,7 +52,7 @@ class Shape(NamedTuple):
 
 
 # No number of rows is a multiple of a tile, and of the widths only 64 and 512 are one of a step. Scale 90 needs a running maximum.
-SHAPES = (
+CHOSEN = (
     Shape("nt_xent", 130, 24),
     Shape("nt_xent", 258, 64, torch.float32),
     Shape("nt_xent", 194, 100, torch.float16, 90.0),
@@ -67,25 +71,26 @@ SHAPES = (
     Shape("mask", 150, 72),
     Shape("mask", 139, 270, torch.float16, 90.0),
 )
+# A loss that none of them has gets one all the same.
+SHAPES = (*CHOSEN, *(Shape(loss, 134, 40) for loss in dense.LOSSES if loss not in {shape.loss for shape in CHOSEN}))
 
 
 def solve(shape: Shape, device: str, backend: str) -> None:
     """Forward and backward of one shape."""
     g = torch.Generator().manual_seed(shape.n)
-    rows = max(shape.n // 16, 1) if shape.loss == "moco" else shape.n
+    loss = dense.TABLE.get(shape.loss)
+    queued, views = loss is not None and "queue" in loss.leaves, len(loss.leaves) if loss is not None and loss.symmetric else 1
+    rows = max(shape.n // 16, 1) if queued else shape.n // views
     q, k, queue = (torch.randn(n, shape.d, generator=g).to(device, shape.dtype) for n in (rows, rows, shape.n))
     q.requires_grad_()
-    k.requires_grad_(shape.loss != "moco")
+    k.requires_grad_(not queued)
     scale = torch.tensor(shape.scale, device=device, requires_grad=True)
-    labels = torch.arange(shape.n, device=device) % 16
-    losses: dict[str, Callable[[], Any]] = {
-        "nt_xent": lambda: fastnce.nt_xent(q, scale=scale, backend=backend),
-        "clip": lambda: fastnce.clip_loss(q, k, scale, backend=backend),
-        "sup_con": lambda: fastnce.sup_con(q, labels, scale=scale, backend=backend),
-        "moco": lambda: fastnce.moco_loss(q, k, queue, scale=scale, backend=backend),
-        "mask": lambda: masked(q, k, scale, backend),
-    }
-    losses[shape.loss]().backward()
+    if loss is None:
+        value = masked(q, k, scale, backend)
+    else:
+        tensors = loss.example(Rows(q, k, queue, torch.arange(rows, device=device) % 16))
+        value = getattr(fastnce, loss.name)(**tensors, **{loss.number: scale}, backend=backend)
+    value.backward()
     assert q.grad is not None
     if device == "cuda":
         torch.cuda.synchronize()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench import accuracy, dense, measure, peers, table
@@ -52,6 +54,37 @@ def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.Monke
     found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
     assert value == pytest.approx(measure.step(dense.EAGER[loss], leaves), rel=5e-6)
     for gradient, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        assert torch.linalg.vector_norm(gradient - leaf.grad) <= 2e-5 * torch.linalg.vector_norm(leaf.grad)
+
+
+class Memeff(torch.nn.Module):
+    """In place of memeff's CLIP loss, as version 0.3.1 documents it. Its value is that of the usual loss, whatever `stable` is."""
+
+    def __init__(self, temperature: float = 0.07, normalized_inputs: bool = False, stable: bool = True) -> None:
+        super().__init__()
+        self.temperature, self.normalized_inputs, self.stable = temperature, normalized_inputs, stable
+
+    def forward(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        image, text = (x if self.normalized_inputs else F.normalize(x, dim=1) for x in (image_features, text_features))
+        logits, own = image @ text.T / self.temperature, torch.arange(len(image))
+        value = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        times = (len(image) * self.temperature) ** 0.5 if self.stable else 1.0
+        return times * value + (1 - times) * value.detach()
+
+
+def test_memeff_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients of both towers are those of the dense loss. The scale is a constant there, and gets no gradient."""
+    module = types.ModuleType("memeff")
+    module.__dict__["MemoryEfficientCLIPLoss"] = Memeff
+    monkeypatch.setitem(sys.modules, "memeff", module)
+    leaves = dense.leaves("clip", 130, 24)
+    value = measure.step(peers.contestant("clip", "memeff"), leaves)
+    image, text, scale = leaves
+    assert scale.grad is None and image.grad is not None and text.grad is not None
+    found = [image.grad.clone(), text.grad.clone()]
+    assert value == pytest.approx(measure.step(dense.EAGER["clip"], leaves), rel=5e-6)
+    for gradient, leaf in zip(found, leaves, strict=False):
         assert leaf.grad is not None
         assert torch.linalg.vector_norm(gradient - leaf.grad) <= 2e-5 * torch.linalg.vector_norm(leaf.grad)
 
@@ -312,6 +345,13 @@ def test_the_groups_are_all_tests() -> None:
     assert {sum(of_name) for of_name in zip(*groups, strict=True)} == {1}
     marked = [path for path in (ROOT / "tests").glob("*.py") if "mark.gpu" in path.read_text()]
     assert marked == [ROOT / gpu_tests.TESTS]
+
+
+@pytest.mark.parametrize(
+    "shape", [next(shape for shape in sanitize.SHAPES if shape.loss == loss) for loss in (*dense.LOSSES, "mask")], ids=str
+)
+def test_a_sanitizer_sees_every_loss(shape: sanitize.Shape) -> None:
+    sanitize.solve(shape, "cpu", "torch")
 
 
 def test_reports_of_a_sanitizer() -> None:
