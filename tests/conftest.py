@@ -60,6 +60,15 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of commands that set the number of threads: the next test finds it as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of 16 x 16 in backend="torch", so that a problem of a hundred rows has interior, diagonal, ragged and corner tiles.
 
