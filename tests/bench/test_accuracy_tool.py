@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bench import __main__ as command
 from bench import accuracy, inputs
-from train_ref.truth import LOSSES
+from train_ref.truth import LOSSES, Loss
 from train_ref.truth import exact as truth
 
 
@@ -72,21 +73,26 @@ def test_losses_have_two_spellings(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "--losses are of nt_xent," in said
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wrong", [None, "loss", "gradient"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, dtype: torch.dtype) -> None:
-    """In place of fastnce the dense loss in float64: as it is, with a loss 1e-4 too large, with 2 % less gradient."""
-    entry = LOSSES[loss]
+def planted(entry: Loss, wrong: str | None) -> Callable[[dict[str, Tensor], str], Tensor]:
+    """The dense loss in float64: as it is, with a "loss" 1e-4 too large, with 2 % less "gradient"."""
 
-    def planted(tensors: dict[str, Tensor], reduction: str) -> Tensor:
+    def call(tensors: dict[str, Tensor], reduction: str) -> Tensor:
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         if wrong == "gradient":
             wide[entry.leaves[0]] = 0.98 * wide[entry.leaves[0]] + 0.02 * wide[entry.leaves[0]].detach()
         value = accuracy.dense(entry)(wide, reduction)
         return value + 1e-4 if wrong == "loss" else value
 
+    return call
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wrong", [None, "loss", "gradient"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, dtype: torch.dtype) -> None:
+    """In place of fastnce the dense loss in float64: as it is, with a loss 1e-4 too large, with 2 % less gradient."""
+    entry = LOSSES[loss]
     tensors, parameter = accuracy.inputs(accuracy.Cell(loss, dtype, "random", 24, 0.1), 66)
-    _, verdicts = accuracy.judge(accuracy.Exact(entry, tensors), parameter, {"planted": (planted, nullcontext)})
+    _, verdicts = accuracy.judge(accuracy.Exact(entry, tensors), parameter, {"planted": (planted(entry, wrong), nullcontext)})
     outside = {name for name, verdict in verdicts["planted"].items() if not verdict.used <= 1}
     assert outside == ({wrong} if wrong != "loss" else {"loss", "row"}) - {None}

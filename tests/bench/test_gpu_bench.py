@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from test_accuracy_tool import planted
 from torch import Tensor
 
 from bench import accuracy, dense, measure, peers, table
@@ -93,16 +94,8 @@ def test_memeff_is_called_as_it_is_documented(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("wrong", [None, "mean", "gradient"])
 def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of fastnce the dense loss in float64: as it is, 1e-4 too large, with 2 % less gradient."""
-    entry = LOSSES[loss]
-
-    def planted(tensors: dict[str, Tensor], reduction: str) -> Tensor:
-        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-        if wrong == "gradient":
-            wide[entry.leaves[0]] = 0.98 * wide[entry.leaves[0]] + 0.02 * wide[entry.leaves[0]].detach()
-        value = accuracy.dense(entry)(wide, reduction)
-        return value + 1e-4 if wrong == "mean" else value
-
-    monkeypatch.setattr(accuracy, "fused", lambda loss, backend: planted)
+    fault = planted(LOSSES[loss], "loss" if wrong == "mean" else wrong)
+    monkeypatch.setattr(accuracy, "fused", lambda loss, backend: fault)
     (row,) = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
     outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
     assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
