@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
 EPS = 1e-12  # torch.nn.functional.normalize's threshold: a shorter row counts as zero
 LARGEST = 1e18  # the square of a longer row may leave float32
 

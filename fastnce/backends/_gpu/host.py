@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fastnce.backends._gpu import limits, tiles
-from fastnce.backends._gpu.rows import row_kernels
+from fastnce.pairs import Pairs
 from fastnce.problem import Problem
+
+# Stands for a diagonal that does not exist: no pair of indices below 2^30 lies on it, also where int32 arithmetic with it wraps around.
+NONE = 2**31 - 1
 
 
 @cache
@@ -19,78 +23,129 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-# Stands for a diagonal that does not exist: no pair of indices below 2^30 lies on it, also where int32 arithmetic with it wraps around.
-NONE = 2**31 - 1
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+class Raw(NamedTuple):
+    """Rows as the caller has them: those of `first`, (rows, D) or, view after view, (examples, views, D), then those of `second`."""
+
+    first: Tensor
+    second: Tensor | None = None
+
+    @staticmethod
+    def of(first: Tensor, second: Tensor | None = None) -> Raw:
+        """With columns that lie side by side."""
+        both = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (first, second))
+        return Raw(*both)  # type: ignore[arg-type]
+
+    @property
+    def in_first(self) -> int:
+        return self.first.shape[0] * (self.first.shape[1] if self.first.dim() == 3 else 1)
+
+    @property
+    def rows(self) -> int:
+        return self.in_first + (0 if self.second is None else self.second.shape[0])
+
+    @property
+    def columns(self) -> int:
+        return self.first.shape[-1]
 
 
 class Operand(NamedTuple):
     """Rows in the two forms that kernels read.
 
-    raw      (rows, D), any row stride
+    raw      as the caller has them
     tiles    (padded, parts, depth) float16: a power of two times the row; float32 in two parts, or in one where TF32 would do
     factor   (padded,): normalised row = factor * tile row, see prepare in triton/kernels_rows.py
     r        (rows,): inverse norm, 1 where normalize is off
     """
 
-    raw: Tensor
+    raw: Raw
     tiles: Tensor
     factor: Tensor
     r: Tensor
 
     @property
     def rows(self) -> int:
-        return self.raw.shape[0]
+        return self.raw.rows
 
     @property
     def padded(self) -> int:
         return self.tiles.shape[0]
 
     @staticmethod
-    def of(kernels: ModuleType, x: Tensor, normalize: bool) -> Operand:
-        raw = x if x.stride(1) == 1 else x.contiguous()
-        count, columns = raw.shape
-        parts = limits.parts(x.dtype)
-        depth, padded = tiles.padded_depth(columns), up(count, tiles.PADDED)
-        operand = raw.new_empty((padded, parts, depth), dtype=torch.float16)
-        factor, r = (raw.new_empty(length, dtype=torch.float32) for length in (padded, count))
-        row_kernels(kernels, raw).prepare(raw, operand, factor, r, normalize)
-        return Operand(raw, operand, factor, r)
+    def empty(raw: list[Raw]) -> tuple[list[Operand], tuple[Tensor, Tensor, Tensor]]:
+        """Memory for the operands of several sides, and the same memory whole: sides follow each other in it, padded."""
+        x = raw[0].first
+        depth, padded = tiles.padded_depth(raw[0].columns), [up(side.rows, tiles.PADDED) for side in raw]
+        operand = x.new_empty((sum(padded), limits.parts(x.dtype), depth), dtype=torch.float16)
+        factor, r = (x.new_empty(sum(padded), dtype=torch.float32) for _ in range(2))
+        starts = [sum(padded[:n]) for n in range(len(padded))]
+        cuts = [(slice(start, start + size), slice(start, start + side.rows)) for start, size, side in zip(starts, padded, raw, strict=True)]
+        sides = [Operand(side, operand[whole], factor[whole], r[own]) for side, (whole, own) in zip(raw, cuts, strict=True)]
+        return sides, (operand, factor, r)
+
+
+class UnshiftedSums(NamedTuple):
+    """Sums of the tiles per row, without a running maximum: see forward_both in triton/kernels.py."""
+
+    sums: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
+    n_pos: Tensor | None  # (rows,)
+
+
+class Sums(NamedTuple):
+    """What the tiles leave of the rows of one side: by forward_rows, by forward_both, or by both of them."""
+
+    splits: int
+    sums: Tensor | None  # (2 or 5, splits, rows): see forward_rows in triton/kernels.py
+    n_pos: Tensor | None  # (splits, rows)
+    unshifted: UnshiftedSums | None
 
 
 class Work(NamedTuple):
-    """Operands of one call; where k is q, y is x."""
+    """Operands of one call, prepared; where k is q, y is x.
+
+    scale, bound   0-dim float32: the scale, and a number that no |logit| without bias is above. Only the device reads them
+    in_tile        positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
+    labels         of rows and columns, int32, padded; excludes: the same
+    t              (pairs,): t of the aligned pairs that are kept out of the tiles
+    partners       (pairs, D): the second rows of the aligned pairs, where they are not among the keys; partner_r: their inverse norms
+    unshifted      zeros for forward_both, of the rows and, where two_sided, of the columns; empty where it does not run
+    norms          r of x, padded, then r of y
+    slots, state   numbers that one launch of Triton's leaves for the next ones, see triton/kernels_rows.py
+    """
 
     problem: Problem
-    kernels: ModuleType  # launch functions of the backend
+    kernels: ModuleType
     x: Operand
     y: Operand
     labels: tuple[Tensor | None, Tensor | None]
     excludes: tuple[Tensor | None, Tensor | None]
-    bound: Tensor  # no |logit| without bias is larger: only the device reads it
-    in_tile: bool  # positives are found tile by tile; otherwise they are one aligned pair per row, kept out of the tiles
-
-    @staticmethod
-    def of(problem: Problem, kernels: ModuleType) -> Work:
-        x = Operand.of(kernels, problem.q, problem.normalize)
-        y = x if problem.k is None else Operand.of(kernels, problem.k, problem.normalize)
-        bound = problem.scale
-        if not problem.normalize:
-            longest = [torch.linalg.vector_norm(o.raw, dim=1, dtype=torch.float32).amax() if o.rows else bound for o in (x, y)]
-            bound = problem.scale * longest[0] * longest[1]
-        pairs = problem.pairs
-        labels, excludes = ranked(pairs.q_label, pairs.k_label, x, y), ranked(pairs.q_exclude, pairs.k_exclude, x, y)
-        in_tile = not pairs.one_positive_at_most(x.rows, problem.symmetric)
-        return Work(problem, kernels, x, y, labels, excludes, bound, in_tile)
-
-    @staticmethod
-    def of_queries(problem: Problem, kernels: ModuleType) -> Work:
-        """Without the keys, for a backward that visits no tiles."""
-        x = Operand.of(kernels, problem.q, problem.normalize)
-        return Work(problem, kernels, x, x, (None, None), (None, None), problem.scale, False)
+    scale: Tensor
+    bound: Tensor
+    in_tile: bool
+    t: Tensor | None = None
+    partners: Tensor | None = None
+    partner_r: Tensor | None = None
+    unshifted: tuple[UnshiftedSums, ...] = ()
+    norms: Tensor | None = None
+    slots: Tensor | None = None
+    state: Tensor | None = None
 
     @property
     def fits(self) -> bool:
         return limits.fits(self.problem)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether the keys are rows of their own."""
+        return self.y is not self.x
 
     def views(self) -> list[View]:
         """The rows; where two_sided then the columns, which are the rows of the problem with its sides exchanged."""
@@ -99,14 +154,13 @@ class Work(NamedTuple):
 
     def aligned(self) -> tuple[slice, slice]:
         """Rows and columns of the aligned pairs that are counted apart; none where positives are found in the tiles."""
-        return (slice(0, 0), slice(0, 0)) if self.in_tile else self.problem.pairs.aligned(self.x.rows, self.y.rows)
+        return aligned(self.problem.pairs, self.x.rows, self.y.rows, self.in_tile, self.partners is not None)
 
 
-class UnshiftedSums(NamedTuple):
-    """Sums of the tiles per row, without a running maximum: see forward_both in triton/kernels.py."""
-
-    sums: Tensor  # (1 or 3, rows): of 2^t over the negatives; over the positives, and their sum of t
-    n_pos: Tensor | None  # (rows,)
+def aligned(pairs: Pairs, rows: int, columns: int, in_tile: bool, with_partners: bool) -> tuple[slice, slice]:
+    if with_partners:
+        return slice(0, rows), slice(0, rows)
+    return (slice(0, 0), slice(0, 0)) if in_tile else pairs.aligned(rows, columns)
 
 
 class Walk(NamedTuple):
@@ -145,8 +199,8 @@ class View(NamedTuple):
 
     def tile(self, kernel: str) -> Any:
         pairs = self.work.problem.pairs
-        rules = "mask" if pairs.mask is not None else "ids" if self.work.in_tile or pairs.q_exclude is not None else "index"
-        return self.work.kernels.tile(kernel, rules, self.x.raw.device, self.parts, self.depth)
+        rules = "mask" if pairs.mask is not None else "ids" if self.work.in_tile or self.work.excludes[0] is not None else "index"
+        return self.work.kernels.tile(kernel, rules, self.x.tiles.device, self.parts, self.depth)
 
     def walk(self, kernel: str, half: bool = False) -> Walk:
         """The walk over all tiles. half: the matrix is symmetric, and each tile also stands for its mirror image."""
@@ -155,7 +209,7 @@ class View(NamedTuple):
         if half:
             steps = steps // 2 + 1
         blocks = -(-self.x.rows // tile.rows)
-        wanted = -(-tiles.PROGRAMS * multiprocessors(self.x.raw.device) // max(blocks, 1))
+        wanted = -(-tiles.PROGRAMS * multiprocessors(self.x.tiles.device) // max(blocks, 1))
         per_split = -(-steps // max(1, min(wanted, steps)))
         return Walk(tile, blocks, max(1, -(-steps // max(per_split, 1))), per_split)
 
@@ -176,25 +230,3 @@ class View(NamedTuple):
         if self.flip:
             aligned = [-diagonal for diagonal in aligned]
         return own[0] if own else NONE, *aligned[::-1], *[NONE] * (2 - len(aligned))  # type: ignore[return-value]
-
-
-def ranked(q: Tensor | None, k: Tensor | None, x: Operand, y: Operand) -> tuple[Tensor | None, Tensor | None]:
-    """Ids as int32 that are equal where the int64 ids are: half the registers in a tile. Padded; an id that matches nothing is negative."""
-    if q is None:
-        return None, None
-    ids = q if k is None else torch.cat([q, k])
-    ordered, order = ids.sort()
-    rank = torch.empty_like(ids, dtype=torch.int32)
-    # The rank of an id: 0 for the smallest, one more at every change. The host reads no value, and no size depends on one.
-    step = torch.cat([ids.new_zeros(1, dtype=torch.int32), (ordered[1:] != ordered[:-1]).to(torch.int32)])[: len(ids)]
-    rank[order] = step.cumsum(0, dtype=torch.int32)
-    sides = []
-    for own, other, operand, nothing in ((ids[: len(q)], rank[: len(q)], x, -2), (ids[-y.rows :], rank[-y.rows :], y, -1)):
-        padded = torch.full((operand.padded,), nothing, dtype=torch.int32, device=ids.device)
-        padded[: operand.rows] = other.masked_fill(own < 0, nothing)
-        sides.append(padded)
-    return sides[0], sides[1]
-
-
-def up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

@@ -7,80 +7,70 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.host import UnshiftedSums, View, Work
-from fastnce.backends._gpu.rows import LOG2E, close, nats, on_device, row_kernels
-from fastnce.precision import vector_dtype
+from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Work, on_device, up
+from fastnce.precision import LN2, LOG2E, vector_dtype
 from fastnce.problem import Problem, Side
 
 
 def forward(problem: Problem, kernels: ModuleType) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
     with on_device(problem.q):
-        work = Work.of(problem, kernels)
-        views = work.views()
-        # forward_both adds to memory in any order, so it does not run where torch is asked for the same bits every time.
-        both = (problem.symmetric or problem.two_sided) and not torch.are_deterministic_algorithms_enabled()
-        unshifted = _both(work, views) if both else [None] * len(views)
-        pairs = _aligned(work)
-        return [_side(view, sums, pairs) for view, sums in zip(views, unshifted, strict=True)]
+        work: Work = kernels.prepare(problem, unshifted=adds_in_memory(problem))
+        if kernels.keeps_output(problem):
+            sides = kernels.statistics(work, [(kept := keep_output(work))[0]], kept)
+        else:
+            sides = kernels.statistics(work, over_tiles(work), None)
+        return [_with_metrics(view, side) for view, side in zip(work.views(), sides, strict=True)] if problem.metrics else sides
 
 
-def _both(work: Work, views: list[View]) -> list[UnshiftedSums | None]:
-    fields, new = 3 if work.in_tile else 1, work.x.raw.new_zeros
-    sums = []
-    for view in views:
-        count = new(view.x.rows, dtype=torch.int32) if work.in_tile else None
-        sums.append(UnshiftedSums(new((fields, view.x.rows), dtype=torch.float32), count))
-    work.kernels.forward_both(views[0], views[0].walk("both", half=work.problem.symmetric), sums[0], sums[-1])
-    return list(sums)
+def adds_in_memory(problem: Problem) -> bool:
+    """Whether forward_both runs. It adds to memory in any order: not where torch is asked for the same bits every time."""
+    return (problem.symmetric or problem.two_sided) and not torch.are_deterministic_algorithms_enabled()
 
 
-def _aligned(work: Work) -> Tensor | None:
-    """t of the aligned pairs that are kept out of the tiles."""
-    if work.in_tile:
-        return None
-    i, j = work.aligned()
-    x, y = work.x, work.y
-    t = x.raw.new_empty(i.stop - i.start, dtype=torch.float32)
-    row_kernels(work.kernels, x.raw).aligned(x.raw, y.raw, x.r, y.r, work.problem.scale, i.start, j.start, t)
-    return t
+def unshifted_sums(sides: list[int], in_tile: bool, like: Tensor) -> tuple[Tensor, tuple[UnshiftedSums, ...]]:
+    """Memory for forward_both of sides with so many rows, and the same memory as one vector, which has to be filled with zeros."""
+    fields = 3 if in_tile else 1
+    # Every vector starts at a multiple of 16 bytes: a kernel is compiled once for pointers that do, and once more for others.
+    sizes = [(up(fields * rows, 4), up(rows, 4) if in_tile else 0) for rows in sides]
+    memory = like.new_empty(sum(map(sum, sizes)), dtype=torch.float32)
+    found, start = [], 0
+    for rows, (of_sums, of_count) in zip(sides, sizes, strict=True):
+        count = memory[start + of_sums :][:rows].view(torch.int32) if in_tile else None
+        found.append(UnshiftedSums(memory[start:][: fields * rows].view(fields, rows), count))
+        start += of_sums + of_count
+    return memory, tuple(found)
 
 
-def _side(view: View, unshifted: UnshiftedSums | None, pairs: Tensor | None) -> Side:
-    work, problem, kernels, rows = view.work, view.work.problem, view.work.kernels, view.x.rows
-    output = not view.flip and kernels.keeps_output(problem)
-    walk, new = view.walk("output" if output else "rows"), view.x.raw.new_empty
-    sums = new((5 if work.in_tile else 2, walk.splits, rows), dtype=torch.float32)
-    count = new((walk.splits, rows), dtype=torch.int32) if work.in_tile else None
-    if output:
-        out = new((walk.splits, view.x.padded, view.depth), dtype=torch.float32)
-        moment = new((walk.splits, rows), dtype=torch.float32)
-        # The kernel rounds weight * factor to float16. Weights are at most 1, so `largest` bounds the product. A power of two brings the
-        # bound just below 2^14: two bits under float16's limit.
-        largest = view.y.factor.nan_to_num(0.0).amax() if view.y.rows else view.x.factor.new_ones(())
-        lift = torch.exp2((14 - largest.log2().ceil()).clamp(-100, 100))
-        kernels.forward_output(view, walk, sums, out, moment, lift)
-    else:
-        kernels.forward_rows(view, walk, unshifted is None, sums, count)
-    unshifted_sums, unshifted_count = unshifted or (None, None)
-    side = close(sums, count, unshifted_sums, unshifted_count, pairs, view.ends(), problem.bias)
-    if output:
-        side = side._replace(own_pos=_mean_key(view, sums[0], side.own_neg, out, moment, lift))
-    return _with_metrics(view, side) if problem.metrics else side
+def over_tiles(work: Work, rows: bool = True) -> list[Sums]:
+    """Sums of every side. rows: whether forward_rows runs, which then serves where forward_both does not."""
+    views, unshifted = work.views(), work.unshifted
+    if unshifted:
+        work.kernels.forward_both(views[0], views[0].walk("both", half=work.problem.symmetric), unshifted[0], unshifted[-1])
+    sides = [Sums(1, None, None, unshifted[n] if unshifted else None) for n in range(len(views))]
+    if rows:
+        walks, new = [view.walk("rows") for view in views], work.x.tiles.new_empty
+        for n, (view, walk) in enumerate(zip(views, walks, strict=True)):
+            sums = new((5 if work.in_tile else 2, walk.splits, view.x.rows), dtype=torch.float32)
+            count = new((walk.splits, view.x.rows), dtype=torch.int32) if work.in_tile else None
+            sides[n] = sides[n]._replace(splits=walk.splits, sums=sums, n_pos=count)
+        work.kernels.forward_rows(views, walks, not unshifted, sides)
+    return sides
 
 
-def _mean_key(view: View, tops: Tensor, log2: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> Tensor:
-    """(rows, D + 1): sum_j p_ij k^_j and sum_j p_ij t_ij with p = 2^(t - log2), for a backward without tiles."""
-    rows, columns = view.x.raw.shape
-    found = out.new_empty((rows, columns + 1))
-    # The sums of a split are over 2^(t - top): its share is their part of the row.
-    shares = torch.exp2(tops.to(log2.dtype) - log2.masked_fill(log2 == -torch.inf, 0.0))
-    factors = (shares / lift).to(out.dtype)
-    torch.mul(out[0, :rows, :columns], factors[0, :, None], out=found[:, :columns])
-    for split in range(1, len(out)):
-        found[:, :columns].addcmul_(out[split, :rows, :columns], factors[split, :, None])
-    found[:, columns] = (moment * shares).sum(0)
-    return found
+def keep_output(work: Work) -> tuple[Sums, Tensor, Tensor]:
+    """Sums of the rows, and of the keys and of t by their weights in every split: (splits, padded, depth) and (splits, rows)."""
+    view = work.views()[0]
+    walk, new, rows = view.walk("output"), work.x.tiles.new_empty, view.x.rows
+    sums = new((2, walk.splits, rows), dtype=torch.float32)
+    out, moment = new((walk.splits, view.x.padded, view.depth), dtype=torch.float32), new((walk.splits, rows), dtype=torch.float32)
+    work.kernels.forward_output(view, walk, sums, out, moment)
+    return Sums(walk.splits, sums, None, None), out, moment
+
+
+def nats(t: Tensor, bias: Tensor | None) -> Tensor:
+    s = t * LN2
+    return s if bias is None else s + bias
 
 
 def _with_metrics(view: View, side: Side) -> Side:
@@ -102,7 +92,7 @@ def _with_metrics(view: View, side: Side) -> Side:
 def _retrieve(view: View, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(2, rows) largest t of negatives and of positives; (2, rows) negatives above `high`, and from `low` to it; column of the largest."""
     walk, rows = view.walk("retrieval"), view.x.rows
-    largest = view.x.raw.new_empty((2, walk.splits, rows), dtype=torch.float32)
+    largest = view.x.tiles.new_empty((2, walk.splits, rows), dtype=torch.float32)
     counts = torch.empty((3, walk.splits, rows), dtype=torch.int32, device=largest.device)
     view.work.kernels.retrieval(view, walk, torch.stack([low, high]).to(torch.float32), largest, counts)
     best, split = largest.max(1)

@@ -13,13 +13,13 @@ NAME = "triton"
 
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
-    from fastnce.backends.triton import launches
+    from fastnce.backends.triton import passes
 
-    return statistics.forward(problem, launches)
+    return statistics.forward(problem, passes)
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
-    from fastnce.backends.triton import launches
+    from fastnce.backends.triton import passes
 
-    return gradients.backward(problem, launches, grads, stats, wanted)
+    return gradients.backward(problem, passes, grads, stats, wanted)

@@ -24,7 +24,7 @@ from fastnce.backends.triton.kernels_rows import LOG2E, valid
 # They are multiples of 16 wherever they are used. The compiler must know it: otherwise it copies element by element, without a pipeline.
 RUNTIME = [
     "rows", "columns", "own", "up", "down", "mask_rows", "mask_columns", "mask_row", "mask_column", "row_padded", "column_padded",
-    "down_tiles", "across", "splits", "per_split", "always", "symmetric",
+    "down_tiles", "across", "splits", "per_split", "other_splits", "other_per_split", "first", "always", "symmetric", "share",
 ]  # fmt: skip
 # The largest |logit|, in nats, of the unshifted kernels: 2^t, a sum of 2^31 such terms, and an upstream gradient over it are then normal
 # float32 numbers.
@@ -118,6 +118,11 @@ def row_factor(a, scale, PARTS: tl.constexpr):
 
 
 @triton.jit
+def swap(turned, a, b):
+    return tl.where(turned, b, a), tl.where(turned, a, b)
+
+
+@triton.jit
 def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
     """The program's own rows, loaded once for all tiles. Where rows are longer than a tile holds, the result is not used."""
     if DP:
@@ -197,19 +202,40 @@ def _running(u, alpha, top, total):
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_rows(
-    X, Y, A, B, scale, bound, sums, count, out, moment, lift,
+    X, Y, A, B, scale, bound, sums, count, column_sums, column_count, out, moment, lift,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
-    rows, columns, own, up, down, depth, row_padded, splits, per_split, always,
-    IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    rows, columns, own, up, down, depth, row_padded, splits, per_split, other_splits, other_per_split, first, always,
+    COLUMNS: tl.constexpr, IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Row statistics with a running maximum, for logits of any size. Unless `always`, only where forward_both must not run.
 
     sums   (2 or 5, splits, rows): top and total of the negatives; IN_TILE: of the positives, and their sum of t
     count  (splits, rows) int32: number of positives, IN_TILE only
     out    (splits, padded rows, DP) or None: lift sum_j 2^(t - top) beta_j y~_j, and moment (splits, rows): sum_j 2^(t - top) t
+
+    COLUMNS: from program `first` on, the programs do the same for the columns, into column_sums and column_count.
     """
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    program = tl.program_id(0)
+    if COLUMNS:
+        turned = program >= first
+        program = tl.where(turned, program - first, program)
+        splits, per_split = swap(turned, splits, other_splits)[0], swap(turned, per_split, other_per_split)[0]
+        X, Y = swap(turned, X, Y)
+        A, B = swap(turned, A, B)
+        sums = tl.where(turned, column_sums, sums)
+        if count is not None:
+            count = tl.where(turned, column_count, count)
+        if q_label is not None:
+            q_label, k_label = swap(turned, q_label, k_label)
+        if q_exclude is not None:
+            q_exclude, k_exclude = swap(turned, q_exclude, k_exclude)
+        mask_rows, mask_columns = swap(turned, mask_rows, mask_columns)
+        mask_row, mask_column = swap(turned, mask_row, mask_column)
+        rows, columns = swap(turned, rows, columns)
+        # Seen from the columns, a diagonal j - i is i - j. host.NONE stays a diagonal that no pair lies on.
+        up = tl.where(turned, -up, up)
+    block = program // splits
+    split = program % splits
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
     a = tl.load(A + i)

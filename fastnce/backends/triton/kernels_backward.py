@@ -17,33 +17,34 @@ from fastnce.backends.triton.kernels import (
     pair_factor,
     product,
     row_factor,
+    swap,
 )
 
 
 @triton.jit
-def _coefficients(C, index, padded, IN_TILE: tl.constexpr):
+def _coefficients(C, index, padded, lift, IN_TILE: tl.constexpr):
     """Vectors of one side: base and factor of the negatives, base and factor of the positives, share of dpos of each positive."""
     padded = padded.to(tl.int64)
     base = tl.load(C + index)
-    factor = tl.load(C + padded + index)
+    factor = tl.load(C + padded + index) * lift
     base_pos, factor_pos, share = base, factor, factor
     if IN_TILE:
         base_pos = tl.load(C + 2 * padded + index)
-        factor_pos = tl.load(C + 3 * padded + index)
-        share = tl.load(C + 4 * padded + index)
+        factor_pos = tl.load(C + 3 * padded + index) * lift
+        share = tl.load(C + 4 * padded + index) * lift
     return base, factor, base_pos, factor_pos, share
 
 
 @triton.jit
 def _weights(
-    t, i, j, row, column, row_padded, column_padded, unshifted, positive,
+    t, i, j, row, column, row_padded, column_padded, lift, unshifted, positive,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_TILE: tl.constexpr,
 ):  # fmt: skip
     """w of every pair of a tile, also of those that do not count. Where 2^t itself is in range, one exponential serves both sides."""
     if ROWS:
-        base_i, factor_i, base_pos_i, factor_pos_i, share_i = _coefficients(row, i, row_padded, IN_TILE)
+        base_i, factor_i, base_pos_i, factor_pos_i, share_i = _coefficients(row, i, row_padded, lift, IN_TILE)
     if COLUMNS:
-        base_j, factor_j, base_pos_j, factor_pos_j, share_j = _coefficients(column, j, column_padded, IN_TILE)
+        base_j, factor_j, base_pos_j, factor_pos_j, share_j = _coefficients(column, j, column_padded, lift, IN_TILE)
     if ROWS and COLUMNS:
         if unshifted:
             own = (factor_i * tl.exp2(-base_i))[:, None] + (factor_j * tl.exp2(-base_j))[None, :]
@@ -75,9 +76,9 @@ def _one_side(t, positive, base, factor, base_pos, factor_pos, IN_TILE: tl.const
 
 @triton.jit(do_not_specialize=RUNTIME)
 def backward_rows(
-    X, Y, A, B, scale, bound, row, column, center, dx, moment,
+    X, Y, A, B, scale, bound, row, column, center, lift, dx, column_dx, moment,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
-    rows, columns, own, up, down, row_padded, column_padded, splits, per_split,
+    rows, columns, own, up, down, row_padded, column_padded, splits, per_split, other_splits, other_per_split, first,
     IN_TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -85,14 +86,38 @@ def backward_rows(
 
     row, column    (5, padded), or (2, padded) without IN_TILE: coefficients of the rows (ROWS) and of the columns (COLUMNS)
     moment         (splits, rows) or None: sum_j w_ij (t_ij - center)
+    column_dx      or None: from program `first` on, the programs make the gradient of the columns there, without a moment
+
+    All of it is multiplied by lift.
     """
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
+    program = tl.program_id(0)
+    of_rows = rows
+    if column_dx is not None:
+        turned = program >= first
+        program = tl.where(turned, program - first, program)
+        splits, per_split = tl.where(turned, other_splits, splits), tl.where(turned, other_per_split, per_split)
+        X, Y = swap(turned, X, Y)
+        A, B = swap(turned, A, B)
+        row, column = swap(turned, row, column)
+        dx = tl.where(turned, column_dx, dx)
+        if q_label is not None:
+            q_label, k_label = swap(turned, q_label, k_label)
+        if q_exclude is not None:
+            q_exclude, k_exclude = swap(turned, q_exclude, k_exclude)
+        mask_rows, mask_columns = swap(turned, mask_rows, mask_columns)
+        mask_row, mask_column = swap(turned, mask_row, mask_column)
+        rows, columns = swap(turned, rows, columns)
+        row_padded, column_padded = swap(turned, row_padded, column_padded)
+        up = tl.where(turned, -up, up)
+        of_rows = tl.where(turned, 0, rows)
+    block = program // splits
+    split = program % splits
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
     a = tl.load(A + i)
     alpha = row_factor(a, scale, PARTS)
     unshifted = tl.load(bound) <= UNSHIFTED
+    lifted = tl.load(lift)
     tiles = tl.cdiv(columns, BN)
     lo = split * per_split
     hi = tl.minimum(lo + per_split, tiles)
@@ -114,7 +139,7 @@ def backward_rows(
                 i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
                 rows, columns, own, up, down, IN_TILE,
             )  # fmt: skip
-        w = _weights(t, i, j, row, column, row_padded, column_padded, unshifted, positive, ROWS, COLUMNS, IN_TILE)
+        w = _weights(t, i, j, row, column, row_padded, column_padded, lifted, unshifted, positive, ROWS, COLUMNS, IN_TILE)
         if IN_TILE:
             w = tl.where(positive | negative, w, 0.0)
         elif q_exclude is not None:
@@ -128,21 +153,23 @@ def backward_rows(
     to = (split.to(tl.int64) * row_padded + i)[:, None] * DP
     tl.store(dx + to + tl.arange(0, DP)[None, :], acc)
     if moment is not None:
-        tl.store(moment + split.to(tl.int64) * rows + i, about, mask=i < rows)
+        tl.store(moment + split.to(tl.int64) * rows + i, about, mask=i < of_rows)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def weights_block(
-    X, Y, A, B, scale, bound, row, column, center, for_rows, for_columns, moment,
+    X, Y, A, B, scale, bound, row, column, center, lift, for_rows, for_columns, moment,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
-    rows, columns, own, up, down, depth, row_padded, column_padded, row0, column0, down_tiles, across, pitch,
+    rows, columns, own, up, down, depth, row_padded, column_padded, row0, column0, down_tiles, across, pitch, share,
     IN_TILE: tl.constexpr, COLUMNS: tl.constexpr,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Weights of down_tiles x across tiles from (row0, column0), for two plain matrix products. Rows have any length.
 
     for_rows, for_columns  (parts, pitch, pitch) or None: w_ij beta_j and w_ij a_i in half precision, 0 in the padding
-    moment                 (across, pitch) or None: per row of the block, sum over a tile of w_ij (t_ij - center)
+    moment                 (across or more, padded rows) or None: `share` times the sum over a tile of w_ij (t_ij - center) is added, per row
+
+    All of it is multiplied by lift.
     """
     # Programs take GROUP tiles of a column before the next column: those that run together then share rows and columns in the L2 cache.
     program = tl.program_id(0)
@@ -168,10 +195,11 @@ def weights_block(
     else:
         kept = outside(i, j, rows, columns, own, up, down)
     unshifted = tl.load(bound) <= UNSHIFTED
-    w = _weights(t, i, j, row, column, row_padded, column_padded, unshifted, positive, True, COLUMNS, IN_TILE)
+    w = _weights(t, i, j, row, column, row_padded, column_padded, tl.load(lift), unshifted, positive, True, COLUMNS, IN_TILE)
     w = tl.where(kept, w, 0.0)
     if moment is not None:
-        tl.store(moment + (j0 - column0) // BN * pitch + (i - row0), tl.sum(w * (t - tl.load(center)), 1))
+        place = moment + ((j0 - column0) // BN).to(tl.int64) * row_padded + i
+        tl.store(place, tl.load(place) + share * tl.sum(w * (t - tl.load(center)), 1))
     to = (i - row0).to(tl.int64)[:, None] * pitch + (j - column0)[None, :]
     if for_rows is not None:
         _store(for_rows, to, pitch, w * finite(beta)[None, :], PARTS)
@@ -185,3 +213,56 @@ def _store(G, to, pitch, w, PARTS: tl.constexpr):
     tl.store(G + to, high)
     if PARTS == 2:
         tl.store(G + pitch.to(tl.int64) * pitch + to, low)
+
+
+@triton.jit(do_not_specialize=["first_of_rows", "first_of_columns", "row_programs", "wide"])
+def products(
+    for_rows, for_columns, X, Y, dx, dy, depth, pitch, row0, column0, height, width, row_programs, wide, first_of_rows, first_of_columns,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Plain matrix products of a block's weights with its rows: dx_i += sum_j (w_ij beta_j) y~_j and dy_j += sum_i (w_ij a_i) x~_i.
+
+    The first row_programs programs have tiles of dx, BM rows and BN of its columns, the others tiles of dy. The very first product of a row is
+    stored, without reading what was there.
+    """
+    program = tl.program_id(0)
+    part = pitch.to(tl.int64) * pitch
+    if for_rows is not None:
+        if program < row_programs:
+            _product(
+                for_rows, pitch, 1, part, Y, column0, width, dx, row0, depth, program, wide, first_of_rows, PARTS, BM, BN, BK,
+            )  # fmt: skip
+    if for_columns is not None:
+        if program >= row_programs:
+            _product(
+                for_columns, 1, pitch, part, X, row0, height, dy, column0, depth, program - row_programs, wide, first_of_columns,
+                PARTS, BM, BN, BK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _product(
+    G, down, across, part, rows, row, count, out, to, depth, program, wide, first,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of sum_k g_mk rows_k, g_mk at m * down + k * across, in PARTS; in two, sums of BK terms are added in float32."""
+    m = program // wide * BM + tl.arange(0, BM)
+    n = program % wide * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, count, BK):
+        place = G + m.to(tl.int64)[:, None] * down + (start + k).to(tl.int64)[None, :] * across
+        g = tl.load(place)
+        g_low = g
+        at = rows + (row + start + k).to(tl.int64)[:, None] * (PARTS * depth) + n[None, :]
+        y = tl.load(at, mask=(n < depth)[None, :], other=0.0)
+        y_low = y
+        if PARTS == 2:
+            g_low = tl.load(place + part)
+            y_low = tl.load(at + depth, mask=(n < depth)[None, :], other=0.0)
+        acc = accumulate(g, g_low, y, y_low, acc, PARTS)
+    place = out + (to + m).to(tl.int64)[:, None] * depth + n[None, :]
+    inside = (n < depth)[None, :] & (m >= 0)[:, None]
+    if first == 0:
+        acc += tl.load(place, mask=inside, other=0.0)
+    tl.store(place, acc, mask=inside)

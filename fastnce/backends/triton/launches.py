@@ -1,4 +1,4 @@
-"""Every launch of a Triton kernel, with the arguments that its signature wants."""
+"""Every launch of a Triton kernel over the tiles, with the arguments that its signature wants. passes.py has those over single rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.host import UnshiftedSums, View, Walk
+from fastnce.backends._gpu.gradients import Block, Pass, Weights
+from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Walk, Work
 from fastnce.backends.triton import kernels, kernels_backward, kernels_rows, tiles
-from fastnce.backends.triton.limits import keeps_output
-
-__all__ = [
-    "aligned", "backward_rows", "finish", "forward_both", "forward_output", "forward_rows", "keeps_output", "prepare", "retrieval", "tile",
-    "weights_block",
-]  # fmt: skip
 
 # Consecutive programs of the block kernel share this many rows of tiles.
 GROUP = 8
@@ -27,6 +22,12 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_
         kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
 
 
+def slot(work: Work, number: Any) -> Tensor:
+    """One of the numbers of `slots`, see kernels_rows.py, as a 0-dim tensor."""
+    assert work.slots is not None
+    return work.slots[number.value]
+
+
 @cache
 def architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
@@ -36,53 +37,26 @@ def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) 
     return tiles.tile(kernel, rules, architecture(device), parts, depth)
 
 
-# Passes over single rows: the arguments of the CUDA library's operators of the same name -------------------------------------------------
-
-
-def prepare(x: Tensor, operand: Tensor, factor: Tensor, inverse_norm: Tensor, normalize: bool) -> None:
-    (rows, columns), (padded, parts, depth) = x.shape, operand.shape
-    height, width = tiles.ROWS
-    # The longest step that divides the padded row: its power of two.
-    sizes = {"NORMALIZE": normalize, "PARTS": parts, "DP": depth, "BR": height, "BD": min(width, depth & -depth)}
-    launch(kernels_rows.prepare, padded // height, x, operand, factor, inverse_norm, rows, x.stride(0), columns, **sizes)
-
-
-def aligned(x: Tensor, y: Tensor, r_x: Tensor, r_y: Tensor, scale: Tensor, first_row: int, first_column: int, t: Tensor) -> None:
-    height, width = tiles.ROWS
+def forward_rows(views: list[View], walks: list[Walk], always: bool, sides: list[Sums]) -> None:
+    """Both sides in one launch: the programs of the rows, then those of the columns."""
+    view, walk, last = views[0], walks[0], walks[-1]
     launch(
-        kernels_rows.aligned, -(-len(t) // height), x, y, r_x, r_y, scale, t,
-        len(t), first_row, first_column, x.stride(0), y.stride(0), x.shape[1], BR=height, BD=width,
+        kernels.forward_rows, sum(walk.programs for walk in walks), *_operands(view), view.work.bound,
+        sides[0].sums, sides[0].n_pos, *_columns(sides), None, None, None,
+        *view.content(), *view.sizes(), view.depth, view.x.padded, walk.splits, walk.per_split, last.splits, last.per_split, walk.programs,
+        int(always), COLUMNS=len(views) == 2, **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 
 
-def finish(
-    dx: Tensor, x: Tensor, y: Tensor, r_x: Tensor, r_y: Tensor, pair: Tensor, scale: Tensor, lift: Tensor,
-    up: int, down: int, normalize: bool, out: Tensor,
-) -> None:  # fmt: skip
-    height, width = tiles.ROWS
+def _columns(sides: list[Sums]) -> tuple[Tensor | None, Tensor | None]:
+    return (sides[1].sums, sides[1].n_pos) if len(sides) == 2 else (None, None)
+
+
+def forward_output(view: View, walk: Walk, sums: Tensor, out: Tensor, moment: Tensor) -> None:
     launch(
-        kernels_rows.finish, -(-len(x) // height), dx, x, y, r_x, r_y, pair, scale, lift, out,
-        len(x), len(y), up, down, x.stride(0), y.stride(0), dx.stride(1), dx.stride(0), len(dx),
-        x.shape[1], NORMALIZE=normalize, BR=height, BD=width,
-    )  # fmt: skip
-
-
-# Passes over the tiles ------------------------------------------------------------------------------------------------------------------
-
-
-def forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None) -> None:
-    _forward_rows(view, walk, always, sums, count, None, None, None)
-
-
-def forward_output(view: View, walk: Walk, sums: Tensor, out: Tensor, moment: Tensor, lift: Tensor) -> None:
-    _forward_rows(view, walk, True, sums, None, out, moment, lift)
-
-
-def _forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None, *kept: Tensor | None) -> None:
-    launch(
-        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, sums, count, *kept,
-        *view.content(), *view.sizes(), view.depth, view.x.padded, walk.splits, walk.per_split, int(always),
-        **_form(view), **_tile(walk.tile),
+        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, sums, None, None, None, out, moment, slot(view.work, kernels_rows.OUTPUT_LIFT),
+        *view.content(), *view.sizes(), view.depth, view.x.padded, walk.splits, walk.per_split, 1, 1, walk.programs, 1,
+        COLUMNS=False, **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 
 
@@ -101,31 +75,52 @@ def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: T
     )  # fmt: skip
 
 
-def backward_rows(
-    view: View, walk: Walk, row: Tensor, column: Tensor, center: Tensor, rows: bool, columns: bool, dx: Tensor, moment: Tensor | None
-) -> None:
-    tile = walk.tile
-    launch(
-        kernels_backward.backward_rows, walk.programs, *_operands(view), view.work.bound, row, column, center, dx, moment,
-        *view.content(), *view.sizes(), view.x.padded, view.y.padded, walk.splits, walk.per_split,
-        **_form(view), ROWS=rows, COLUMNS=columns, BM=tile.rows, BN=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+def backward_rows(passes: list[Pass], weights: Weights) -> None:
+    """A launch for each pass; one for both where their weights are alike, which are those of two-sided logits."""
+    alike = len(passes) == 2 and passes[0].rows == passes[1].rows and passes[0].columns == passes[1].columns
+    for n, one in enumerate(passes[:1] if alike else passes):
+        view, walk, tile, other = one.view, one.walk, one.walk.tile, passes[-1] if alike else one
+        launch(
+            kernels_backward.backward_rows, walk.programs + (other.walk.programs if alike else 0), *_operands(view), view.work.bound,
+            one.row, one.column, weights.center, weights.lift, one.dx, other.dx if alike else None, one.about if n == 0 else None,
+            *view.content(), *view.sizes(), view.x.padded, view.y.padded, walk.splits, walk.per_split,
+            other.walk.splits, other.walk.per_split, walk.programs,
+            **_form(view), ROWS=one.rows, COLUMNS=one.columns, BM=tile.rows, BN=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 def weights_block(
-    view: View, tile: tiles.TileShape, row: Tensor, column: Tensor, center: Tensor, columns: bool,
-    row0: int, column0: int, down: int, across: int, pitch: int,
-    for_rows: Tensor | None, for_columns: Tensor | None, moment: Tensor | None,
+    view: View, tile: tiles.TileShape, weights: Weights, block: Block, for_rows: Tensor | None, for_columns: Tensor | None,
+    about: Tensor | None, share: float,
 ) -> None:  # fmt: skip
+    both = view.work.problem.symmetric or view.work.problem.two_sided
     launch(
-        kernels_backward.weights_block, down * across, *_operands(view), view.work.bound, row, column, center,
-        for_rows, for_columns, moment, *view.content(), *view.sizes(), view.depth, view.x.padded, view.y.padded,
-        row0, column0, down, across, pitch, IN_TILE=view.work.in_tile, PARTS=view.parts, COLUMNS=columns, GROUP=GROUP, **_tile(tile),
+        kernels_backward.weights_block, block.down * block.across, *_operands(view), view.work.bound,
+        weights.vectors[0], weights.vectors[-1], weights.center, weights.lift, for_rows, for_columns, about,
+        *view.content(), *view.sizes(), view.depth, view.x.padded, view.y.padded,
+        block.row0, block.column0, block.down, block.across, block.pitch, share,
+        IN_TILE=view.work.in_tile, PARTS=view.parts, COLUMNS=both, GROUP=GROUP, **_tile(tile),
+    )  # fmt: skip
+
+
+def products(
+    view: View, block: Block, for_rows: Tensor | None, for_columns: Tensor | None, dx: Tensor | None, dy: Tensor | None,
+    first_of_rows: bool, first_of_columns: bool,
+) -> None:  # fmt: skip
+    """Both gradients in one launch: the programs of the rows of the block, then those of its columns."""
+    tile = tiles.product(architecture(view.x.tiles.device), view.parts)
+    wide = -(-view.depth // tile.columns)
+    down = block.height // tile.rows * wide if for_rows is not None else 0
+    across = block.width // tile.rows * wide if for_columns is not None else 0
+    launch(
+        kernels_backward.products, down + across, for_rows, for_columns, view.x.tiles, view.y.tiles, dx, dy, view.depth, block.pitch,
+        block.row0, block.column0, block.height, block.width, down, wide, int(first_of_rows), int(first_of_columns),
+        PARTS=view.parts, BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _operands(view: View) -> tuple[Tensor, ...]:
-    return view.x.tiles, view.y.tiles, view.x.factor, view.y.factor, view.work.problem.scale
+    return view.x.tiles, view.y.tiles, view.x.factor, view.y.factor, view.work.scale
 
 
 def _form(view: View) -> dict[str, Any]:

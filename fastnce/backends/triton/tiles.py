@@ -23,6 +23,9 @@ class TileShape(NamedTuple):
 # Rows per program of the passes over single rows, and columns per step.
 ROWS = (8, 128)
 
+# By parts of the operand: the products of a block's weights with rows.
+PRODUCTS = {1: TileShape(128, 128, 64, 8, 3), 2: TileShape(128, 64, 64, 8, 2)}
+
 # (kernel, how pairs are told apart, parts of the operand, padded D or 0 for long rows) -> tile. Parts: 1 float16, 2 float32 as a high and a
 # low half. Looking at ids takes registers, a mask an address per pair: hence the smaller tiles. Each was the first of a list, from large
 # to small, that neither spills nor serialises its products with Triton 3.6.0 and 3.9.0 (tests/aot/); no timing has been recorded.
@@ -211,6 +214,12 @@ def tile(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> 
         raise ValueError("there are no positives where the output is kept")
     key = (kernel, rules, parts, held_depth(parts, depth))
     return TILES_OF[nearest(architecture)].get(key, TILES[key])
+
+
+def product(architecture: str, parts: int) -> TileShape:
+    """The tile of the products of a block's weights with rows: rows x columns of the gradient, sums in steps of depth."""
+    del architecture
+    return PRODUCTS[parts]
 
 
 def nearest(architecture: str) -> str:
