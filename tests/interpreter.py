@@ -11,7 +11,8 @@ and keeps results that ex2.approx.ftz flushes to 0. Importing this module replac
     tl.maximum, tl.minimum drop a NaN, as max.f32 does
 
 Races inside of one program, and the order in which tensor cores add, cannot be shown here. tl.atomic_load and tl.atomic_store count as
-plain accesses.
+plain accesses. An atomic operation with sem="acq_rel" puts what a program does after it behind what other programs did before theirs at the
+same address.
 
     with Checked(out, readonly=(q, k)) as c:
         kernel[grid](q, k, out, ...)
@@ -244,6 +245,10 @@ class Checked:
         self.elements = Elements([])
         self.written = np.zeros(0, bool)
         self.first: dict[str, Array] = {}
+        self.released: dict[int, set[int]] = {}
+        self.acquired: set[int] = set()
+        self.running = (-1, -1, -1)
+        self.has_released = False
         self.quiet = np.errstate(all="ignore")  # kernels overflow silently
         self.admit([*readonly, *tensors])
 
@@ -264,6 +269,7 @@ class Checked:
     def launch(self) -> None:
         """A kernel starts: nothing before it races with it."""
         self.launches += 1
+        self.released, self.running = {}, (-1, -1, -1)
         self.first = {kind: np.full(self.written.size, -1, np.int32) for kind in RACES}
 
     def fail(self, message: str) -> None:
@@ -286,17 +292,35 @@ class Checked:
             self.written[index] = True
         elif readonly.all():
             return  # no program writes there
-        # Programs run one after the other, so an element that another program touched was first touched by another one.
-        number = np.ravel_multi_index(program, grid)
+        # Programs run one after the other, so an element that another program touched was first touched by another one. What a program does
+        # after it has released counts as another program's, whose number is larger by the number of all.
+        self._turn_to(program)
+        own, all_programs = int(np.ravel_multi_index(program, grid)), int(np.prod(grid))
+        number = own + all_programs * self.has_released
         for other, what in RACES[kind].items():
             earlier = self.first[other][index]
-            racing = (earlier >= 0) & (earlier != number)
+            racing = (earlier >= 0) & (earlier % all_programs != own)
+            if racing.any() and self.acquired:
+                racing &= ~np.isin(earlier, list(self.acquired))
             if racing.any():
                 for tensor, by in set(zip(owner[racing].tolist(), earlier[racing].tolist(), strict=True)):
-                    x, y, z = (int(i) for i in np.unravel_index(by, grid))
+                    x, y, z = (int(i) for i in np.unravel_index(by % all_programs, grid))
                     self.races.add(Race(what, tensor, (x, y, z), program))
         mine = self.first[kind][index]
         self.first[kind][index] = np.where(mine < 0, number, mine)
+
+    def _turn_to(self, program: Program) -> None:
+        if program != self.running:
+            self.running, self.acquired, self.has_released = program, set(), False
+
+    def synchronize(self, pointer: int, grid: Program, program: Program) -> None:
+        """An acquiring and releasing atomic operation. A program may read what others did before their own at this address."""
+        self._turn_to(program)
+        at = self.released.setdefault(pointer, set())
+        self.acquired |= at
+        if not self.has_released:
+            at.add(int(np.ravel_multi_index(program, grid)))
+            self.has_released = True
 
     def unwritten(self, t: Tensor) -> int:
         own = addresses(t)
@@ -342,6 +366,9 @@ def _store(self: Builder, ptrs: TensorHandle, value: TensorHandle, mask: TensorH
 
 def _atomic(self: Builder, op: Any, ptr: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
     _access(self, "atomic", ptr, mask.data, value.data.itemsize)
+    if Checked.active is not None and rest[0].name == "ACQUIRE_RELEASE":
+        for pointer in np.unique(ptr.data.view(np.int64)[np.broadcast_to(mask.data, ptr.data.shape)]).tolist():
+            Checked.active.synchronize(pointer, self.grid_dim, self.grid_idx)
     return _stock_atomic(self, op, ptr, value, mask, *rest)
 
 

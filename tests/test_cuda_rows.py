@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import gpu_promises
 import pytest
-import test_statistics as whole_suite
+import row_oracle
 import torch
-from problems import PROBLEMS, Call
 from torch import Tensor
 
-from fastnce.backends._gpu import host, limits, rows, tiles
-from fastnce.backends.triton import tiles as triton_tiles
+from fastnce.backends._gpu import host, limits, tiles
 from fastnce.precision import EPS, LARGEST
 from fastnce.problem import Side, SideGrad
 from train_ref.truth import contract
@@ -131,11 +128,29 @@ def test_finish(how: str, columns: int, dtype: torch.dtype) -> None:
 # Vectors --------------------------------------------------------------------------------------------------------------------------------
 
 
-def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> tuple[Any, Any]:
-    """By the library, and by the torch lines that define it."""
-    found = run()
-    monkeypatch.setattr(rows, "compiled", lambda x: False)
-    return found, run()
+def statistics(sums: Tensor, *given: Any) -> Side:
+    """The library's."""
+    rows = sums.shape[2]
+    lse_neg, lse_pos, pos, own_neg, own_pos = (torch.empty(rows, dtype=torch.float64) for _ in range(5))
+    n_pos = torch.empty(rows, dtype=torch.int64)
+    *more, ends, bias = given
+    kernels().statistics(sums, *more, [end.start for end in ends], bias, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+    return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+
+
+def coefficients(
+    grads: list[SideGrad], stats: list[Side], factors: list[Tensor], bias: Tensor, pairs: tuple[slice, slice], in_tile: bool, symmetric: bool
+) -> row_oracle.Coefficients:
+    """The library's."""
+    i, j = pairs
+    some = i.stop > i.start
+    vectors = [torch.empty(5 if in_tile else 2, len(factor)) for factor, _ in zip(factors, stats, strict=False)]
+    pair, scalars = torch.empty(i.stop - i.start) if some else None, torch.empty(4, dtype=torch.float64)
+    kernels().coefficients(
+        [g for grad in grads for g in grad], [t for side in stats for t in side[:6]], factors, bias,
+        stats[0].own_pos[i] if some else None, [i.start, j.start], in_tile, symmetric, vectors, pair, scalars,
+    )  # fmt: skip
+    return row_oracle.Coefficients(vectors, pair, scalars)
 
 
 def agree(found: Any, expected: Any, rtol: float = 1e-13, atol: float = 1e-13) -> None:
@@ -147,7 +162,7 @@ def agree(found: Any, expected: Any, rtol: float = 1e-13, atol: float = 1e-13) -
 @pytest.mark.parametrize("unshifted", [False, True], ids=["shifted", "both"])
 @pytest.mark.parametrize("bias", [None, -3.0])
 @pytest.mark.parametrize("positives", ["in the tiles", "one end", "two ends", "none"])
-def test_statistics(positives: str, bias: float | None, unshifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics(positives: str, bias: float | None, unshifted: bool) -> None:
     """Splits without a pair of a kind, rows without any, and one that is nan."""
     n, in_tile = 300, positives == "in the tiles"
     fields = 5 if in_tile else 2
@@ -167,7 +182,7 @@ def test_statistics(positives: str, bias: float | None, unshifted: bool, monkeyp
     pairs = None if in_tile else random(0 if positives == "none" else 120, dtype=torch.float32, seed=6)
     ends = [slice(7, 127), slice(170, 290)][: 2 if positives == "two ends" else 1] if positives != "none" else [slice(0, 0)]
     given = (real, count, sums, more, pairs, ends, None if bias is None else torch.tensor(bias))
-    found, expected = both_ways(monkeypatch, lambda: rows.close(*given))
+    found, expected = statistics(*given), row_oracle.close(*given)
     for a, b in zip(found, expected, strict=True):
         agree(a, b)
 
@@ -176,7 +191,7 @@ def test_statistics(positives: str, bias: float | None, unshifted: bool, monkeyp
 @pytest.mark.parametrize("shape", ["rows", "two-sided", "symmetric"])
 @pytest.mark.parametrize("in_tile", [False, True], ids=["pairs", "in the tiles"])
 @pytest.mark.parametrize("bad", [None, torch.nan, 0.0], ids=["", "one nan", "all zero"])
-def test_coefficients(bad: float | None, in_tile: bool, shape: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coefficients(bad: float | None, in_tile: bool, shape: str, n: int) -> None:
     sides = 2 if shape == "two-sided" else 1
     lengths = (n, n if shape == "symmetric" else n - 13)
     grads, stats, factors = [], [], [random(host.up(length, 128), dtype=torch.float32, seed=20).abs() for length in lengths]
@@ -194,7 +209,7 @@ def test_coefficients(bad: float | None, in_tile: bool, shape: str, n: int, monk
         stats.append(Side(*real[:3], n_pos, *real[3:]))
     pairs = (slice(0, 0), slice(0, 0)) if in_tile else (slice(5, 25), slice(12, 32))
     given = (grads, stats, factors, torch.tensor(2.5), pairs, in_tile, shape == "symmetric")
-    found, expected = both_ways(monkeypatch, lambda: rows.coefficients(*given))
+    found, expected = coefficients(*given), row_oracle.coefficients(*given)
     for a, b in zip(found.vectors, expected.vectors, strict=True):
         agree(a, b, rtol=2 * U, atol=0.0)
     agree(found.pair, expected.pair, rtol=2 * U, atol=0.0)
@@ -203,12 +218,12 @@ def test_coefficients(bad: float | None, in_tile: bool, shape: str, n: int, monk
 
 
 @pytest.mark.parametrize("parts", [[], [(3, 700)], [(1, 5), (2, 2000), (1, 1), (4, 0)]], ids=["none", "one", "several"])
-def test_scale_gradient(parts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_gradient(parts: list[tuple[int, int]]) -> None:
     scalars, scale = torch.tensor([2.0**12, 3.5, -0.25, 0.125], dtype=torch.float64), torch.tensor(7.0)
     about = [random(*shape, dtype=torch.float32) for shape in parts]
-    found = rows.scalar_gradients(scalars, about, 2.0, scale)
-    monkeypatch.setattr(rows, "compiled", lambda x: False)
-    for a, b in zip(found, rows.scalar_gradients(scalars, about, 2.0, scale), strict=True):
+    found = torch.empty(()), torch.empty(())
+    kernels().scale_gradient(scalars, about, 2.0, scale, *found)
+    for a, b in zip(found, row_oracle.scalar_gradients(scalars, about, 2.0, scale), strict=True):
         agree(a, b, rtol=U, atol=0.0)
 
 
@@ -223,24 +238,3 @@ def test_rows_of_any_length(length: float, dtype: torch.dtype) -> None:
 
 def test_elements_beyond_two_to_the_31() -> None:
     gpu_promises.elements_may_lie_beyond_two_to_the_31("cuda")
-
-
-@pytest.mark.parametrize("p", [p for p in PROBLEMS if p.why.startswith(("clip:", "simclr:", "mask and"))], ids=str)
-def test_the_triton_backend_takes_them_too(p: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own kernels over the tiles, in the interpreter, between these."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    import interpreter  # noqa: F401  the hardware's arithmetic
-
-    from fastnce.backends.triton import launches
-
-    monkeypatch.setattr(triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(32, 32, depth, 1, 1))
-    names: list[str] = []
-    launch = launches.launch
-
-    def spy(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.fn.__name__)
-        launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(launches, "launch", spy)
-    whole_suite.check(p, torch.float32, "triton")
-    assert "backward_rows" in names and not {"prepare", "aligned", "finish"} & set(names)

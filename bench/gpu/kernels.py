@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 
 from fastnce.backends import BACKENDS
-from fastnce.backends._gpu import rows
 from fastnce.backends.cuda import launches
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -39,7 +38,6 @@ class Kernels(NamedTuple):
     device: str
     backend: str
     architecture: int = 0
-    alone: bool = False
 
     @staticmethod
     def of(name: str, where: str) -> Kernels:
@@ -48,7 +46,7 @@ class Kernels(NamedTuple):
             return Kernels(name, "cpu", "torch")
         # Emulated, the tiles are those of a Hopper; left to itself, the emulated library would say that it is the oldest GPU.
         architecture = OLDEST if variant == "mma" else HOPPER if where == "emulated" else 0
-        return Kernels(name, "cuda" if where == "gpu" else "cpu", backend, architecture, variant == "alone")
+        return Kernels(name, "cuda" if where == "gpu" else "cpu", backend, architecture)
 
     def objection(self) -> str:
         """Why these kernels do not run here; empty where they do. Loads the library."""
@@ -58,8 +56,6 @@ class Kernels(NamedTuple):
             return "; ".join(reasons)
         if self.backend == "cuda" and self.device == "cuda" and self.architecture and not _wgmma(q.device):
             return "cuda runs the same kernels here"
-        if self.alone and not rows.compiled(q):
-            return "triton runs alone here"
         return ""
 
 
@@ -74,8 +70,6 @@ def chosen(kernels: Kernels) -> Iterator[None]:
     with ExitStack() as stack:
         if kernels.architecture:
             stack.enter_context(mock.patch.object(launches, "architecture", return_value=kernels.architecture))
-        if kernels.alone:
-            stack.enter_context(mock.patch.object(rows, "compiled", return_value=False))
         yield
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from fastnce.backends._gpu import gradients, limits, rows, statistics
-from fastnce.backends.cuda import launches
+from fastnce.backends._gpu import gradients, limits, statistics
+from fastnce.backends.cuda import passes
 from fastnce.compiled import find
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "cuda"
+
+
+@cache
+def runs_on(device: int) -> bool:
+    """Whether the library, which is loaded, has code for this GPU that its driver takes; -1: whether it is the tests' build for the CPU."""
+    found: bool = torch.version.hip is None and torch.ops.fastnce_cuda.runs_on(device)
+    return found
 
 
 def library_path() -> Path | None:
@@ -22,12 +30,12 @@ def library_path() -> Path | None:
 def _loaded() -> tuple[str, str]:
     """(Why the library is not loaded, type of the device that it is for)."""
     objection = find.objection(NAME)
-    return objection or "", "cpu" if objection is None and rows.runs_on(-1) else "cuda"
+    return objection or "", "cpu" if objection is None and runs_on(-1) else "cuda"
 
 
 def _no_code(device: int) -> list[str]:
     """The objection where the library is loaded and does not run on this GPU."""
-    if rows.runs_on(device):
+    if runs_on(device):
         return []
     major, minor = torch.cuda.get_device_capability(device)
     path = library_path()
@@ -59,9 +67,9 @@ def unsupported(problem: Problem) -> list[str]:
 
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
-    return statistics.forward(problem, launches)
+    return statistics.forward(problem, passes)
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
-    return gradients.backward(problem, launches, grads, stats, wanted)
+    return gradients.backward(problem, passes, grads, stats, wanted)

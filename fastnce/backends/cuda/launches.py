@@ -1,4 +1,4 @@
-"""Every launch over the tiles, with the arguments of the library's operators. Its passes over single rows are called by _gpu/rows.py."""
+"""Every launch over the tiles, with the arguments of the library's operators. passes.py has those over single rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.host import UnshiftedSums, View, Walk
+from fastnce.backends._gpu import tiles
+from fastnce.backends._gpu.gradients import Block, Pass, Weights
+from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Walk
 from fastnce.backends._gpu.tiles import held_depth
-from fastnce.problem import Problem
 
 # The kernel's name in the library.
 NAMES = {"rows": "forward_rows", "both": "forward_both", "retrieval": "retrieval", "gradient": "backward_rows", "block": "weights_block"}
@@ -40,14 +41,10 @@ def _tile(kernel: str, rules: str, parts: int, depth: int, architecture: int) ->
     return TileShape(*torch.ops.fastnce_cuda.tile(kernel, rules, parts, depth, architecture))
 
 
-def keeps_output(problem: Problem) -> bool:
-    """Never: the library has no such kernel."""
-    return False
-
-
-def forward_rows(view: View, walk: Walk, always: bool, sums: Tensor, count: Tensor | None) -> None:
-    if walk.programs:
-        torch.ops.fastnce_cuda.forward_rows(*_problem(view, walk.tile), always, walk.splits, walk.per_split, sums, count)
+def forward_rows(views: list[View], walks: list[Walk], always: bool, sides: list[Sums]) -> None:
+    for view, walk, side in zip(views, walks, sides, strict=True):
+        if walk.programs:
+            torch.ops.fastnce_cuda.forward_rows(*_problem(view, walk.tile), always, walk.splits, walk.per_split, side.sums, side.n_pos)
 
 
 def forward_both(view: View, walk: Walk, row_sums: UnshiftedSums, column_sums: UnshiftedSums) -> None:
@@ -61,27 +58,64 @@ def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: T
         torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), bounds, walk.splits, walk.per_split, largest, counts)
 
 
-def backward_rows(
-    view: View, walk: Walk, row: Tensor, column: Tensor, center: Tensor, rows: bool, columns: bool, dx: Tensor, moment: Tensor | None
-) -> None:
-    if walk.programs:
-        torch.ops.fastnce_cuda.backward_rows(
-            *_problem(view, walk.tile), row, column, center, rows, columns, walk.splits, walk.per_split, dx, moment
-        )
+def backward_rows(passes: list[Pass], weights: Weights) -> None:
+    for one in passes:
+        if one.walk.programs:
+            torch.ops.fastnce_cuda.backward_rows(
+                *_problem(one.view, one.walk.tile), one.row, one.column, weights.center, one.rows, one.columns,
+                one.walk.splits, one.walk.per_split, one.dx, one.about,
+            )  # fmt: skip
 
 
 def weights_block(
-    view: View, tile: TileShape, row: Tensor, column: Tensor, center: Tensor, columns: bool,
-    row0: int, column0: int, down: int, across: int, pitch: int,
-    for_rows: Tensor | None, for_columns: Tensor | None, moment: Tensor | None,
+    view: View, tile: TileShape, weights: Weights, block: Block, for_rows: Tensor | None, for_columns: Tensor | None,
+    about: Tensor | None, share: float,
 ) -> None:  # fmt: skip
+    both = view.work.problem.symmetric or view.work.problem.two_sided
+    moment = None if about is None else about.new_empty((block.across, block.pitch))
     torch.ops.fastnce_cuda.weights_block(
-        *_problem(view, tile), row, column, center, columns, row0, column0, down, across, pitch, for_rows, for_columns, moment
-    )
+        *_problem(view, tile), weights.vectors[0], weights.vectors[-1], weights.center, both, block.row0, block.column0, block.down,
+        block.across, block.pitch, for_rows, for_columns, moment,
+    )  # fmt: skip
+    if about is not None and moment is not None:
+        about[: block.across, block.row0 : block.row0 + block.height].add_(moment[:, : block.height], alpha=share)
+
+
+def products(
+    view: View, block: Block, for_rows: Tensor | None, for_columns: Tensor | None, dx: Tensor | None, dy: Tensor | None,
+    first_of_rows: bool, first_of_columns: bool,
+) -> None:  # fmt: skip
+    i, j = slice(block.row0, block.row0 + block.height), slice(block.column0, block.column0 + block.width)
+    if dx is not None and for_rows is not None:
+        _accumulate(dx[i], for_rows[:, : block.height, : block.width], view.y.tiles[j], first_of_rows)
+    if dy is not None and for_columns is not None:
+        _accumulate(dy[j], for_columns[:, : block.height, : block.width].transpose(1, 2), view.x.tiles[i], first_of_columns)
+
+
+def _accumulate(out: Tensor, w: Tensor, rows: Tensor, first: bool) -> None:
+    """out += w rows, of shapes (parts, m, n) and (n, parts, depth); first: out = w rows.
+
+    In two parts, the product of both low halves is left out: it is below float32's rounding. Tensor cores then sum tiles.SUM columns at a
+    time: they round towards zero, and over thousands of columns would lose more than float32 may.
+    """
+    if first:
+        out.zero_()
+    if len(w) == 2:
+        out += product(w[1], rows[:, 0])
+        out += product(w[0], rows[:, 1])
+    columns = w.shape[2]
+    step = columns if len(w) == 1 else tiles.SUM
+    for n in range(0, columns, step):
+        out += product(w[0, :, n : n + step], rows[n : n + step, 0])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """float32 sums of products of float16 numbers."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _problem(view: View, tile: TileShape) -> tuple[Any, ...]:
     """The first arguments of every operator: operands, rules, sizes."""
     x, y, work = view.x, view.y, view.work
     sizes = [*view.sizes(), int(work.in_tile), tile.family]
-    return x.tiles, y.tiles, x.factor, y.factor, work.problem.scale, work.bound, *view.content(), sizes
+    return x.tiles, y.tiles, x.factor, y.factor, work.scale, work.bound, *view.content(), sizes

@@ -1,49 +1,14 @@
-"""Arithmetic with one number per row. The lines of torch are the definition; one launch of the CUDA library does the same.
-
-The library serves every backend here where it is loaded: at small N, some 40 launches of small torch operations take longer than the tiles.
-"""
+"""Arithmetic with one number per row, as torch operations: the definition that the kernels of both GPU backends are compared with."""
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastnce.compiled import find
-from fastnce.precision import vector_dtype
+from fastnce.precision import LN2, LOG2E, vector_dtype
 from fastnce.problem import Side, SideGrad
-
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: make it that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def compiled(x: Tensor) -> bool:
-    """Whether the library is loaded and runs on the device of x: a GPU, or the CPU for the tests' build."""
-    if not (x.is_cuda or "cuda" in find.LOADED):
-        return False
-    return find.objection("cuda") is None and runs_on(x.device.index if x.is_cuda else -1)
-
-
-@cache
-def runs_on(device: int) -> bool:
-    """Whether the library, which is loaded, has code for this GPU that its driver takes; -1: whether it is the tests' build for the CPU."""
-    found: bool = torch.version.hip is None and torch.ops.fastnce_cuda.runs_on(device)
-    return found
-
-
-def row_kernels(kernels: Any, x: Tensor) -> Any:
-    """The library, or else the backend's launch functions: both have prepare, aligned and finish, with the same arguments."""
-    return torch.ops.fastnce_cuda if compiled(x) else kernels
-
 
 # Forward --------------------------------------------------------------------------------------------------------------------------------
 
@@ -65,12 +30,6 @@ def close(
                                  and the rows that these belong to, once or twice
     """
     rows = sums.shape[2]
-    if compiled(sums):
-        lse_neg, lse_pos, pos, own_neg, own_pos = (sums.new_empty(rows, dtype=torch.float64) for _ in range(5))
-        n_pos = sums.new_empty(rows, dtype=torch.int64)
-        given = (sums, count, unshifted, unshifted_count, pairs, [end.start for end in ends], bias)
-        torch.ops.fastnce_cuda.statistics(*given, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
-        return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
     own_neg = _log_sum(sums[0], sums[1], None if unshifted is None else unshifted[0])
     lse_neg = nats(own_neg, bias)
     if pairs is not None:
@@ -147,17 +106,6 @@ def coefficients(
     """factors: of the operands of rows and columns, padded. pairs: rows and columns of the aligned pairs, as Work.aligned() says."""
     i, j = pairs
     some = i.stop > i.start
-    if compiled(factors[0]):
-        fields, new = 5 if in_tile else 2, factors[0].new_empty
-        vectors = [new((fields, len(factor))) for factor, _ in zip(factors, stats, strict=False)]
-        pair, scalars = new(i.stop - i.start) if some else None, new(4, dtype=torch.float64)
-        # Without positives in the tiles own_pos is not read, and may be the mean key: own_neg stands in its place.
-        kept = [t for side in stats for t in (*side[:5], side.own_pos if in_tile else side.own_neg)]
-        torch.ops.fastnce_cuda.coefficients(
-            [g.contiguous() for grad in grads for g in grad], kept, factors, bias, stats[0].own_pos[i] if some else None,
-            [i.start, j.start], in_tile, symmetric, vectors, pair, scalars,
-        )  # fmt: skip
-        return Coefficients(vectors, pair, scalars)
     sides = [_Contribution.of(*side, in_tile) for side in zip(grads, stats, strict=True)]
     # The sum of all w follows without the tiles: the exponentials of a row, divided by their own sum, add up to one.
     due = torch.stack([side.total for side in sides]).sum()
@@ -215,10 +163,6 @@ def _rounded(base: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def scalar_gradients(scalars: Tensor, about: list[Tensor], divide: float, scale: Tensor) -> tuple[Tensor, Tensor]:
     """(dscale, dbias). about: lift * divide * sum w (t - center) over the pairs of the tiles, in parts."""
-    if compiled(scalars):
-        dscale, dbias = torch.empty_like(scale), torch.empty_like(scale)
-        torch.ops.fastnce_cuda.scale_gradient(scalars, about, divide, scale, dscale, dbias)
-        return dscale, dbias
     lift, center, due, moment = scalars
     for part in about:
         moment = moment + part.sum(dtype=torch.float64) / (divide * lift)
