@@ -80,7 +80,7 @@ def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = Fal
         kernels_rows.prepare, programs, first, second, None if k is None else raw[1].first, partners,
         given.scale, problem.bias if extra else None, given.value, int(given.inverse), *whole, partner_r, t, memory, state, slots,
         *_ids(labels, pairs.q_label, pairs.k_label), *_ids(excludes, pairs.q_exclude, pairs.k_exclude),
-        x.rows, raw[0].in_first, first.shape[0], y.rows if keyed else 0, x.padded, *_strides(first), _stride(second),
+        x.rows, raw[0].in_first, max(1, first.shape[0]), y.rows if keyed else 0, x.padded, *_strides(first), _stride(second),
         _stride(raw[1].first if keyed else None), _stride(partners), raw[0].columns, i.start, j.start, i.stop - i.start,
         *_counts(pairs.q_label, pairs.k_label, first.shape[0]), int(given.by_place), *_counts(pairs.q_exclude, pairs.k_exclude, 1), zeros,
         NORMALIZE=problem.normalize, PARTS=parts, DP=depth, BR=height, BD=min(width, depth & -depth), BC=COMPARED,
@@ -112,7 +112,7 @@ def _ids(ranks: Ranks, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | Non
 
 def _counts(q: Tensor | None, k: Tensor | None, by_place: int) -> tuple[int, int]:
     """How many ids there are on either side: rows beyond have those of the first ones again."""
-    return by_place if q is None else len(q), 1 if k is None else len(k)
+    return max(1, by_place if q is None else len(q)), max(1, 0 if k is None else len(k))
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -260,7 +260,7 @@ def write(work: Work, weights: Weights, found: Found, out: Outputs, upstream: Te
     launches.launch(
         kernels_rows.finish, sum(programs), dx, dy, first, second, k, work.partners, work.norms, work.partner_r, *_two(weights.pair),
         weights.kept, work.slots, weights.scalars, upstream, about, partial, work.state, *out,
-        x.rows, x.raw.in_first, first.shape[0], y.rows, x.padded, i.stop - i.start, i.start, j.start, *_strides(first), _stride(second),
+        x.rows, x.raw.in_first, max(1, first.shape[0]), y.rows, x.padded, i.stop - i.start, i.start, j.start, *_strides(first), _stride(second),
         _stride(k), _stride(work.partners), *_strides(first if out.first is None else out.first), x.raw.columns,
         *_layout(dx), *_layout(dy), *_about(about), found.divide, int(inverse), *programs[:2],
         NORMALIZE=work.problem.normalize, SYMMETRIC=work.problem.symmetric, BR=height, BD=width, BP=SUMMED,
