@@ -151,6 +151,45 @@ class Wanted(NamedTuple):
     bias: bool
 
 
+class LossProblem(NamedTuple):
+    """A loss as one number, for a backend that makes it and its gradient in a handful of launches.
+
+        loss = c sum_i weight_i value_i        c: 1 / rows or 1 / sum(weight) if mean, else 1; two_sided: half of that, and half of the columns'
+
+    problem    its rules and shapes; its scale is a placeholder. q may be (examples, views, D), whose rows are taken view by view, and
+               labels of one side may be fewer than its rows: row i has label i % len(labels)
+    second     further queries, which follow those of q
+    partners   (rows, D): row i is the positive of query i, beside the keys
+    scale      0-dim tensor, or None: then `value` is the scale. inverse: the tensor is 1 / scale
+    weight     (rows,)
+    by_place   query and key i have the label i % examples
+    formula    "out", "in" or "decoupled": l_out, l_in, decoupled of formulas.py
+    """
+
+    problem: Problem
+    formula: str
+    mean: bool
+    second: Tensor | None = None
+    partners: Tensor | None = None
+    scale: Tensor | None = None
+    value: float = 0.0
+    inverse: bool = False
+    weight: Tensor | None = None
+    by_place: bool = False
+
+
+class LossWanted(NamedTuple):
+    """Which gradients of a LossProblem are asked for."""
+
+    q: bool
+    second: bool
+    k: bool
+    partners: bool
+    scale: bool
+    bias: bool
+    weight: bool
+
+
 def sides(flat: Sequence[Tensor], problem: Problem, per_side: int) -> list[Sequence[Tensor]]:
     """Cut a flat list of vectors into one run for the rows and, where two_sided, one for the columns."""
     return [flat[start : start + per_side] for start in range(0, per_side * (2 if problem.two_sided else 1), per_side)]

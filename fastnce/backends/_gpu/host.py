@@ -77,19 +77,25 @@ class Operand(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return self.tiles.shape[0]
+        return self.factor.shape[0]
 
     @staticmethod
     def empty(raw: list[Raw]) -> tuple[list[Operand], tuple[Tensor, Tensor, Tensor]]:
-        """Memory for the operands of several sides, and the same memory whole: sides follow each other in it, padded."""
-        x = raw[0].first
-        depth, padded = tiles.padded_depth(raw[0].columns), [up(side.rows, tiles.PADDED) for side in raw]
-        operand = x.new_empty((sum(padded), limits.parts(x.dtype), depth), dtype=torch.float16)
-        factor, r = (x.new_empty(sum(padded), dtype=torch.float32) for _ in range(2))
-        starts = [sum(padded[:n]) for n in range(len(padded))]
-        cuts = [(slice(start, start + size), slice(start, start + side.rows)) for start, size, side in zip(starts, padded, raw, strict=True)]
-        sides = [Operand(side, operand[whole], factor[whole], r[own]) for side, (whole, own) in zip(raw, cuts, strict=True)]
-        return sides, (operand, factor, r)
+        """Memory for the operands of several sides, and the same memory whole: (tiles, factor, r)."""
+        x, depth, padded = raw[0].first, tiles.padded_depth(raw[0].columns), sum(up(side.rows, tiles.PADDED) for side in raw)
+        operand = x.new_empty((padded, limits.parts(x.dtype), depth), dtype=torch.float16)
+        whole = operand, x.new_empty(padded, dtype=torch.float32), x.new_empty(padded, dtype=torch.float32)
+        return Operand.over(raw, *whole), whole
+
+    @staticmethod
+    def over(raw: list[Raw], operand: Tensor, factor: Tensor, r: Tensor) -> list[Operand]:
+        """The sides of one memory: they follow each other, padded."""
+        found, start = [], 0
+        for side in raw:
+            stop = start + up(side.rows, tiles.PADDED)
+            found.append(Operand(side, operand[start:stop], factor[start:stop], r[start : start + side.rows]))
+            start = stop
+        return found
 
 
 class UnshiftedSums(NamedTuple):

@@ -284,7 +284,7 @@ def _formula(own_neg, own_pos, total, n_pos, FORMULA: tl.constexpr, SEVERAL: tl.
 
 @triton.jit
 def _loss_of_rows(
-    sums, count, both, both_count, t, weight, values, vectors, pair, kept, i, rows, padded, splits, pairs, first, second, constant, peak,
+    sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant, peak,
     partial, program, OF_ROWS: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     inside = i < rows
@@ -299,6 +299,8 @@ def _loss_of_rows(
     c = c * constant
     if values is not None:
         tl.store(values + i, value * constant, mask=inside)
+    if KEPT:
+        tl.store(logs + i, own_neg, mask=inside)
     negative, positive, mean = of_neg * c, of_lse * c, of_mean * c
     _store_weights(vectors, pair, kept, i, padded, own_neg, own_pos, n_pos, negative, positive, mean, inside, peak, BR, IN_TILE, KEPT)
     mean_t = total / tl.maximum(n_pos, 1).to(tl.float64)
@@ -320,7 +322,7 @@ def _loss_of_rows(
 )  # fmt: skip
 def close(
     sums, count, both, both_count, column_sums, column_count, column_both, column_both_count, t, weight, factor, column_factor,
-    loss, values, column_values, vectors, column_vectors, pair, column_pair, kept, slots, scalars, partial, state,
+    loss, values, column_values, vectors, column_vectors, pair, column_pair, kept, own_neg, slots, scalars, partial, state,
     rows, columns, padded, column_padded, splits, column_splits, pairs, first, second, column_first, constant, column_constant, over,
     programs, column_programs,
     WEIGHTED_MEAN: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr,
@@ -331,6 +333,7 @@ def close(
         loss = over * (sum_i constant weight_i value_i + the same of the columns)        over: 1 / sum of the weights if WEIGHTED_MEAN
 
     values          (rows,) float64 or None: constant * value of the rows
+    own_neg         (rows,) float64, KEPT only: log2 of the sum of the negatives
     vectors, pair   see _store_weights;  column_*: the same of the columns, COLUMNS only
     scalars, slots  for the launches of backward
     """
@@ -338,7 +341,7 @@ def close(
     if program < programs:
         i = program * BR + tl.arange(0, BR)
         _loss_of_rows(
-            sums, count, both, both_count, t, weight, values, vectors, pair, kept, i, rows, padded, splits, pairs, first, second, constant,
+            sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant,
             state + PEAK, partial, program, 1, IN_TILE, FORMULA, KEPT, BR,
         )  # fmt: skip
         _largest_factor(factor, i, padded, state, NORMALIZE)
@@ -346,7 +349,7 @@ def close(
         j = (program - programs) * BR + tl.arange(0, BR)
         if COLUMNS:
             _loss_of_rows(
-                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept, j,
+                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept, own_neg, j,
                 columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1, partial,
                 program, 0, IN_TILE, FORMULA, False, BR,
             )  # fmt: skip

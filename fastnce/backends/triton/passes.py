@@ -26,7 +26,7 @@ from fastnce.backends.triton.launches import (
 )
 from fastnce.backends.triton.limits import keeps_output
 from fastnce.precision import vector_dtype
-from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
+from fastnce.problem import Gradients, LossProblem, Problem, Side, SideGrad, Wanted
 
 __all__ = [
     "backward_rows", "coefficients", "finish", "forward_both", "forward_output", "forward_rows", "keeps_output", "prepare", "products",
@@ -41,31 +41,41 @@ COMPARED = 256
 SLOTS, STATE, SCALARS = 32, 8, 4
 
 
-class Extra(NamedTuple):
-    """What a loss gives beside a Problem, see LossProblem; the defaults are those of plain statistics."""
+class Layout(NamedTuple):
+    """The sides of a problem, and where its positives are found."""
 
-    second: Tensor | None = None
-    partners: Tensor | None = None
-    scale: Tensor | None = None
-    value: float = 0.0
-    inverse: bool = False
-    by_place: bool = False
+    raw: list[Raw]
+    partners: Tensor | None
+    in_tile: bool
+    pairs: tuple[slice, slice]  # rows and columns of the aligned pairs that are kept out of the tiles
+
+    @staticmethod
+    def of(problem: Problem, loss: LossProblem | None, queries_alone: bool) -> Layout:
+        keyed, partners = problem.k is not None and not queries_alone, None
+        raw = [Raw.of(problem.q, None if loss is None else loss.second), *([Raw.of(problem.keys)] if keyed else [])]
+        if loss is not None and loss.partners is not None:
+            partners = Raw.of(loss.partners).first
+        by_content = problem.pairs.positives_by_content() or (loss is not None and loss.by_place)
+        one = problem.pairs.one_positive_at_most(raw[0].rows, problem.symmetric)
+        in_tile = not queries_alone and partners is None and (by_content or not one)
+        apart = in_tile or (queries_alone and partners is None)
+        return Layout(raw, partners, in_tile, aligned(problem.pairs, raw[0].rows, raw[-1].rows, apart, partners is not None))
+
+    @property
+    def keyed(self) -> bool:
+        return len(self.raw) > 1
 
 
-def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = False, extra: Extra | None = None) -> Work:
+def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = False, loss: LossProblem | None = None) -> Work:
     """Operands and all else that the launches over the tiles read. queries_alone: for a backward that visits no tiles."""
-    given = extra or Extra(scale=problem.scale)
-    pairs, keyed = problem.pairs, problem.k is not None and not queries_alone
-    raw = [Raw.of(problem.q, given.second), *([Raw.of(problem.keys)] if keyed else [])]
+    given = loss or LossProblem(problem, "", False, scale=problem.scale)
+    layout, pairs = Layout.of(problem, loss, queries_alone), problem.pairs
+    raw, partners, in_tile, (i, j) = layout
+    keyed = layout.keyed
     operands, whole = Operand.empty(raw)
     x, y = operands[0], operands[-1]
-    by_content = pairs.positives_by_content() or given.by_place
-    in_tile = not queries_alone and (by_content or not pairs.one_positive_at_most(x.rows, problem.symmetric))
-    partners = None if given.partners is None else Raw.of(given.partners).first
-    nothing = in_tile or (queries_alone and partners is None)
-    i, j = aligned(pairs, x.rows, y.rows, nothing, partners is not None)
     new = x.factor.new_empty
-    t = None if nothing else new(i.stop - i.start)
+    t = None if in_tile or (queries_alone and partners is None) else new(i.stop - i.start)
     partner_r = None if partners is None else new(i.stop - i.start)
     labels = _ranks(whole[1], x.padded, keyed, (pairs.q_label is not None or given.by_place) and not queries_alone)
     excludes = _ranks(whole[1], x.padded, keyed, pairs.q_exclude is not None and not queries_alone)
@@ -74,17 +84,16 @@ def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = Fal
     state = (new if problem.normalize else x.factor.new_zeros)(STATE, dtype=torch.int32)
     (first, second), (height, width) = raw[0], triton_tiles.ROWS
     parts, depth = x.tiles.shape[1:]
-    k = problem.k if keyed else None
     programs, zeros = len(whole[1]) // height, 0 if memory is None else len(memory)
     launches.launch(
-        kernels_rows.prepare, programs, first, second, None if k is None else raw[1].first, partners,
-        given.scale, problem.bias if extra else None, given.value, int(given.inverse), *whole, partner_r, t, memory, state, slots,
+        kernels_rows.prepare, programs, first, second, raw[1].first if keyed else None, partners,
+        given.scale, problem.bias if loss else None, given.value, int(given.inverse), *whole, partner_r, t, memory, state, slots,
         *_ids(labels, pairs.q_label, pairs.k_label), *_ids(excludes, pairs.q_exclude, pairs.k_exclude),
         x.rows, raw[0].in_first, max(1, first.shape[0]), y.rows if keyed else 0, x.padded, *_strides(first), _stride(second),
         _stride(raw[1].first if keyed else None), _stride(partners), raw[0].columns, i.start, j.start, i.stop - i.start,
         *_counts(pairs.q_label, pairs.k_label, first.shape[0]), int(given.by_place), *_counts(pairs.q_exclude, pairs.k_exclude, 1), zeros,
         NORMALIZE=problem.normalize, PARTS=parts, DP=depth, BR=height, BD=min(width, depth & -depth), BC=COMPARED,
-        ZEROS=_power_of_two(-(-zeros // max(programs, 1))),
+        ZEROS=_power_oftwo_of(-(-zeros // max(programs, 1))),
     )  # fmt: skip
     scale, bound = (slots[place.value] for place in (kernels_rows.SCALE, kernels_rows.BOUND))
     return Work(
@@ -124,7 +133,7 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
-def _power_of_two(count: int) -> int:
+def _power_oftwo_of(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -135,9 +144,9 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     for view in views:
         kinds = [vector_dtype(work.x.factor)] * 3 + [torch.int64] + [vector_dtype(work.x.factor)] * 2
         vectors.append([new(view.x.rows, dtype=kind) for kind in kinds])
-    programs = [_programs(view.x.rows) for view in views]
-    given = [*_sums(sides[0]), *(_sums(sides[1]) if len(sides) == 2 else [None] * 4)]
-    ends = _ends(work)
+    programs = [programs_of(view.x.rows) for view in views]
+    given = [*sums_of(sides[0]), *(sums_of(sides[1]) if len(sides) == 2 else [None] * 4)]
+    ends = ends_of(work)
     launches.launch(
         kernels_vectors.statistics, sum(programs), *given, work.t, work.problem.bias, *vectors[0], *(vectors[1] if len(views) == 2 else [None] * 6),
         work.x.rows, work.y.rows, sides[0].splits, sides[-1].splits, *ends, programs[0],
@@ -160,29 +169,29 @@ def mean_key(work: Work, output: tuple[Sums, Tensor, Tensor], own_neg: Tensor) -
     return mean
 
 
-def _sums(side: Sums) -> list[Tensor | None]:
+def sums_of(side: Sums) -> list[Tensor | None]:
     unshifted = side.unshifted or (None, None)
     return [side.sums, side.n_pos, *unshifted]
 
 
-def _ends(work: Work) -> tuple[int, int, int, int]:
+def ends_of(work: Work) -> tuple[int, int, int, int]:
     """How many aligned pairs are kept out of the tiles, their first row, the first of their other ends (where k is q), and column."""
     i, j = work.aligned()
     return i.stop - i.start, i.start, j.start if work.problem.symmetric else i.start, j.start
 
 
-def _programs(rows: int) -> int:
+def programs_of(rows: int) -> int:
     return -(-rows // VECTOR_ROWS)
 
 
 def coefficients(work: Work, grads: list[SideGrad], stats: list[Side], kept: bool) -> Weights:
     """The weights from dL/d of the statistics."""
-    weights, partial, programs = _empty_weights(work, kept)
+    weights, partial, programs = empty_weights(work, kept)
     two = len(stats) == 2
     given = [[*_contiguous(grad), *side[:5], None if kept else side.own_pos] for grad, side in zip(grads, stats, strict=True)]
     launches.launch(
         kernels_vectors.coefficients, sum(programs), *given[0], *(given[1] if two else [None] * 9), work.problem.bias,
-        work.x.factor, work.y.factor, weights.vectors[0], weights.vectors[-1], *_two(weights.pair), weights.kept, work.slots, weights.scalars,
+        work.x.factor, work.y.factor, weights.vectors[0], weights.vectors[-1], *two_of(weights.pair), weights.kept, work.slots, weights.scalars,
         partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, *programs,
         IN_TILE=work.in_tile, KEPT=kept, COLUMNS=two, SYMMETRIC=work.problem.symmetric, NORMALIZE=work.problem.normalize,
         BR=VECTOR_ROWS, BP=AT_A_TIME,
@@ -194,11 +203,11 @@ def _contiguous(grad: SideGrad) -> list[Tensor | None]:
     return [None if g is None else g.contiguous() for g in grad]
 
 
-def _two(pair: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+def two_of(pair: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
     return (*pair, None, None)[:2]  # type: ignore[return-value]
 
 
-def _empty_weights(work: Work, kept: bool) -> tuple[Weights, Tensor, tuple[int, int]]:
+def empty_weights(work: Work, kept: bool) -> tuple[Weights, Tensor, tuple[int, int]]:
     """Memory for the weights, for the sums of the programs that make them, and how many programs the rows and the columns have.
 
     Vectors are padded: the programs write zeros there."""
@@ -258,7 +267,7 @@ def write(work: Work, weights: Weights, found: Found, out: Outputs, upstream: Te
     partial = x.factor.new_empty(sum(programs), dtype=torch.float64) if scalars else None
     dx, dy, about = found.dx, found.dy, found.about
     launches.launch(
-        kernels_rows.finish, sum(programs), dx, dy, first, second, k, work.partners, work.norms, work.partner_r, *_two(weights.pair),
+        kernels_rows.finish, sum(programs), dx, dy, first, second, k, work.partners, work.norms, work.partner_r, *two_of(weights.pair),
         weights.kept, work.slots, weights.scalars, upstream, about, partial, work.state, *out,
         x.rows, x.raw.in_first, max(1, first.shape[0]), y.rows, x.padded, i.stop - i.start, i.start, j.start, *_strides(first), _stride(second),
         _stride(k), _stride(work.partners), *_strides(first if out.first is None else out.first), x.raw.columns,

@@ -1,0 +1,180 @@
+"""A loss and its gradient in a handful of launches:
+
+    prepare         operands of all sides, logits of the aligned pairs, ids, zeroed sums
+    forward_both    sums over the tiles; forward_rows where logits may be too large for it, or the loss has rows alone
+    close           value, coefficients of the gradient, largest weight
+    backward_rows   sums over the tiles for the gradient; one launch for each side that has weights of its own
+    finish          gradients of all sides, times the upstream gradient
+
+Keys without gradient let the forward pass keep the mean key, and the fourth launch goes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnce.backends._gpu.gradients import Found, Weights, from_output, over_tiles
+from fastnce.backends._gpu.host import Operand, Work, on_device
+from fastnce.backends._gpu.statistics import adds_in_memory, keep_output
+from fastnce.backends._gpu.statistics import over_tiles as sums_over_tiles
+from fastnce.backends.triton import kernels, kernels_rows, kernels_vectors, launches, passes
+from fastnce.backends.triton.limits import keeps_output
+from fastnce.problem import LossProblem, LossWanted, Wanted
+
+# Operands are kept for backward up to this many bytes. Larger ones are made again, which takes one launch more.
+KEPT_BYTES = 32 << 20
+FORMULAS = {"out": kernels_vectors.OUT, "in": kernels_vectors.IN, "decoupled": kernels_vectors.DECOUPLED}
+
+
+class Kept(NamedTuple):
+    """What backward needs of forward; empty where there is nothing of the kind."""
+
+    operand: Tensor
+    factor: Tensor
+    norms: Tensor
+    partner_r: Tensor
+    row_label: Tensor
+    column_label: Tensor
+    row_exclude: Tensor
+    column_exclude: Tensor
+    row_vectors: Tensor
+    column_vectors: Tensor
+    row_pair: Tensor
+    column_pair: Tensor
+    factor_of_mean: Tensor
+    mean: Tensor
+    values: Tensor
+    column_values: Tensor
+    slots: Tensor
+    scalars: Tensor
+    state: Tensor
+
+
+def loss(ask: LossProblem) -> tuple[Tensor, Kept]:
+    """The loss, float32, and what its gradient needs."""
+    problem = ask.problem
+    with on_device(problem.q):
+        # A scale that the host knows tells which of the two kernels is right. They are both launched for one that only the device knows, and
+        # the loop of one of them is empty.
+        small = ask.scale is not None or not problem.normalize or ask.value <= kernels.UNSHIFTED.value
+        both = adds_in_memory(problem) and small
+        rows = not both or ask.scale is not None or not problem.normalize
+        work = passes.prepare(problem, unshifted=both, loss=ask)
+        kept_output = keeps_output(problem) and not work.in_tile
+        if kept_output:
+            output = keep_output(work)
+            sides = [output[0]]
+        else:
+            sides = sums_over_tiles(work, rows)
+        weights, partial, programs = passes.empty_weights(work, kept_output)
+        new, two = work.x.factor.new_empty, problem.two_sided
+        found = new((), dtype=torch.float32)
+        weighted = ask.weight is not None
+        values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ([work.x, work.y] if two else [work.x])]
+        half = 0.5 if two else 1.0
+        of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
+        own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
+        launches.launch(
+            kernels_vectors.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
+            ask.weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
+            weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
+            partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,
+            *passes.ends_of(work), half, of_columns, 1.0 / work.x.rows if ask.mean else 1.0, *programs,
+            WEIGHTED_MEAN=weighted and ask.mean, IN_TILE=work.in_tile, FORMULA=FORMULAS[ask.formula].value, KEPT=kept_output, COLUMNS=two,
+            SYMMETRIC=problem.symmetric, NORMALIZE=problem.normalize, BR=passes.VECTOR_ROWS, BP=passes.AT_A_TIME,
+        )  # fmt: skip
+        mean = passes.mean_key(work, output, own_neg) if kept_output else None
+        return found, _kept(work, weights, mean, values)
+
+
+def _or_none(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None or t.numel() == 0 else t for t in tensors]
+
+
+def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor]) -> Kept:
+    assert work.norms is not None and work.slots is not None and work.state is not None
+    nothing = work.x.factor.new_empty(0)
+    x, y = work.x, work.y
+    operand, factor = (_whole(a, b, work.keyed) for a, b in ((x.tiles, y.tiles), (x.factor, y.factor)))
+    if mean is not None or operand.numel() * operand.element_size() > KEPT_BYTES:
+        operand = operand.new_empty(0)
+
+    def some(t: Tensor | None) -> Tensor:
+        return nothing if t is None else t
+
+    pair, two = passes.two_of(weights.pair), work.problem.two_sided
+    return Kept(
+        operand, factor, work.norms, some(work.partner_r), *(some(t) for t in (*work.labels, *work.excludes)),
+        some(weights.vectors[0] if mean is None else None), weights.vectors[1] if two else nothing, some(pair[0]), some(pair[1]),
+        some(weights.kept), some(mean), values[0], values[1] if two else nothing, work.slots, weights.scalars, work.state,
+    )  # fmt: skip
+
+
+def _whole(first: Tensor, second: Tensor, keyed: bool) -> Tensor:
+    """Two sides that follow each other in memory, as one tensor."""
+    if not keyed:
+        return first
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    return first.as_strided(shape, first.stride())
+
+
+def gradients(ask: LossProblem, kept: Kept, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
+    """The gradients that LossWanted names, in its order; None where not asked for."""
+    problem = ask.problem
+    with on_device(problem.q):
+        work, weights = _again(ask, kept)
+        if kept.mean.numel():
+            found = from_output(kept.mean)
+        else:
+            over = Wanted(wanted.q or wanted.second, wanted.k, wanted.scale, False)
+            found = over_tiles(work, weights, over)
+        q, type_of_q, type_of_k = problem.q, *problem.gradient_dtypes
+        out = passes.Outputs(
+            q.new_empty(q.shape, dtype=type_of_q) if wanted.q else None,
+            torch.empty_like(ask.second, memory_format=torch.contiguous_format) if wanted.second and ask.second is not None else None,
+            problem.k.new_empty(problem.k.shape, dtype=type_of_k) if wanted.k and problem.k is not None else None,
+            ask.partners.new_empty(ask.partners.shape) if wanted.partners and ask.partners is not None else None,
+            torch.empty_like(ask.scale) if wanted.scale and ask.scale is not None else None,
+            torch.empty_like(problem.bias) if wanted.bias and problem.bias is not None else None,
+        )
+        passes.write(work, weights, found, out, upstream, ask.inverse)
+        return [*out, _of_weights(ask, kept, upstream) if wanted.weight else None]
+
+
+def _again(ask: LossProblem, kept: Kept) -> tuple[Work, Weights]:
+    """The operands and weights of forward. Operands that were not kept are prepared once more."""
+    problem, without_tiles = ask.problem, bool(kept.mean.numel())
+    layout = passes.Layout.of(problem, ask, queries_alone=without_tiles)
+    operand = kept.operand
+    if not without_tiles and not operand.numel():
+        again = passes.prepare(problem, loss=ask)
+        operand = _whole(again.x.tiles, again.y.tiles, again.keyed)
+    sides = Operand.over(layout.raw, operand, kept.factor, kept.norms)
+
+    def some(t: Tensor) -> Tensor | None:
+        return t if t.numel() else None
+
+    scale, bound, lift, center = (
+        kept.slots[place.value] for place in (kernels_rows.SCALE, kernels_rows.BOUND, kernels_rows.LIFT, kernels_rows.CENTER)
+    )
+    work = Work(
+        problem, passes, sides[0], sides[-1], (some(kept.row_label), some(kept.column_label)),
+        (some(kept.row_exclude), some(kept.column_exclude)), scale, bound, layout.in_tile, None, layout.partners, some(kept.partner_r),
+        (), kept.norms, kept.slots, kept.state,
+    )  # fmt: skip
+    vectors = [kept.row_vectors, *([kept.column_vectors] if problem.two_sided else [])]
+    pair = tuple(t for t in (kept.row_pair, kept.column_pair) if t.numel())
+    return work, Weights(vectors, pair, some(kept.factor_of_mean), lift, center, kept.scalars)
+
+
+def _of_weights(ask: LossProblem, kept: Kept, upstream: Tensor) -> Tensor:
+    """dL/dweight_i: the value of row i, less the loss where that is a mean, times the factor of the loss."""
+    assert ask.weight is not None
+    values = kept.values + kept.column_values if ask.problem.two_sided else kept.values
+    over = kept.scalars[kernels_rows.OVER.value]
+    if ask.mean:
+        values = values - (values * ask.weight).sum() * over
+    return (values * (over * upstream)).to(ask.weight.dtype)
