@@ -48,7 +48,7 @@ def picture(compared: Comparison, folder: str) -> str:
 
 
 def newest(results: Results) -> Comparison | None:
-    """Of a CPU, of the first loss that has one. What a GPU does is further down in docs/benchmarks.md."""
+    """Of a CPU, of the first loss that has one. The results of a GPU are further down in docs/benchmarks.md."""
     found = [compared for compared in comparisons(results) if "gpu" not in compared.result.env]
     return min(found, key=lambda compared: list(LOSSES).index(compared.loss), default=None)
 
@@ -211,7 +211,7 @@ def accuracy(results: Results) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-# What beats us --------------------------------------------------------------------------------------------------------------------------
+# Contestants that beat us ----------------------------------------------------------------------------------------------------------------
 
 
 def beaten(rows: Sequence[Row], measure: str) -> Iterator[tuple[Row, Row, float]]:
@@ -247,7 +247,7 @@ def beaten_table(rows: Sequence[Row], measure: str) -> str:
 
 
 def faster(results: Results) -> str:
-    """Who takes less time or memory than fastnce, and where, over all results: one line for each."""
+    """The contestants that take less time or memory than fastnce, and where, over all results: one line for each."""
     lines = [bars(["on", "loss", "pass", "contestant", "is", "at N", "at most"]), "|---|---|---|---|---|---|--:|"]
     for result, (measure, words) in itertools.product(results.measured, (("time", "faster"), ("memory", "smaller"))):
         groups: dict[tuple[str, ...], list[tuple[Row, float]]] = {}
@@ -322,7 +322,7 @@ def pages(root: Path, results: Results) -> dict[Path, tuple[str, str]]:
 
 
 def charts(root: Path, results: Results) -> dict[Path, figure.Chart]:
-    """File -> what is to be seen in it."""
+    """File -> the chart that is drawn in it."""
     return {root / FIGURES / f"{shown.name}.svg": shown.chart() for shown in comparisons(results)}
 
 
@@ -343,7 +343,7 @@ def is_stale(path: Path, chart: figure.Chart) -> bool:
 
 
 def stale(root: Path, results: Results) -> list[Path]:
-    """What differs from the results: pages, figures, and figures that no result asks for any more."""
+    """The files that differ from the results: pages, figures, and figures that no result asks for any more."""
     expected = charts(root, results)
     found = [path for path, (before, after) in pages(root, results).items() if before != after]
     return found + [path for path, chart in expected.items() if is_stale(path, chart)] + strays(root, expected)

@@ -4,7 +4,8 @@ from fastnce._version import __version__
 from fastnce.arguments import debug
 from fastnce.logit_scale import LogitScale
 from fastnce.losses import clip_loss, dcl_loss, info_nce, moco_loss, nt_xent, sup_con
-from fastnce.modules import ClipLoss, DCLLoss, InfoNCE, MoCoLoss, NTXentLoss, SupConLoss
+from fastnce.moco_module import MoCoLoss
+from fastnce.modules import ClipLoss, DCLLoss, InfoNCE, NTXentLoss, SupConLoss
 from fastnce.queue import NegativeQueue
 from fastnce.retrieval import RetrievalStats, retrieval
 from fastnce.statistics import ContrastiveStats, contrastive_stats, merge

@@ -25,6 +25,7 @@ missing, importing this module skips the importing test module.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -39,6 +40,7 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorHandle
 from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -417,6 +419,45 @@ def _patch_lang(function: Any) -> Any:
     return stock._LangPatchScope()
 
 
+_BLOCKS: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+_NUMPY_TYPES: dict[str, Any] = {}
+
+
+def _block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
+    """Triton's makes and checks two dozen objects for every result of every operation: a fifth of a kernel's time."""
+    key = element_ty.name, tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    if key not in _BLOCKS:
+        _stock_block_type(self, element_ty, shape)
+        _BLOCKS[key] = dict(vars(self))
+    self.__dict__.update(_BLOCKS[key], element_ty=element_ty)
+
+
+def _numpy_type(dtype: tl.dtype) -> Any:
+    """Triton's fills its table at every call."""
+    name = dtype.scalar.name
+    if name not in _NUMPY_TYPES:
+        _NUMPY_TYPES[name] = _stock_numpy_type(dtype)
+    return _NUMPY_TYPES[name]
+
+
+@cache
+def _shape_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    return tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
+
+
+def _tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
+    """With the shape that all tensors of it share; another fifth."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape_of(tuple(type.shape.values) if type.is_block() else ())
+
+
+def _broadcast(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Nothing to do where both have one shape; Triton's finds that out by making it a third time."""
+    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
+        return lhs, rhs
+    return _stock_broadcast(self, lhs, rhs)
+
+
 def _replace(owner: Any, name: str, new: Any) -> Any:
     """Put `new` in place of a method and return the old one. AttributeError where this Triton has none of that name."""
     old = getattr(owner, name)
@@ -440,5 +481,9 @@ _stock_set_grid_dim = _replace(Builder, "set_grid_dim", _set_grid_dim)
 _stock_arguments = _replace(GridExecutor, "_init_args_hst", _arguments)
 _stock_patch_lang = _replace(stock, "_patch_lang", _patch_lang)
 _stock_patch_tensor = _replace(stock, "_patch_lang_tensor", _patch_tensor)
+_stock_numpy_type = _replace(stock, "_get_np_dtype", _numpy_type)
+_stock_block_type = _replace(tl.block_type, "__init__", _block_type)
+_replace(tl.tensor, "__init__", _tensor)
+_stock_broadcast = _replace(TritonSemantic, "broadcast_impl_value", _broadcast)
 # Triton would do every int32 operation again in int64, for an assertion that is off: 20 % of a kernel's time.
 stock.interpreter_builder.options = dataclasses.replace(stock.interpreter_builder.options, sanitize_overflow=False)

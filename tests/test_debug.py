@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_bad_input import ENTRIES, LOSSES, x
+from entries import ENTRIES, LOSSES, x
 from torch import Tensor
 
 import fastnce

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import entries
 import gpu_promises
 import pytest
-import test_bad_input as bad
 import torch
 import torch.nn.functional as F
+from entries import ids, leaves_of, same, x
 from every_loss import OF_VIEWS
-from test_bad_input import ids, leaves_of, same, x
+from test_defined_values import EMPTY, assert_nothing_to_learn
 from torch import Tensor
 
 import fastnce
@@ -48,9 +49,9 @@ EMPTY_STATISTICS: dict[str, Callable[[], dict[str, Any]]] = {
     "two_sided, mask": lambda: {"k": x(3, 5), "positive_mask": torch.zeros(0, 3, dtype=torch.bool), "two_sided": True},
     "no keys either": lambda: {"k": NOTHING, "q_labels": NONE, "k_labels": NONE, "two_sided": True},
 }
-# Beside the empty batches of test_bad_input.py.
+# Beside the empty batches of test_defined_values.py.
 EMPTY_LOSSES: dict[str, tuple[str, dict[str, Callable[[], Any]]]] = {
-    **bad.EMPTY,
+    **EMPTY,
     "more keys, ids": ("ids", {"positive_key": lambda: x(3, 5), "key_ids": lambda: ids(3), "exclude_key_ids": lambda: ids(3)}),
     "unpaired, in-batch, ids": (
         "ids",
@@ -92,7 +93,7 @@ def test_statistics_without_rows(case: str, metrics: bool, backend: str) -> None
             assert found.rank.tolist() == [0] * rows and found.hardest.tolist() == [-1] * rows
             assert found.hardest_logit.tolist() == found.pos_max.tolist() == [-torch.inf] * rows
         loss = loss + (found.lse_neg + found.lse_pos + found.pos).sum()
-    for name, gradient in bad.gradients(loss, arguments).items():
+    for name, gradient in entries.gradients(loss, arguments).items():
         assert torch.equal(gradient, torch.zeros_like(arguments[name])), name
 
 
@@ -100,26 +101,26 @@ def test_statistics_without_rows(case: str, metrics: bool, backend: str) -> None
 def test_losses_without_rows(case: str, backend: str) -> None:
     """none: an empty vector; sum: 0 with zero gradients; mean: an error."""
     name, changes = EMPTY_LOSSES[case]
-    entry = bad.ENTRIES[name]
+    entry = entries.ENTRIES[name]
     arguments = {n: v[:0] if isinstance(v, Tensor) else v for n, v in entry.arguments().items()}
     arguments = leaves_of(arguments | {n: make() for n, make in changes.items()} | {entry.scale: torch.tensor(0.5)})
-    with bad.raises(ValueError, f"{entry.name}: expected at least 1 row for reduction='mean', got 0"):
+    with entries.raises(ValueError, f"{entry.name}: expected at least 1 row for reduction='mean', got 0"):
         entry.function(**arguments, backend=backend)
     for reduction, shape in (("none", (0,)), ("sum", ())):
         loss = entry.function(**arguments, reduction=reduction, backend=backend)
         assert loss.shape == shape and loss.dtype == torch.float32
-        bad.assert_nothing_to_learn(loss, arguments)
+        assert_nothing_to_learn(loss, arguments)
 
 
-@pytest.mark.parametrize("name", bad.LOSSES)
+@pytest.mark.parametrize("name", entries.LOSSES)
 def test_a_few_rows(name: str, backend: str) -> None:
     """Every way into every loss has the values and gradients of the reference."""
-    entry = bad.ENTRIES[name]
+    entry = entries.ENTRIES[name]
     found = []
     for asked in (backend, "reference"):
         arguments = leaves_of(entry.arguments() | {entry.scale: torch.tensor(0.5)})
         loss = entry.function(**arguments, backend=asked)
-        found.append([loss.detach(), *bad.gradients(loss, arguments).values()])
+        found.append([loss.detach(), *entries.gradients(loss, arguments).values()])
     for mine, expected in zip(*found, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
@@ -232,7 +233,7 @@ def test_any_offset_between_rows_that_there_may_be(two_sided: bool, backend: str
     alone = contrastive_stats(q, offset=2**31 - 1, scale=2.0, backend=backend)
     torch.testing.assert_close(alone.lse_neg, contrastive_stats(q, scale=2.0, backend=backend).lse_neg)
     for offset in (2**31, -(2**31), 2**63 - 1, 2**63, -(2**63), 10**30):
-        with bad.raises(ValueError, f"contrastive_stats: offset is {offset}; as there are at most 2^31 - 1 rows"):
+        with entries.raises(ValueError, f"contrastive_stats: offset is {offset}; as there are at most 2^31 - 1 rows"):
             contrastive_stats(q, k, offset=offset, **options)
 
 

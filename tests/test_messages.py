@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bad_input import ENTRIES, IDS, SEVERAL, raises, x
+from entries import ENTRIES, IDS, SEVERAL, raises, x
 from torch import Tensor
 
 import fastnce

@@ -80,9 +80,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "retrieval": {"arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "statistics"},
     "logit_scale": set(),
     "loss_module": {"arguments", "logit_scale", "statistics"},
-    "modules": {"arguments", "autograd", "formulas", "logit_scale", "loss_module", "losses", "negatives", "queue"},
+    "moco_module": {"arguments", "autograd", "formulas", "logit_scale", "loss_module", "losses", "queue"},
+    "modules": {"arguments", "formulas", "logit_scale", "loss_module", "losses", "negatives"},
     "selftest": {"losses"},
-    "__init__": {"_version", "arguments", "logit_scale", "losses", "modules", "queue", "retrieval", "statistics"},
+    "__init__": {"_version", "arguments", "logit_scale", "losses", "moco_module", "modules", "queue", "retrieval", "statistics"},
     "__main__": {"__init__", "backends", "compiled.build", "files", "compiled.find", "pairs", "problem", "selftest"},
 }
 # A backend may also import modules of its own folder, and helpers that start with an underscore.

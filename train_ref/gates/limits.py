@@ -77,7 +77,7 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
         mean = min(mean, max(5e-6 * abs(exact.mean), 1e-6) * low)
     rows = contract.row(torch.float32, max(largest(single.rows - exact.rows) for single in singles), scale)
 
-    # What the weights of a row add up to is at most twice 1 - p, p the share of its positive: next to nothing where solved.
+    # The weights of a row add up to at most twice 1 - p, p the share of its positive: next to nothing where solved.
     mass = given if case.option == "weight" else given * LOSSES[case.loss].share(exact.rows)
     rated = (4 if LOSSES[case.loss].symmetric else 2) * scale
     terms = rated * mass.norm().item()
@@ -102,7 +102,7 @@ def expected(case: Case, drive: Drive, dtype: torch.dtype) -> Expected:
 
 
 def effective(case: Case, drive: Drive, n_rows: int) -> Tensor:
-    """What reaches the loss of every row before its weight."""
+    """The upstream gradient of the loss of every row, before its weight."""
     given, weights = upstream(drive, n_rows), case.weights()
     if weights is None:
         return given
@@ -170,6 +170,6 @@ def scale_for_float16(exact: Answer, stored: Sequence[Tensor]) -> float:
 
 
 def stored_error(true: Tensor, side: Tensor, loss_scale: float) -> float:
-    """What rounding the exact gradient to the dtype of the features costs."""
+    """The error of the exact gradient once it is rounded to the dtype of the features."""
     exact = true / lengths(side) * loss_scale
     return ((exact.to(side.dtype).double() - exact) * lengths(side) / loss_scale).norm().item()
