@@ -308,6 +308,20 @@ def scale_of(where: str, temperature: float | Tensor | None, scale: float | Tens
     return _filled(_number(where, "temperature", temperature, compute_dtype(like.dtype), True), like, inverse=True)
 
 
+def scale_given(
+    where: str, temperature: float | Tensor | None, scale: float | Tensor | None, like: Tensor, called: str
+) -> tuple[Tensor | None, float, bool]:
+    """The same for operators that take either: (tensor or None, scale where it is a number, whether the tensor is a temperature)."""
+    not_both(where, temperature, scale)
+    if scale is None and temperature is None:
+        temperature = TEMPERATURES[where]
+    name, given = (called, scale) if scale is not None else ("temperature", temperature)
+    if isinstance(given, Tensor):
+        return scalar(where, name, given, like), 0.0, scale is None
+    number = _number(where, name, given, compute_dtype(like.dtype), True)
+    return None, float(number if scale is not None else 1.0 / number), False
+
+
 def _filled(number: float, like: Tensor, inverse: bool = False) -> Tensor:
     """A Python number, or 1 over it, as a 0-dim tensor in the dtype of the logits."""
     dtype = compute_dtype(like.dtype)

@@ -25,22 +25,6 @@ from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Si
 from fastnce.schemas import GRADS, PROBLEM, STATS, TENSORS, WIDE, Arguments, Request
 
 _library = torch.library.Library("fastnce", "DEF")
-_library.define(f"forward({PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"backward({GRADS}, {STATS}, bool[4] wanted, {PROBLEM}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define("second_derivative(Tensor asked, Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("wide(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"listed({listed.SCHEMA}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"listed_backward(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {listed.SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define("copy_of_queue(Tensor keys) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(f"hardest(int count, {PROBLEM}) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-
-
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
     # `frozen` here: a gradient may be asked for. The operator finds out whether it is that of q alone.
@@ -77,7 +61,7 @@ def listed_logits(arguments: Listed) -> Tensor:
 # never calls a Function here: that one would have to trust requires_grad, which Dynamo reports as False under a torch.func transform.
 
 
-class _Below(NamedTuple):
+class Below(NamedTuple):
     """The rest of a dispatch: the operator's kernels below this one, called in the modes of this level. A Function turns its own modes off;
     without them the levels below would lose their derivatives."""
 
@@ -95,7 +79,7 @@ class _Below(NamedTuple):
             return self.operator.redispatch(self.keys & torch._C._after_autograd_keyset, *args)
 
 
-class _Derivative(_SingleLevelFunction):
+class Derivative(_SingleLevelFunction):
     """A Function of one level: it does not look for torch.func transforms, as autograd.Function.apply does. Forward mode raises."""
 
     @staticmethod
@@ -127,9 +111,9 @@ class _Derivative(_SingleLevelFunction):
         return [t if u is None else u for t, u in zip(saved, ctx.unwatched, strict=True)]
 
 
-class _Statistics(_Derivative):
+class _Statistics(Derivative):
     @staticmethod
-    def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, below: Below, *flat: Any) -> tuple[Tensor, ...]:
         args = Arguments(*flat)
         if below.backward_mode:
             # Under a transform a level below may ask for the gradient of k, which this level does not see.
@@ -139,13 +123,13 @@ class _Statistics(_Derivative):
         per_side = FIELDS if args.metrics else WITHOUT_METRICS
         ctx.per_side, ctx.flags = per_side, args[TENSORS:]
         vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
-        _Derivative.keep(ctx, *flat[:TENSORS], *vectors)
+        Derivative.keep(ctx, *flat[:TENSORS], *vectors)
         ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Derivative.kept(ctx)
+        saved = Derivative.kept(ctx)
         tensors, vectors = saved[:TENSORS], saved[TENSORS:]
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[1:5])
@@ -158,11 +142,11 @@ class _Statistics(_Derivative):
         return None, *given
 
 
-class _Wide(_Derivative):
+class _Wide(Derivative):
     """Derivative of an operator that returns x, or a stand-in for it: the gradient is passed on in the dtype of x."""
 
     @staticmethod
-    def forward(ctx: Any, below: _Below, x: Tensor) -> Tensor:
+    def forward(ctx: Any, below: Below, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
         return below(x)
 
@@ -171,18 +155,18 @@ class _Wide(_Derivative):
         return None, grad.to(ctx.dtype)
 
 
-class _Listed(_Derivative):
+class _Listed(Derivative):
     @staticmethod
-    def forward(ctx: Any, below: _Below, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, below: Below, *flat: Any) -> tuple[Tensor, Tensor]:
         s, r = below(*flat)
         ctx.flags = flat[-1:]
-        _Derivative.keep(ctx, s, r, *flat[:-1])
+        Derivative.keep(ctx, s, r, *flat[:-1])
         ctx.mark_non_differentiable(r)
         return s, r
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        s, r, *tensors = _Derivative.kept(ctx)
+        s, r, *tensors = Derivative.kept(ctx)
         arguments = Listed(*tensors, *ctx.flags)
         wanted = [ctx.needs_input_grad[n] for n in (1, 2, 4)]
         found = torch.ops.fastnce.listed_backward(grad, s, r, wanted, *arguments)
@@ -192,11 +176,11 @@ class _Listed(_Derivative):
         return None, dq, dkeys, None, dscale, dq_wide, dkeys_wide, None
 
 
-class _Undifferentiated(_Derivative):
+class _Undifferentiated(Derivative):
     """Derivative of an operator whose results have no gradient: indices, and numbers that are looked up by them."""
 
     @staticmethod
-    def forward(ctx: Any, below: _Below, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, below: Below, *args: Any) -> tuple[Tensor, ...]:
         found = tuple(below(*args))
         ctx.mark_non_differentiable(*found)
         return found
@@ -206,12 +190,12 @@ class _Undifferentiated(_Derivative):
         return (None,) * len(ctx.needs_input_grad)
 
 
-class _Gradients(_Derivative):
+class Gradients(Derivative):
     """Derivative of an operator that returns gradients: it raises."""
 
     @staticmethod
-    def forward(ctx: Any, below: _Below, *args: Any) -> Any:
-        _Derivative.keep(ctx, *(x if isinstance(x, Tensor) else None for x in args))
+    def forward(ctx: Any, below: Below, *args: Any) -> Any:
+        Derivative.keep(ctx, *(x if isinstance(x, Tensor) else None for x in args))
         return below(*args)
 
     @staticmethod
@@ -219,13 +203,13 @@ class _Gradients(_Derivative):
         # An operator raises, and not this line: AOT autograd traces the second derivative of every gradient that leaves the graph, whether
         # or not it is asked for. The operator is only met when the graph runs, and then knows.
         asked = torch.stack([(g != 0).any() for g in grads]).any()
-        wanted = zip(_Derivative.kept(ctx), ctx.needs_input_grad[1:], strict=True)
+        wanted = zip(Derivative.kept(ctx), ctx.needs_input_grad[1:], strict=True)
         return (None, *(torch.ops.fastnce.second_derivative(asked, x) if want else None for x, want in wanted))
 
 
-def _autograd_kernel(operator: Any, derivative: type[_Derivative]) -> Callable[..., Any]:
+def _autograd_kernel(operator: Any, derivative: type[Derivative]) -> Callable[..., Any]:
     def kernel(keys: Any, *args: Any) -> Any:
-        below = _Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
+        below = Below(operator, keys, torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled())
         if not torch._C._are_functorch_transforms_active():
             return derivative.apply(below, *args)  # type: ignore[attr-defined]
         # Under a transform torch refuses a Function of a single level unless it is told that one is meant.
@@ -359,18 +343,26 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-for _name, _run, _fake, _derivative in (
-    ("forward", _forward, _fake_forward, _Statistics),
-    ("backward", _backward, _fake_backward, _Gradients),
-    ("second_derivative", _second_derivative, lambda asked, x: torch.empty_like(x), _Gradients),
-    ("wide", _wide, _wide, _Wide),
-    ("copy_of_queue", _copy_of_queue, torch.empty_like, _Wide),
-    ("listed", listed.forward, listed.fake, _Listed),
-    ("listed_backward", listed.backward, listed.fake_backward, _Gradients),
-    ("hardest", _hardest, _fake_hardest, _Undifferentiated),
+def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], derivative: type[Derivative]) -> None:
+    """A new operator fastnce::name: its implementation, its fake, its derivative."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.fastnce, name)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, _autograd_kernel(operator.default, derivative), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"fastnce::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"fastnce::{name}", _one_by_one(operator), lib=_library)
+
+
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+_LISTED_BACKWARD = f"(Tensor grad, Tensor s, Tensor r, bool[3] wanted, {listed.SCHEMA}) -> (Tensor, Tensor, Tensor)"
+for _given in (
+    ("forward", f"({PROBLEM}) -> Tensor[]", _forward, _fake_forward, _Statistics),
+    ("backward", f"({GRADS}, {STATS}, bool[4] wanted, {PROBLEM}) -> {_FOUR}", _backward, _fake_backward, Gradients),
+    ("second_derivative", "(Tensor asked, Tensor x) -> Tensor", _second_derivative, lambda asked, x: torch.empty_like(x), Gradients),
+    ("wide", "(Tensor x) -> Tensor", _wide, _wide, _Wide),
+    ("copy_of_queue", "(Tensor keys) -> Tensor", _copy_of_queue, torch.empty_like, _Wide),
+    ("listed", f"({listed.SCHEMA}) -> (Tensor, Tensor)", listed.forward, listed.fake, _Listed),
+    ("listed_backward", _LISTED_BACKWARD, listed.backward, listed.fake_backward, Gradients),
+    ("hardest", f"(int count, {PROBLEM}) -> Tensor[]", _hardest, _fake_hardest, _Undifferentiated),
 ):
-    _operator = getattr(torch.ops.fastnce, _name)
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    _library.impl(_name, _autograd_kernel(_operator.default, _derivative), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"fastnce::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"fastnce::{_name}", _one_by_one(_operator), lib=_library)
+    register(*_given)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastnce import arguments, dense_small, hints, relations, statistics
+from fastnce import arguments, dense_small, fused, hints, relations, statistics
 from fastnce.formulas import Reduction, l_out, reduced
 from fastnce.negatives import Negatives, Ragged, one_positive
 from fastnce.pairs import Pairs
@@ -111,7 +111,7 @@ def info_nce(
         given = f"got {rows} queries, {in_batch_keys} keys and {'no ' if negatives is None else ''}negative_keys"
         raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys, {given}")
     hints.temperature(where, temperature, scale, normalize)
-    scale = arguments.scale_of(where, temperature, scale, query)
+    given = (temperature, scale, normalize)
     weight = arguments.weights(where, weight, rows, query)
     # The loss has one part, against positive_key, or a second one against negative_keys.
     wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
@@ -131,6 +131,19 @@ def info_nce(
     hints.negative_ids(where, (*names, *excluding), (query_ids, key_ids, exclude_query_ids, exclude_key_ids))
     if use_batch and label[1] is not None:
         hints.partners(where, names, label[0], label[1][:rows])
+
+    once = negatives is None or negatives.keys is not positive_key
+    if none is None and query is not positive_key and once and fused.serves(backend, query, reduction):
+        ask = None
+        if use_batch and negatives is None:
+            rules = Pairs(False, 0, *label, *exclude)
+            ask = fused.ask(where, query, positive_key, rules, *given, "out", reduction, weight=weight, two_sided=symmetric)
+        elif not use_batch and shared is not None and label[0] is None:
+            rules = Pairs(False, None, None, None, *exclude)
+            ask = fused.ask(where, query, shared, rules, *given, "out", reduction, partners=positive_key, weight=weight)
+        if ask is not None and (loss := fused.loss(where, ask, backend)) is not None:
+            return loss
+    scale = arguments.scale_of(where, temperature, scale, query)
 
     def part(ids: Tensor | None, keys: slice) -> Tensor | None:
         return None if ids is None else ids[keys]
@@ -241,11 +254,17 @@ def clip_loss(
     relations.alignment(where, image, text, aligned, label, exclude[0] is not None, reduction == "none" or weight is not None)
     hints.negative_ids(where, (*names, *excluding), (image_ids, text_ids, exclude_image_ids, exclude_text_ids))
     weight = arguments.weights(where, weight, rows, image)
-    scale = arguments.scalar(where, "logit_scale", logit_scale, image)
     bias = None if logit_bias is None else arguments.scalar(where, "logit_bias", logit_bias, image, positive=False)
     hints.logit_scale(where, logit_scale, normalize)
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
     q_wide, k_wide = shared_uses(image, text)
+    if q_wide is None and (paired or weight is None) and fused.serves(backend, image, reduction):
+        ask = fused.ask(
+            where, image, text, pairs, None, logit_scale, normalize, "out", reduction, called="logit_scale", weight=weight, bias=bias, two_sided=True
+        )
+        if (loss := fused.loss(where, ask, backend)) is not None:
+            return loss
+    scale = arguments.scalar(where, "logit_scale", logit_scale, image)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, q_wide=q_wide, k_wide=k_wide)
     if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
@@ -317,6 +336,10 @@ def moco_loss(
     arguments.options(where, normalize=normalize)
     weight = arguments.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
+    if q is not k and q is not negatives and k is not negatives and fused.serves(backend, q, reduction):
+        ask = fused.ask(where, q, negatives, Pairs(), temperature, scale, normalize, "out", reduction, partners=k, weight=weight)
+        if (loss := fused.loss(where, ask, backend)) is not None:
+            return loss
     scale = arguments.scale_of(where, temperature, scale, q)
     *own, q_wide, k_wide = shared_uses(q, k, q, negatives)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, q_wide=q_wide, k_wide=k_wide)

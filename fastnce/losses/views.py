@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastnce import arguments, dense_small, hints, relations, statistics
+from fastnce import arguments, dense_small, fused, hints, relations, statistics
 from fastnce.formulas import Reduction, decoupled, l_in, l_out, reduced
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -57,6 +57,8 @@ def nt_xent(
     Chen et al. 2020 (arXiv:2002.05709), eq. 1.
     """
     where = "nt_xent"
+    if (loss := _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "out")) is not None:
+        return loss
     problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
     if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
@@ -108,6 +110,8 @@ def dcl_loss(
     Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
     """
     where = "dcl_loss"
+    if (loss := _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "decoupled")) is not None:
+        return loss
     problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
     found = statistics.compute(where, problem, backend)
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
@@ -188,12 +192,16 @@ def sup_con(
     labels = relations.labels(where, labels, features)
     mask = relations.mask(where, "mask", mask, features, (examples, examples))
     relations.some_positive(where, features, labels, mask)
-    # Row v * B + b of z is view v of example b.
-    z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, features.shape[-1])
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (examples,):
         weight = weight.repeat(anchors // max(examples, 1))
     weight = arguments.weights(where, weight, anchors, features, examples)
     hints.temperature(where, temperature, scale, normalize)
+    if mask is None and views == "all" and no_positive == "zero" and fused.serves(backend, features, reduction):
+        own = relations.with_own_labels(labels) if labels is not None and unlabelled == "own_views" else labels
+        rules = Pairs(exclude_self=True, q_label=own)
+        ask = fused.ask(where, features, None, rules, temperature, scale, normalize, variant, reduction, weight=weight, by_place=own is None)
+        if (loss := fused.loss(where, ask, backend)) is not None:
+            return loss
     scale = arguments.scale_of(where, temperature, scale, features)
     if labels is None and mask is None:
         hints.views_second(where, features)
@@ -202,6 +210,8 @@ def sup_con(
         labels = relations.with_own_labels(labels)
     else:
         hints.negative_ids(where, ("labels",), (labels,))
+    # Row v * B + b of z is view v of example b.
+    z = features if features.dim() == 2 else features.transpose(0, 1).reshape(n_views * examples, features.shape[-1])
     pairs = Pairs(exclude_self=True, q_label=None if labels is None else labels.repeat(n_views), mask=mask)
     if views == "one" and n_views > 1:
         label = pairs.q_label
@@ -225,6 +235,32 @@ def sup_con(
     return reduced(values, weight, reduction, z)
 
 
+def _fused(
+    where: str,
+    z0: Tensor,
+    z1: Tensor | None,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    normalize: bool,
+    reduction: str,
+    weight: Tensor | None,
+    backend: str,
+    formula: str,
+) -> Tensor | None:
+    """nt_xent and dcl_loss as one operator, which takes the two views as they are; None where no such operator serves."""
+    statistics.check_backend(where, backend)
+    if z0 is z1 or not isinstance(z0, Tensor) or not fused.serves(backend, z0, reduction):
+        return None
+    z0, z1 = _checked_views(where, z0, z1, normalize)
+    rows = z0.shape[0] * (1 if z1 is None else 2)
+    weight = _checked_weight(where, z0, rows, normalize, reduction, weight)
+    hints.temperature(where, temperature, scale, normalize)
+    ask = fused.ask(
+        where, z0, None, Pairs(True, rows // 2), temperature, scale, normalize, formula, reduction, second=z1, weight=weight
+    )
+    return fused.loss(where, ask, backend)
+
+
 def _two_views(
     where: str,
     z0: Tensor,
@@ -236,26 +272,38 @@ def _two_views(
     weight: Tensor | None,
 ) -> tuple[Problem, Tensor | None]:
     """The problem of nt_xent and dcl_loss, every row of z = [z0; z1] against all others, and the weights of the rows."""
+    z0, z1 = _checked_views(where, z0, z1, normalize)
+    z, wide = z0, None
+    if z1 is not None:
+        z, (wide, other) = torch.cat([z0, z1]), shared_uses(z0, z1)
+        wide = None if wide is None or other is None else torch.cat([wide, other])
+    rows = z.shape[0]
+    weight = _checked_weight(where, z, rows, normalize, reduction, weight)
+    hints.temperature(where, temperature, scale, normalize)
+    scale = arguments.scale_of(where, temperature, scale, z)
+    return Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, q_wide=wide), weight
+
+
+def _checked_views(where: str, z0: Tensor, z1: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """The two views in one dtype; z1 is None where z0 holds both."""
     if z1 is None:
         arguments.features(where, z0=z0)
         if z0.shape[0] % 2:
             raise ValueError(f"{where}: z0 is {tuple(z0.shape)}; without z1 it holds two views, [view 0; view 1]: an even number of rows")
         arguments.values(where, normalize, z0=z0)
-        z, wide = z0, None
-    else:
-        arguments.features(where, z0=z0, z1=z1)
-        z0, z1 = arguments.one_dtype(where, z0=z0, z1=z1)
-        if z0.shape != z1.shape:
-            raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
-        arguments.values(where, normalize, z0=z0, z1=z1)
-        z, (wide, other) = torch.cat([z0, z1]), shared_uses(z0, z1)
-        wide = None if wide is None or other is None else torch.cat([wide, other])
-    rows = z.shape[0]
+        return z0, None
+    arguments.features(where, z0=z0, z1=z1)
+    z0, z1 = arguments.one_dtype(where, z0=z0, z1=z1)
+    if z0.shape != z1.shape:
+        raise ValueError(f"{where}: z0 is {tuple(z0.shape)} and z1 is {tuple(z1.shape)}; two views have the same number of rows")
+    arguments.values(where, normalize, z0=z0, z1=z1)
+    return z0, z1
+
+
+def _checked_weight(where: str, like: Tensor, rows: int, normalize: bool, reduction: str, weight: Tensor | None) -> Tensor | None:
+    """The weights of the rows of both views, and what else is checked beside the views."""
     arguments.reduction(where, reduction, rows)
     arguments.options(where, normalize=normalize)
     if weight is not None and isinstance(weight, Tensor) and weight.shape == (rows // 2,) and rows:
         weight = torch.cat([weight, weight])
-    weight = arguments.weights(where, weight, rows, z, rows // 2)
-    hints.temperature(where, temperature, scale, normalize)
-    scale = arguments.scale_of(where, temperature, scale, z)
-    return Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, q_wide=wide), weight
+    return arguments.weights(where, weight, rows, like, rows // 2)

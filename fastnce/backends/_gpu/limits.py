@@ -17,8 +17,8 @@ def of_operands(problem: Problem) -> list[str]:
     q, reasons = problem.q, []
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {str(q.dtype)[6:]} (supports float32, float16, bfloat16)")
-    if q.shape[1] > LONGEST:
-        reasons.append(f"{q.shape[1]} columns (supports up to {LONGEST})")
+    if q.shape[-1] > LONGEST:
+        reasons.append(f"{q.shape[-1]} columns (supports up to {LONGEST})")
     rows = max(q.shape[0], problem.keys.shape[0])
     if rows > LARGEST:
         reasons.append(f"{rows} rows (supports up to {LARGEST})")
@@ -44,4 +44,4 @@ def parts(dtype: torch.dtype) -> int:
 
 def fits(problem: Problem) -> bool:
     """Whether a tile holds whole rows."""
-    return tiles.held_depth(parts(problem.q.dtype), tiles.padded_depth(problem.q.shape[1])) > 0
+    return tiles.held_depth(parts(problem.q.dtype), tiles.padded_depth(problem.q.shape[-1])) > 0

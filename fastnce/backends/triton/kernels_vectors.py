@@ -341,7 +341,7 @@ def close(
     if program < programs:
         i = program * BR + tl.arange(0, BR)
         _loss_of_rows(
-            sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant,
+            sums, count, both, both_count, t, weight, values, vectors, pair, kept, own_neg, i, rows, padded, splits, pairs, first, second, constant,
             state + PEAK, partial, program, 1, IN_TILE, FORMULA, KEPT, BR,
         )  # fmt: skip
         _largest_factor(factor, i, padded, state, NORMALIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,18 @@ from fastnce.backends.triton import kernels, kernels_backward, kernels_rows, til
 GROUP = 8
 
 
+class _Launching(threading.local):
+    """Whether this thread launches kernels, or only allocates what they would fill."""
+
+    launches = True
+
+
+this_thread = _Launching()
+
+
 def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any) -> None:
     """Run a kernel on a grid of one axis. Fusion is asked for, because Triton's default changes between versions."""
-    if programs > 0:
+    if programs > 0 and this_thread.launches:
         kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
 
 

@@ -1,0 +1,189 @@
+"""A loss as one number by one operator, for backends that have a pair of functions for it.
+
+    loss(ask: LossProblem) -> (loss, kept)                              kept: a tuple of tensors, empty ones where there is nothing
+    gradients(ask, kept, upstream, wanted: LossWanted) -> list          the gradients in the order of LossWanted
+
+All arithmetic of a row is then theirs, so that a step is a handful of launches, where statistics, formulas and reduction are dozens.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastnce import arguments, autograd, backends
+from fastnce.pairs import Pairs
+from fastnce.precision import no_autocast
+from fastnce.problem import LossProblem, LossWanted, Problem
+
+_PROBLEM = (
+    "Tensor q, Tensor? second, Tensor? k, Tensor? partners, Tensor? scale, Tensor? bias, Tensor? weight, Tensor? q_label, Tensor? k_label, "
+    "Tensor? q_exclude, Tensor? k_exclude, float value, bool inverse, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
+    "bool frozen, bool by_place, bool mean, str formula, str backend"
+)
+_TENSORS = 11  # of the arguments above, the first are tensors; the first seven take gradients
+_WANTED = len(LossWanted._fields)
+# As many as any backend keeps.
+_KEPT = 19
+
+
+class _Arguments(NamedTuple):
+    """A LossProblem as the flat arguments of the operators."""
+
+    q: Tensor
+    second: Tensor | None
+    k: Tensor | None
+    partners: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    weight: Tensor | None
+    q_label: Tensor | None
+    k_label: Tensor | None
+    q_exclude: Tensor | None
+    k_exclude: Tensor | None
+    value: float
+    inverse: bool
+    offset: int | None
+    exclude_self: bool
+    two_sided: bool
+    normalize: bool
+    frozen: bool
+    by_place: bool
+    mean: bool
+    formula: str
+    backend: str
+
+    @staticmethod
+    def of(ask: LossProblem, backend: str) -> _Arguments:
+        p, rules = ask.problem, ask.problem.pairs
+        ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude)
+        flags = (rules.exclude_self, p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean, ask.formula, backend)
+        return _Arguments(
+            p.q, ask.second, p.k, ask.partners, ask.scale, p.bias, ask.weight, *ids, ask.value, ask.inverse, rules.offset, *flags
+        )
+
+    def problem(self) -> LossProblem:
+        rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude)
+        placeholder = self.q.new_empty((), dtype=torch.float32)
+        problem = Problem(self.q, self.k, placeholder, self.bias, rules, self.two_sided, self.normalize, frozen=self.frozen)
+        more = (self.second, self.partners, self.scale, self.value, self.inverse, self.weight, self.by_place)
+        return LossProblem(problem, self.formula, self.mean, *more)
+
+
+def serves(backend: str, like: Tensor, reduction: str) -> bool:
+    """Whether a backend of this name may have the pair of functions, and the loss is one that they make. Debug mode reads statistics."""
+    if reduction not in ("mean", "sum") or arguments.debugging():
+        return False
+    names = (backend,) if backend != "auto" else backends.AUTO if like.is_cuda else ()
+    return any(hasattr(backends.BACKENDS[name], "loss") for name in names)
+
+
+def ask(
+    where: str,
+    q: Tensor,
+    k: Tensor | None,
+    pairs: Pairs,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    normalize: bool,
+    formula: str,
+    reduction: str,
+    *,
+    called: str = "scale",
+    second: Tensor | None = None,
+    partners: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    two_sided: bool = False,
+    by_place: bool = False,
+) -> LossProblem:
+    """The question, from the arguments of a public function. A scale that is a float stays one, which is a launch less."""
+    tensor, value, inverse = arguments.scale_given(where, temperature, scale, q, called)
+    problem = Problem(q, k, q.new_empty((), dtype=torch.float32), bias, pairs, two_sided, normalize)
+    return LossProblem(problem, formula, reduction == "mean", second, partners, tensor, value, inverse, weight, by_place)
+
+
+def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:
+    """The loss, or None where the backend that is picked makes it from its statistics."""
+    q, k = ask.problem.q, ask.problem.k
+    if q.numel() == 0 or (k is not None and k.numel() == 0):
+        return None
+    name = backends.pick(where, backend, ask.problem._replace(q=q[:, 0] if q.dim() == 3 else q))
+    if not hasattr(backends.BACKENDS[name], "loss"):
+        return None
+    frozen = torch.is_grad_enabled()  # as in autograd.statistics: the operator finds out whether keys have a gradient
+    found: Tensor = torch.ops.fastnce.loss(*_Arguments.of(ask._replace(problem=ask.problem._replace(frozen=frozen)), name))[0]
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    return backends.BACKENDS[name]
+
+
+def _loss(*flat: Any) -> list[Tensor]:
+    args = _Arguments(*flat)
+    with no_autocast(args.q):
+        found, kept = _module(args.backend).loss(args.problem())
+    return [found, *kept]
+
+
+def _fake_loss(*flat: Any) -> list[Tensor]:
+    args = _Arguments(*flat)
+    with backends.without_launches():
+        found, kept = _module(args.backend).loss(args.problem())
+    return [found, *kept]
+
+
+def _gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    kept, wanted, args = given[:_KEPT], LossWanted(*given[_KEPT]), _Arguments(*given[_KEPT + 1 :])
+    with no_autocast(args.q):
+        found = _module(args.backend).gradients(args.problem(), kept, upstream, wanted)
+    return tuple(args.q.new_empty(0) if g is None else g for g in found)
+
+
+def _fake_gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    wanted, args = given[_KEPT], _Arguments(*given[_KEPT + 1 :])
+    like = args[:_WANTED]
+    return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
+
+
+class _Loss(autograd.Derivative):
+    @staticmethod
+    def forward(ctx: Any, below: autograd.Below, *flat: Any) -> tuple[Tensor, ...]:
+        args = _Arguments(*flat)
+        if below.backward_mode:
+            # Under a transform a level below may ask for the gradient of k, which this level does not see.
+            alone = args.k is not None and not args.k.requires_grad and not torch._C._are_functorch_transforms_active()
+            asked = any(t is not None and t.requires_grad for t in args[:_WANTED])
+            args = args._replace(frozen=args.frozen and alone and asked)
+        found, *kept = below(*args)
+        ctx.set_materialize_grads(False)
+        ctx.flags = args[_TENSORS:]
+        autograd.Derivative.keep(ctx, *flat[:_TENSORS], *kept)
+        ctx.mark_non_differentiable(*kept)
+        return found, *kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[1 : 1 + _WANTED])
+        nothing = [None] * (len(ctx.needs_input_grad) - 1 - _WANTED)
+        if grads[0] is None:
+            return None, *[None] * _WANTED, *nothing
+        saved = autograd.Derivative.kept(ctx)
+        found = torch.ops.fastnce.loss_gradients(grads[0], *saved[_TENSORS:], wanted, *saved[:_TENSORS], *ctx.flags)
+        return None, *(g if want else None for g, want in zip(found, wanted, strict=True)), *nothing
+
+
+autograd.register("loss", f"({_PROBLEM}) -> Tensor[]", _loss, _fake_loss, _Loss)
+autograd.register(
+    "loss_gradients",
+    f"(Tensor upstream, {', '.join(f'Tensor kept{n}' for n in range(_KEPT))}, bool[{_WANTED}] wanted, {_PROBLEM}) -> "
+    f"({', '.join(['Tensor'] * _WANTED)})",
+    _gradients,
+    _fake_gradients,
+    autograd.Gradients,
+)
+
