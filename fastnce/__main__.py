@@ -1,5 +1,6 @@
 """`python -m fastnce`: versions, device, every backend and the reasons against it, the one that "auto" takes, and a self-test.
 
+`python -m fastnce check` puts the GPU backends to their proof ahead of the first use: some 370 variants of the kernels, minutes.
 `python -m fastnce build-cpu` compiles the kernels of backend="cpu" into the user's cache: seconds, a C++ compiler and ninja.
 `python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
 """
@@ -20,6 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastnce import __version__, backends, files, selftest
+from fastnce.backends import proof, verdicts
 from fastnce.compiled import build, find
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
@@ -62,13 +64,13 @@ def _backend(name: str, device: str) -> dict[str, Any]:
 
 def _auto(device: str) -> str | None:
     """Of CUDA also where there is none: a fake tensor has no values, and a backend is chosen without reading any."""
-    with warnings.catch_warnings(), FakeTensorMode():
-        # The table of backends says already that there is no fused kernel for this device.
-        warnings.simplefilter("ignore")
+    with FakeTensorMode():
         try:
-            return backends.pick("python -m fastnce", "auto", _problem(device))
+            return backends.pick("report", "auto", _problem(device))
         except NotImplementedError:
             return None
+        except ValueError as error:  # FASTNCE_BACKEND
+            raise files.Stopped(str(error)) from None
 
 
 def _self_test(name: str, device: str) -> dict[str, Any]:
@@ -115,8 +117,7 @@ def text(found: dict[str, Any]) -> str:
     for kind, state in found["compiled"].items():
         lines.append(f"  compiled kernels of {kind}: {state}")
     for device, name in found["auto"].items():
-        why = f": {backends.UNRECORDED}" if device == "cuda" else ""
-        lines.append(f"auto uses  {name or 'nothing'} for {device} tensors{why}")
+        lines.append(f"auto uses  {name or 'nothing'} for {device} tensors")
     limit = found["self_test"]["limit"]
     lines.append(f"self-test: largest relative error of float32 values and gradients against float64 (limit {limit:g})")
     lines.append(" " * 22 + "".join(f"{loss:>11}" for loss in selftest.CASES))
@@ -149,15 +150,39 @@ def _build(kind: str, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check(arguments: Sequence[str]) -> int:
+    """Put the GPU backends to the proof, and print a line for each variant; 1 where one is wrong."""
+    description = "Check the GPU backends against torch's own operations, variant by variant, and record the verdicts."
+    argparse.ArgumentParser(prog="python -m fastnce check", description=description, allow_abbrev=False).parse_args(arguments)
+    seen = wrong = 0
+    for device in verdicts.devices():
+        print(f"{verdicts.describe(device)}\n{'verdict':<9}{'seconds':>8}  variant")
+        for name in backends.PROVEN:
+            if reasons := backends.BACKENDS[name].unsupported(_problem(str(device))):
+                print(f"{'no':<9}{'':>8}  {name}: {'; '.join(reasons)}")
+                continue
+            for variant, columns in proof.ahead():
+                found = verdicts.check(name, device, columns, variant)
+                seen, wrong = seen + 1, wrong + bool(found.why)
+                why = f"\n{'':>19}{found.why}" if found.why else ""
+                print(f"{'WRONG' if found.why else 'right':<9}{found.seconds:>8.2f}  {name}: {variant}{why}", flush=True)
+    if not seen:
+        raise files.Stopped("check: nothing was checked: no backend for GPUs runs here (python -m fastnce says why)")
+    print(f"{seen} variants checked, {wrong} wrong")
+    return 1 if wrong else 0
+
+
 @files.command("python -m fastnce")
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report, or build a library; 1 where the self-test failed."""
+    """Print the report, check the GPU backends, or build a library; 1 where a test failed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] == "check":
+        return _check(given[1:])
     if given and given[0] in COMMANDS:
         return _build(COMMANDS[given[0]], given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m fastnce",
-        usage="\n       ".join(f"%(prog)s {rest}" for rest in ("[--json]", "build-cpu", "build-cuda [options]")),
+        usage="\n       ".join(f"%(prog)s {rest}" for rest in ("[--json]", "check", "build-cpu", "build-cuda [options]")),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -364,6 +364,24 @@ def backend(where: str, name: object, known: Collection[str]) -> None:
         raise ValueError(f"{where}: {name!r} is not a valid value for backend; use 'auto' or one of {', '.join(map(repr, known))}")
 
 
+def backend_of_environment(where: str, known: Collection[str] = ()) -> str:
+    """FASTNCE_BACKEND, the backend that takes the place of "auto"; "" without one."""
+    given = _environment("FASTNCE_BACKEND")
+    if given in ("", "auto"):
+        return ""
+    if known and given not in list(known):
+        raise ValueError(f"{where}: FASTNCE_BACKEND is {given!r}; set it to 'auto' or one of {', '.join(map(repr, known))}, or unset it")
+    return given
+
+
+def _environment(name: str) -> str:
+    return os.environ.get(name, "")
+
+
+# Dynamo takes the answer as a constant. torch.compiler.assume_constant_result does the same, but importing it takes a second.
+_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def threshold(where: str, value: object, rows: int, like: Tensor) -> Tensor | None:
     """One logit per row; None stays None."""
     if value is None:

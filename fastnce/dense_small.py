@@ -85,6 +85,7 @@ def _serves(problem: Problem, backend: str) -> bool:
     # Whether the code is traced is asked first: a shape that is looked at before would become a guard of the traced code.
     return (
         backend == "auto"
+        and not arguments.backend_of_environment("")
         and all(arguments.has_values(t) and t.device.type == "cpu" for t in (q, k, problem.scale))
         and torch.autograd.forward_ad._current_level == -1
         and not torch.is_autocast_enabled("cpu")

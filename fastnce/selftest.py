@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnce import losses
+from fastnce.backends.proof import relative
 
 # float32 rounding reaches 7e-7 here. Matrix products in TF32 show as 4e-5 or more, one lost row of a gradient as 1e-3 or more.
 LIMIT = 1e-5
@@ -69,7 +70,7 @@ def _run(loss: str, backend: str, device: str) -> Result:
         found = _outputs(loss, backend, device, torch.float32)
         seconds = time.perf_counter() - start
         # Of a tensor the maximum is nan where an entry is; of a list it may not be.
-        errors = [(got.double() - true).norm() / true.norm() for got, true in zip(found, exact, strict=True)]
+        errors = [relative(got, true) for got, true in zip(found, exact, strict=True)]
         error = float(torch.stack(errors).max())
     except Exception as failure:
         return Result(loss, None, time.perf_counter() - start, False, f"{type(failure).__name__}: {failure}")

@@ -52,12 +52,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "relations": {"arguments"},
     "hints": {"arguments", "relations"},
     "queue": {"arguments"},
+    "backends.proof": {"backends.torch_tiles", "backends._gpu.limits", "backends._gpu.tiles", "pairs", "precision", "problem"},
+    "backends.verdicts": {"backends.proof", "compiled.find", "files"},
     "backends": {"arguments", "problem", *(m for m in MODULES if re.fullmatch(r"backends\.[a-z]\w*", m))},
     "listed": {"precision", "tiles"},
     "schemas": {"pairs", "problem"},
     "hardest": {"backends._tiled.gemm", "precision", "pairs", "problem", "tiles"},
     "autograd": {"backends", "hardest", "listed", "precision", "problem", "schemas"},
     "wide": {"precision", "autograd"},
+    "fused": {"arguments", "autograd", "backends", "pairs", "precision", "problem"},
     "statistics": {"backends", "arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "wide"},
     "formulas": {"precision", "statistics"},
     "negatives": {"arguments", "listed", "autograd", "statistics"},
@@ -73,18 +76,41 @@ MAY_IMPORT: dict[str, set[str]] = {
         "queue",
         "relations",
         "dense_small",
+        "fused",
         "statistics",
         "wide",
     },
-    "losses.views": {"arguments", "formulas", "hints", "pairs", "problem", "relations", "dense_small", "statistics", "wide"},
+    "losses.views": {
+        "arguments",
+        "dense_small",
+        "formulas",
+        "fused",
+        "hints",
+        "pairs",
+        "problem",
+        "relations",
+        "statistics",
+        "wide",
+    },
     "retrieval": {"arguments", "hints", "precision", "autograd", "pairs", "problem", "relations", "statistics"},
     "logit_scale": set(),
     "loss_module": {"arguments", "logit_scale", "statistics"},
     "moco_module": {"arguments", "autograd", "formulas", "logit_scale", "loss_module", "losses", "queue"},
     "modules": {"arguments", "formulas", "logit_scale", "loss_module", "losses", "negatives"},
-    "selftest": {"losses"},
+    "selftest": {"backends.proof", "losses"},
     "__init__": {"_version", "arguments", "logit_scale", "losses", "moco_module", "modules", "queue", "retrieval", "statistics"},
-    "__main__": {"__init__", "backends", "compiled.build", "files", "compiled.find", "pairs", "problem", "selftest"},
+    "__main__": {
+        "__init__",
+        "backends",
+        "backends.proof",
+        "backends.verdicts",
+        "compiled.build",
+        "files",
+        "compiled.find",
+        "pairs",
+        "problem",
+        "selftest",
+    },
 }
 # A backend may also import modules of its own folder, and helpers that start with an underscore.
 BACKEND_MAY_IMPORT = {"compiled.find", "precision", "pairs", "problem", "tiles"}
@@ -118,7 +144,7 @@ def imports_of(module: str) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module: str) -> None:
     folder, _, rest = module.partition(".")
-    if folder == "backends" and rest:
+    if folder == "backends" and rest and module not in MAY_IMPORT:
         own = rest.split(".")[0]
         allowed = BACKEND_MAY_IMPORT | {m for m in MODULES if m.startswith(("backends._", f"backends.{own}"))}
     else:

@@ -2,8 +2,7 @@
 
 Forward and backward with normalisation, all contestants of a shape in one process and in turn (measure.py). A ratio is taken within a
 round, and the median over the rounds counts. A row names the first, and every kind within ENOUGH of it; up to N = 1,024 also whether the
-first is not slower than eager torch (bar 10). A backend enters "auto" for a kind of device by a recorded run of this part on it that shows
-it right and no slower than the next one.
+first is not slower than eager torch (bar 10). The order in which "auto" tries the GPU backends is settled by a recorded run of this part.
 
 One process runs shape after shape and answers each with a row. Where it dies, or prints nothing for PATIENCE seconds, every contestant of
 that shape runs alone. One that ends its process again is out of the race, and the others go on. Triton's kernels are compiled before, by

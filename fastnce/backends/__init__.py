@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import ModuleType
 
-import torch
-
 from fastnce import arguments
-from fastnce.backends import cpu, cuda, reference, torch_tiles, triton
+from fastnce.backends import cpu, cuda, proof, reference, torch_tiles, triton, verdicts
 from fastnce.problem import Problem
 
 # The fastest first. "auto" goes through AUTO. A backend is importable everywhere, and looks for what it needs in unsupported().
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, torch_tiles, reference)}
-AUTO = ("cpu", "torch")
-# Why triton and cuda are not in it.
-UNRECORDED = "no run of the fused kernels on a GPU is recorded yet"
+AUTO = ("triton", "cuda", "cpu", "torch")
+PROVEN = ("triton", "cuda")  # of these, the ones that "auto" takes on a GPU alone, and there after a proof
 
 
 def pick(where: str, name: str, problem: Problem) -> str:
@@ -27,16 +22,18 @@ def pick(where: str, name: str, problem: Problem) -> str:
     Raises NotImplementedError with every objection of every candidate, ValueError for an unknown name.
     """
     arguments.backend(where, name, BACKENDS)
+    q, given = problem.q, arguments.backend_of_environment(where, BACKENDS) if name == "auto" else ""
+    if name == "auto" and not given and q.device.type in verdicts.DEVICES:
+        able = tuple(candidate for candidate in PROVEN if not BACKENDS[candidate].unsupported(problem))
+        if able and (chosen := verdicts.choose(able, q.device.type, q.device.index, *proof.variant(problem))):
+            return chosen
     objections = []
-    for candidate in AUTO if name == "auto" else (name,):
+    for candidate in (given,) if given else [c for c in AUTO if c not in PROVEN] if name == "auto" else (name,):
         reasons = BACKENDS[candidate].unsupported(problem)
         if not reasons:
-            if name == "auto" and problem.q.device.type == "cuda" and not torch.compiler.is_compiling():
-                _say_once(candidate, problem.q.device.type)
             return candidate
         objections.append(f"  {candidate}: {'; '.join(reasons)}")
-    q = problem.q
-    asked = f"query {tuple(q.shape)} {str(q.dtype)[6:]} {q.device.type}"
+    asked = f"query {tuple(q.shape)} {str(q.dtype)[6:]} {q.device.type}" + (", and FASTNCE_BACKEND names it" if given else "")
     raise NotImplementedError(f"{where}: no backend for {asked}:\n" + "\n".join(objections))
 
 
@@ -50,12 +47,3 @@ def without_launches() -> Iterator[None]:
 def keeps_output(name: str, problem: Problem) -> bool:
     """Whether this backend answers the problem with the mean key in own_pos, see Side. One without a function of this name never does."""
     return getattr(BACKENDS[name], "keeps_output", lambda _: False)(problem)
-
-
-@cache
-def _say_once(candidate: str, device: str) -> None:
-    warnings.warn(
-        f"fastnce: backend='auto' takes {candidate!r} for {device} tensors, tiles of torch operations: {UNRECORDED}. backend='triton' runs "
-        "the kernels; `python -m fastnce` compares them with float64 on this machine",
-        stacklevel=4,
-    )
