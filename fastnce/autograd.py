@@ -25,6 +25,8 @@ from fastnce.problem import DIFFERENTIABLE, FIELDS, WITHOUT_METRICS, Problem, Si
 from fastnce.schemas import GRADS, PROBLEM, STATS, TENSORS, WIDE, Arguments, Request
 
 _library = torch.library.Library("fastnce", "DEF")
+
+
 def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
     # `frozen` here: a gradient may be asked for. The operator finds out whether it is that of q alone.

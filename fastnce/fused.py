@@ -186,4 +186,3 @@ autograd.register(
     _fake_gradients,
     autograd.Gradients,
 )
-

@@ -139,7 +139,13 @@ def statistics(sums: Tensor, *given: Any) -> Side:
 
 
 def coefficients(
-    grads: list[SideGrad], stats: list[Side], factors: list[Tensor], bias: Tensor, pairs: tuple[slice, slice], in_tile: bool, symmetric: bool
+    grads: list[SideGrad],
+    stats: list[Side],
+    factors: list[Tensor],
+    bias: Tensor,
+    pairs: tuple[slice, slice],
+    in_tile: bool,
+    symmetric: bool,
 ) -> row_oracle.Coefficients:
     """The library's."""
     i, j = pairs

@@ -111,7 +111,6 @@ def info_nce(
         given = f"got {rows} queries, {in_batch_keys} keys and {'no ' if negatives is None else ''}negative_keys"
         raise ValueError(f"{where}: symmetric=True needs as many keys as queries and no negative_keys, {given}")
     hints.temperature(where, temperature, scale, normalize)
-    given = (temperature, scale, normalize)
     weight = arguments.weights(where, weight, rows, query)
     # The loss has one part, against positive_key, or a second one against negative_keys.
     wide = shared_uses(query, positive_key, *(() if negatives is None else (query, negatives.keys)))
@@ -137,10 +136,14 @@ def info_nce(
         ask = None
         if use_batch and negatives is None:
             rules = Pairs(False, 0, *label, *exclude)
-            ask = fused.ask(where, query, positive_key, rules, *given, "out", reduction, weight=weight, two_sided=symmetric)
+            ask = fused.ask(
+                where, query, positive_key, rules, temperature, scale, normalize, "out", reduction, weight=weight, two_sided=symmetric
+            )
         elif not use_batch and shared is not None and label[0] is None:
             rules = Pairs(False, None, None, None, *exclude)
-            ask = fused.ask(where, query, shared, rules, *given, "out", reduction, partners=positive_key, weight=weight)
+            ask = fused.ask(
+                where, query, shared, rules, temperature, scale, normalize, "out", reduction, partners=positive_key, weight=weight
+            )
         if ask is not None and (loss := fused.loss(where, ask, backend)) is not None:
             return loss
     scale = arguments.scale_of(where, temperature, scale, query)
@@ -260,7 +263,19 @@ def clip_loss(
     q_wide, k_wide = shared_uses(image, text)
     if q_wide is None and (paired or weight is None) and fused.serves(backend, image, reduction):
         ask = fused.ask(
-            where, image, text, pairs, None, logit_scale, normalize, "out", reduction, called="logit_scale", weight=weight, bias=bias, two_sided=True
+            where,
+            image,
+            text,
+            pairs,
+            None,
+            logit_scale,
+            normalize,
+            "out",
+            reduction,
+            called="logit_scale",
+            weight=weight,
+            bias=bias,
+            two_sided=True,
         )
         if (loss := fused.loss(where, ask, backend)) is not None:
             return loss

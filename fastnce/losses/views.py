@@ -199,7 +199,9 @@ def sup_con(
     if mask is None and views == "all" and no_positive == "zero" and fused.serves(backend, features, reduction):
         own = relations.with_own_labels(labels) if labels is not None and unlabelled == "own_views" else labels
         rules = Pairs(exclude_self=True, q_label=own)
-        ask = fused.ask(where, features, None, rules, temperature, scale, normalize, variant, reduction, weight=weight, by_place=own is None)
+        ask = fused.ask(
+            where, features, None, rules, temperature, scale, normalize, variant, reduction, weight=weight, by_place=own is None
+        )
         if (loss := fused.loss(where, ask, backend)) is not None:
             return loss
     scale = arguments.scale_of(where, temperature, scale, features)
@@ -255,9 +257,7 @@ def _fused(
     rows = z0.shape[0] * (1 if z1 is None else 2)
     weight = _checked_weight(where, z0, rows, normalize, reduction, weight)
     hints.temperature(where, temperature, scale, normalize)
-    ask = fused.ask(
-        where, z0, None, Pairs(True, rows // 2), temperature, scale, normalize, formula, reduction, second=z1, weight=weight
-    )
+    ask = fused.ask(where, z0, None, Pairs(True, rows // 2), temperature, scale, normalize, formula, reduction, second=z1, weight=weight)
     return fused.loss(where, ask, backend)
 
 

@@ -280,7 +280,7 @@ def prepare(
 def _gradient(source, splits, split_stride, factor, partner, pair, column, inside, paired, D, BD: tl.constexpr):
     """dL/dx^ of some rows: the splits in order, then the aligned pair. Rows whose pairs are all aligned have no splits."""
     g = tl.zeros([source.shape[0], BD], tl.float32)
-    for _ in range(0, splits):
+    for _ in range(splits):
         g += _row(source, column, inside, D, BD)
         source += split_stride
     return g * factor[:, None] + pair[:, None] * _row(partner, column, paired, D, BD)
@@ -406,7 +406,7 @@ def finish(
         center = tl.load(slots + CENTER)
         total = tl.zeros([BR], tl.float64)
         if about is not None:
-            for n in range(0, parts):
+            for n in range(parts):
                 total += tl.load(about + n * part + own * step, mask=inside & of_queries, other=0.0).to(tl.float64)
             if row_factor is not None:
                 c = tl.load(row_factor + own, mask=inside & of_queries, other=0.0).to(tl.float64)

@@ -16,17 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.gradients import Found, Weights, from_output, over_tiles
+from fastnce.backends._gpu.gradients import Weights, from_output, over_tiles
 from fastnce.backends._gpu.host import Operand, Work, on_device
 from fastnce.backends._gpu.statistics import adds_in_memory, keep_output
 from fastnce.backends._gpu.statistics import over_tiles as sums_over_tiles
-from fastnce.backends.triton import kernels, kernels_rows, kernels_vectors, launches, passes
+from fastnce.backends.triton import kernels, kernels_loss, kernels_rows, launches, passes
 from fastnce.backends.triton.limits import keeps_output
 from fastnce.problem import LossProblem, LossWanted, Wanted
 
 # Operands are kept for backward up to this many bytes. Larger ones are made again, which takes one launch more.
 KEPT_BYTES = 32 << 20
-FORMULAS = {"out": kernels_vectors.OUT, "in": kernels_vectors.IN, "decoupled": kernels_vectors.DECOUPLED}
+FORMULAS = {"out": kernels_loss.OUT, "in": kernels_loss.IN, "decoupled": kernels_loss.DECOUPLED}
 
 
 class Kept(NamedTuple):
@@ -78,7 +78,7 @@ def loss(ask: LossProblem) -> tuple[Tensor, Kept]:
         of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
         own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
         launches.launch(
-            kernels_vectors.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
+            kernels_loss.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
             ask.weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
             weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
             partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,

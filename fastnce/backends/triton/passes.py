@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce.backends._gpu.gradients import Found, Weights
 from fastnce.backends._gpu.host import Operand, Raw, Sums, Work, aligned
 from fastnce.backends._gpu.statistics import unshifted_sums
-from fastnce.backends.triton import kernels_rows, kernels_vectors, launches
+from fastnce.backends.triton import kernels_loss, kernels_rows, kernels_statistics, launches
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.backends.triton.launches import (
     backward_rows,
@@ -97,7 +97,22 @@ def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = Fal
     )  # fmt: skip
     scale, bound = (slots[place.value] for place in (kernels_rows.SCALE, kernels_rows.BOUND))
     return Work(
-        problem, sys.modules[__name__], x, y, labels[0], excludes[0], scale, bound, in_tile, t, partners, partner_r, sums, whole[2], slots, state
+        problem,
+        sys.modules[__name__],
+        x,
+        y,
+        labels[0],
+        excludes[0],
+        scale,
+        bound,
+        in_tile,
+        t,
+        partners,
+        partner_r,
+        sums,
+        whole[2],
+        slots,
+        state,
     )
 
 
@@ -148,7 +163,7 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     given = [*sums_of(sides[0]), *(sums_of(sides[1]) if len(sides) == 2 else [None] * 4)]
     ends = ends_of(work)
     launches.launch(
-        kernels_vectors.statistics, sum(programs), *given, work.t, work.problem.bias, *vectors[0], *(vectors[1] if len(views) == 2 else [None] * 6),
+        kernels_statistics.statistics, sum(programs), *given, work.t, work.problem.bias, *vectors[0], *(vectors[1] if len(views) == 2 else [None] * 6),
         work.x.rows, work.y.rows, sides[0].splits, sides[-1].splits, *ends, programs[0],
         IN_TILE=work.in_tile, BR=VECTOR_ROWS,
     )  # fmt: skip
@@ -163,7 +178,7 @@ def mean_key(work: Work, output: tuple[Sums, Tensor, Tensor], own_neg: Tensor) -
     rows, columns = work.x.rows, work.x.raw.columns
     mean, height = out.new_empty((rows, columns + 1)), triton_tiles.ROWS[0]
     launches.launch(
-        kernels_vectors.mean_key, -(-rows // height), out, sums.sums, moment, own_neg, work.slots, mean,
+        kernels_statistics.mean_key, -(-rows // height), out, sums.sums, moment, own_neg, work.slots, mean,
         rows, work.x.padded, sums.splits, columns, DP=out.shape[2], BR=height,
     )  # fmt: skip
     return mean
@@ -190,7 +205,7 @@ def coefficients(work: Work, grads: list[SideGrad], stats: list[Side], kept: boo
     two = len(stats) == 2
     given = [[*_contiguous(grad), *side[:5], None if kept else side.own_pos] for grad, side in zip(grads, stats, strict=True)]
     launches.launch(
-        kernels_vectors.coefficients, sum(programs), *given[0], *(given[1] if two else [None] * 9), work.problem.bias,
+        kernels_loss.coefficients, sum(programs), *given[0], *(given[1] if two else [None] * 9), work.problem.bias,
         work.x.factor, work.y.factor, weights.vectors[0], weights.vectors[-1], *two_of(weights.pair), weights.kept, work.slots, weights.scalars,
         partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, *programs,
         IN_TILE=work.in_tile, KEPT=kept, COLUMNS=two, SYMMETRIC=work.problem.symmetric, NORMALIZE=work.problem.normalize,
@@ -220,7 +235,7 @@ def empty_weights(work: Work, kept: bool) -> tuple[Weights, Tensor, tuple[int, i
     # Without columns the programs of the keys look at factors that are not bounded.
     of_keys = two or (work.keyed and not work.problem.normalize and not kept)
     programs = (-(-work.x.padded // VECTOR_ROWS), -(-work.y.padded // VECTOR_ROWS) if of_keys else 0)
-    partial = new((sum(programs), kernels_vectors.SUMS.value), dtype=torch.float64)
+    partial = new((sum(programs), kernels_loss.SUMS.value), dtype=torch.float64)
     lift, center = slot(work, kernels_rows.LIFT), slot(work, kernels_rows.CENTER)
     kept_factor = new(work.x.padded) if kept else None
     return Weights(vectors, pair, kept_factor, lift, center, new(SCALARS, dtype=torch.float64)), partial, programs
