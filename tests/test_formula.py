@@ -190,20 +190,20 @@ def based(formula: Callable[[Tensor], Tensor], of_base: Callable[[Tensor], Tenso
 def test_another_formula_changes_the_pair_alone(
     name: str, why: str, scale: float, small_tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With softplus and sigmoid in the pair, a log-sum is log sum softplus(s), and its gradient is that of autograd."""
+    """With softplus and sigmoid in the pair, a log-sum is log sum softplus(s), bias included, and its gradient is that of autograd."""
     module = importlib.import_module("fastnce.backends." + {"reference": "reference", "torch": "torch_tiles"}[name])
     unit, of_base = {"reference": (torch.ones_like(LN2), torch.exp), "torch": (LN2, torch.exp2)}[name]
     monkeypatch.setattr(module, "term", based(softplus, of_base, unit))
     monkeypatch.setattr(module, "weight", based(torch.sigmoid, of_base, unit))
-    p = problems.of(why, scale=scale, bias=None)
-    q, k, factor, _ = p.tensors()
+    p = problems.of(why, scale=scale, bias=-3.0)
+    q, k, factor, bias = p.tensors()
     leaves = [leaf.requires_grad_() for leaf in (q, k) if leaf is not None]
-    s, kinds = oracle.logits(q, q if k is None else k, factor, None, p.normalize), oracle.classes(p)
+    s, kinds = oracle.logits(q, q if k is None else k, factor, bias, p.normalize), oracle.classes(p)
 
     def expected(s: Tensor, kinds: Tensor, kind: int) -> Tensor:
         return softplus(s).masked_fill(kinds != kind, 0.0).sum(1).log()
 
-    found = contrastive_stats(q, k, scale=factor, **p.call(), backend=name)
+    found = contrastive_stats(q, k, scale=factor, bias=bias, **p.call(), backend=name)
     pairs = [(found.lse_neg, expected(s, kinds, oracle.NEGATIVE))]
     several = found.n_pos > 1  # one positive alone is no sum: its logit is its log-sum
     pairs.append((found.lse_pos[several], expected(s, kinds, oracle.POSITIVE)[several]))

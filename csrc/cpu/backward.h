@@ -64,17 +64,17 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
       logits(p, panels, own, column, t);
       float* out = w + (row - i.begin) * ldw + (column - j.begin);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_weights<SHIFTED, COLUMNS, false>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative,
-                                             by_column.base_negative, out, ldw, true);
+        add_weights<SHIFTED, COLUMNS, false>(with_bias(p, t, count, kept), count, rows.negative + row, rows.base_negative + row,
+                                             by_column.negative, by_column.base_negative, out, ldw, true);
       } else {
         const bool some = classify(p, own, here, kind);
         keep(t, kind, NEGATIVE, count, kept);
-        add_weights<SHIFTED, COLUMNS, true>(kept, count, rows.negative + row, rows.base_negative + row, by_column.negative,
-                                            by_column.base_negative, out, ldw, true);
+        add_weights<SHIFTED, COLUMNS, true>(with_bias(p, kept, count, kept), count, rows.negative + row, rows.base_negative + row,
+                                            by_column.negative, by_column.base_negative, out, ldw, true);
         if (p.in_tile && some) {
           keep(t, kind, POSITIVE, count, kept);
-          add_weights<SHIFTED, COLUMNS, true>(kept, count, rows.positive + row, rows.base_positive + row, by_column.positive,
-                                              by_column.base_positive, out, ldw, false);
+          add_weights<SHIFTED, COLUMNS, true>(with_bias(p, kept, count, kept), count, rows.positive + row, rows.base_positive + row,
+                                              by_column.positive, by_column.base_positive, out, ldw, false);
           for (int m = 0; m < count; ++m)
             for (int64_t c = 0; c < here.size(); ++c)
               if (kind[m * NR + c] == POSITIVE) out[m * ldw + c] += rows.mean[row + m] + (COLUMNS ? by_column.mean[c] : 0.0f);

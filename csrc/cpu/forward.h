@@ -182,19 +182,19 @@ static void forward_tile(const Problem& p, const float* panels, Range i, Range j
       const int count = static_cast<int>(own.size());
       logits(p, panels, own, column, t);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_block<SHIFTED, COLUMNS>(t, count, negative + row - i.begin, by_column[0]);
+        add_block<SHIFTED, COLUMNS>(with_bias(p, t, count, kept), count, negative + row - i.begin, by_column[0]);
         if (rows->metrics.rank) see_negatives(t, own, here, rows, COLUMNS ? columns : nullptr);
         continue;
       }
       const bool some = classify(p, own, here, kind);
       keep(t, kind, NEGATIVE, count, kept);
-      add_block<SHIFTED, COLUMNS>(kept, count, negative + row - i.begin, by_column[0]);
       if (rows->metrics.rank) see_negatives(kept, own, here, rows, COLUMNS ? columns : nullptr);
+      add_block<SHIFTED, COLUMNS>(with_bias(p, kept, count, kept), count, negative + row - i.begin, by_column[0]);
       if (!some) continue;
       add_positives(p, t, kind, own, here, rows, COLUMNS ? columns : nullptr);
       if (!p.in_tile) continue;
       keep(t, kind, POSITIVE, count, kept);
-      add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
+      add_block<SHIFTED, COLUMNS>(with_bias(p, kept, count, kept), count, positive + row - i.begin, by_column[1]);
     }
     if constexpr (COLUMNS) {
       flush_columns(by_column[0], here, {columns->negative, columns->top_negative});

@@ -56,6 +56,13 @@ FASTNCE_INLINE void logits(const Problem& p, const float* panels, Range i, int64
   against_panel(p.d, rows, panels + column / NR * p.d * NR, t);
 }
 
+// t with the bias inside, as term and weight take it: t itself without one, otherwise in `out`, which may be t.
+FASTNCE_INLINE const float* with_bias(const Problem& p, const float* t, int rows, float* out) {
+  if (p.bias == 0.0f) return t;
+  for (int e = 0; e < rows * NR; ++e) out[e] = t[e] + p.bias;
+  return out;
+}
+
 // Copies NR rows of y into a panel (d, NR), transposed; columns from n on are zero.
 FASTNCE_INLINE void pack_panel(const Problem& p, int64_t panel, float* out) {
   const int64_t first = panel * NR, columns = std::min<int64_t>(NR, p.n - first);

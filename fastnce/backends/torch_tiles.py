@@ -9,9 +9,9 @@ Read this file first: the kernels of the other backends take the same steps.
                                turn it into weights w = dL/ds, as reference.py does
                                multiply the weights with the rows: dx_i += w_ij y_j, dy_j += w_ij x_i
 
-Three things are true everywhere below. Logits are in base 2 and without the bias, see _tiled. Where k is q, only tiles on or above the
-diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are always along dim 1: the columns
-of a tile are the rows of its transposed view.
+Three things are true everywhere below. Logits are in base 2, and their bias is added for term and weight alone, see _tiled. Where k is q,
+only tiles on or above the diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are
+always along dim 1: the columns of a tile are the rows of its transposed view.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def forward(problem: Problem) -> list[Side]:
         views = _views(problem, tile)
         for view in views:
             _add_logits(sums[view.side], view, classes)
+        classes.add_(work.bias)
         if work.unshifted:
             classes = classes.of(term)
         for view in views:
@@ -78,6 +79,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     for tile, t in _tiles(work) if parts.in_tiles else ():
         centered = None if moment is None else t - moment.center
         classes = _classify(work, tile, t)
+        classes.add_(work.bias)
         if work.unshifted:
             classes = classes.of(weight)
         w = torch.zeros_like(t)
@@ -122,6 +124,13 @@ class _Classes(NamedTuple):
     negative: Tensor
     positive: Tensor | None = None
     is_positive: Tensor | None = None
+
+    def add_(self, bias: Tensor | None) -> None:
+        """Put the bias into the logits."""
+        if bias is not None:
+            self.negative.add_(bias)
+            if self.positive is not None:
+                self.positive.add_(bias)
 
     def of(self, function: Callable[[Tensor], Tensor]) -> _Classes:
         """The same with term or weight instead of the logits: both sides of a pair share them where there is no base. -inf becomes 0."""
