@@ -61,6 +61,7 @@ def tiles_of_cpu() -> tuple[Arguments, int, int]:
         "x": new(m, pitch),
         "y": None if symmetric else new(n, pitch),
         "depth": depth,
+        "bias": random.choice((0.0, -3.0)),
         "flags": [int(two_sided), int(some()), 1, int(some())],
         "offset": random.choice((None, 0, 1, m // 2, -3, 2**31 - 1, 1 - 2**31)),
         "q_label": new(m, dtype=LONG) if label else None,

@@ -1,6 +1,6 @@
 // Backward of one block of the logits: its weights, and their two products with the rows. docs/math.md has the formulas:
 //
-//     w_ij = term of row i + term of column j,    dx_i += sum_j w_ij y_j,    dy_j += sum_i w_ij x_i
+//     w_ij = part of row i + part of column j,    dx_i += sum_j w_ij y_j,    dy_j += sum_i w_ij x_i
 #pragma once
 
 #include "tile.h"
@@ -9,29 +9,24 @@ namespace fastnce::FASTNCE_LEVEL {
 
 // ---------------------------------------------------------------- weights
 
-template <bool SHIFTED>
-FASTNCE_INLINE Vec term(Vec t, Vec coefficient, Vec base) {
-  return SHIFTED ? coefficient * exp2(t - base) : coefficient * t;
-}
-
 // Adds the weights of one register block to w, or stores them where it is the first to come. SOME: t is -inf for all pairs but those of one
-// kind, and the others get no weight. Their exponential is 0, but the coefficient of a row may be nan, and 0 * nan is nan.
+// kind, and the others get no weight. weight(-inf) is 0, but the coefficient of a row may be nan, and 0 * nan is nan.
 template <bool SHIFTED, bool COLUMNS, bool SOME>
-FASTNCE_INLINE void add_terms(const float* t, int count, const float* of_row, const float* row_base, const float* of_column,
-                              const float* column_base, float* w, int64_t ldw, bool first) {
+FASTNCE_INLINE void add_weights(const float* t, int count, const float* of_row, const float* row_base, const float* of_column,
+                                const float* column_base, float* w, int64_t ldw, bool first) {
   for (int v = 0; v < NV; ++v) {
     const Vec column = COLUMNS ? load(of_column + v * LANES) : Vec{}, base = COLUMNS && SHIFTED ? load(column_base + v * LANES) : Vec{};
     for (int m = 0; m < count; ++m) {
-      const Vec value = load(t + m * NR + v * LANES);
-      Vec weight;
+      const Vec logit = load(t + m * NR + v * LANES);
+      Vec value;
       if constexpr (SHIFTED) {
-        weight = term<true>(value, all(of_row[m]), all(row_base[m]));
-        if constexpr (COLUMNS) weight += term<true>(value, column, base);
+        value = all(of_row[m]) * weight(logit, all(row_base[m]));
+        if constexpr (COLUMNS) value += column * weight(logit, base);
       } else {
-        weight = exp2(value) * (COLUMNS ? column + of_row[m] : all(of_row[m]));
+        value = weight(logit) * (COLUMNS ? column + of_row[m] : all(of_row[m]));
       }
-      if constexpr (SOME) weight = value == NONE ? Vec{} : weight;
-      store(w + m * ldw + v * LANES, first ? weight : load(w + m * ldw + v * LANES) + weight);
+      if constexpr (SOME) value = logit == NONE ? Vec{} : value;
+      store(w + m * ldw + v * LANES, first ? value : load(w + m * ldw + v * LANES) + value);
     }
   }
 }
@@ -66,22 +61,20 @@ static void weights_tile(const Problem& p, const float* panels, Range i, Range j
     for (int64_t row = i.begin; row < i.end; row += MR) {
       const Range own{row, std::min(row + MR, i.end)};
       const int count = static_cast<int>(own.size());
-      const float* lines[MR];
-      for (int m = 0; m < MR; ++m) lines[m] = p.x + std::min(row + m, i.end - 1) * p.pitch;
-      logits(p.d, lines, panels + column / NR * p.d * NR, t);
+      logits(p, panels, own, column, t);
       float* out = w + (row - i.begin) * ldw + (column - j.begin);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_terms<SHIFTED, COLUMNS, false>(t, count, rows.negative + row, rows.base_negative + row, by_column.negative,
-                                           by_column.base_negative, out, ldw, true);
+        add_weights<SHIFTED, COLUMNS, false>(with_bias(p, t, count, kept), count, rows.negative + row, rows.base_negative + row,
+                                             by_column.negative, by_column.base_negative, out, ldw, true);
       } else {
         const bool some = classify(p, own, here, kind);
         keep(t, kind, NEGATIVE, count, kept);
-        add_terms<SHIFTED, COLUMNS, true>(kept, count, rows.negative + row, rows.base_negative + row, by_column.negative,
-                                          by_column.base_negative, out, ldw, true);
+        add_weights<SHIFTED, COLUMNS, true>(with_bias(p, kept, count, kept), count, rows.negative + row, rows.base_negative + row,
+                                            by_column.negative, by_column.base_negative, out, ldw, true);
         if (p.in_tile && some) {
           keep(t, kind, POSITIVE, count, kept);
-          add_terms<SHIFTED, COLUMNS, true>(kept, count, rows.positive + row, rows.base_positive + row, by_column.positive,
-                                            by_column.base_positive, out, ldw, false);
+          add_weights<SHIFTED, COLUMNS, true>(with_bias(p, kept, count, kept), count, rows.positive + row, rows.base_positive + row,
+                                              by_column.positive, by_column.base_positive, out, ldw, false);
           for (int m = 0; m < count; ++m)
             for (int64_t c = 0; c < here.size(); ++c)
               if (kind[m * NR + c] == POSITIVE) out[m * ldw + c] += rows.mean[row + m] + (COLUMNS ? by_column.mean[c] : 0.0f);

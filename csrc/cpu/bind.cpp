@@ -36,7 +36,7 @@ fastnce::Pool threads() {
 }
 
 // flags: two_sided, unshifted, in_tile, exclude_self
-Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
+Problem problem(const Tensor& x, const Optional& y, int64_t depth, double bias, const Integers& flags, std::optional<int64_t> offset,
                 const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude,
                 const Optional& mask) {
   STD_TORCH_CHECK(flags.size() == 4, "fastnce: flags has ", flags.size(), " entries, not 4");
@@ -51,6 +51,7 @@ Problem problem(const Tensor& x, const Optional& y, int64_t depth, const Integer
   p.pitch = pitch;
   p.x = data<float>(x, m * pitch, "x");
   p.y = y ? data<float>(*y, n * pitch, "y") : p.x;
+  p.bias = static_cast<float>(bias);
   p.symmetric = !y;
   p.two_sided = flags[0];
   p.unshifted = flags[1];
@@ -88,10 +89,10 @@ T* some(const Tensor& tensor, int64_t count, const char* name) {
   return tensor.numel() == 0 ? nullptr : data<T>(tensor, count, name);
 }
 
-void best_positives(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
+void best_positives(const Tensor& x, const Optional& y, int64_t depth, double bias, const Integers& flags, std::optional<int64_t> offset,
                     const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude,
                     const Optional& mask, const Tensors& best) {
-  const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
+  const Problem p = problem(x, y, depth, bias, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   STD_TORCH_CHECK(best.size() == static_cast<size_t>(sides_of(p)), "fastnce: best has ", best.size(), " tensors, not one a side");
   float* sides[2] = {};
   for (int side = 0; side < sides_of(p); ++side) sides[side] = data<float>(best[side], rows_of(p, side), "best");
@@ -99,10 +100,10 @@ void best_positives(const Tensor& x, const Optional& y, int64_t depth, const Int
   if (p.m > 0 && p.n > 0) fastnce::best_level().best_positives(p, sides, threads());
 }
 
-void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
+void forward(const Tensor& x, const Optional& y, int64_t depth, double bias, const Integers& flags, std::optional<int64_t> offset,
              const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude, const Optional& mask,
              const Tensors& sums) {
-  const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
+  const Problem p = problem(x, y, depth, bias, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 12;
   STD_TORCH_CHECK(sums.size() == each * sides_of(p), "fastnce: sums has ", sums.size(), " tensors, not ", each, " a side");
   Sums sides[2] = {};
@@ -139,10 +140,10 @@ void forward(const Tensor& x, const Optional& y, int64_t depth, const Integers& 
   fastnce::best_level().forward(p, sides, threads());
 }
 
-void backward(const Tensor& x, const Optional& y, int64_t depth, const Integers& flags, std::optional<int64_t> offset,
+void backward(const Tensor& x, const Optional& y, int64_t depth, double bias, const Integers& flags, std::optional<int64_t> offset,
               const Optional& q_label, const Optional& k_label, const Optional& q_exclude, const Optional& k_exclude, const Optional& mask,
               const Tensors& weights, double center, const Optional& dx, const Optional& dy, const Optional& moment) {
-  const Problem p = problem(x, y, depth, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
+  const Problem p = problem(x, y, depth, bias, flags, offset, q_label, k_label, q_exclude, k_exclude, mask);
   constexpr size_t each = 5;
   STD_TORCH_CHECK(!(p.symmetric && dy), "fastnce: without y there is no dy");
   STD_TORCH_CHECK(weights.size() == each * sides_of(p), "fastnce: weights has ", weights.size(), " tensors, not ", each, " a side");
@@ -168,13 +169,14 @@ std::string level() { return fastnce::best_level().name; }
 
 STABLE_TORCH_LIBRARY(fastnce_cpu, m) {
   m.def(
-      "best_positives(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
+      "best_positives(Tensor x, Tensor? y, int depth, float bias, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? "
+      "q_exclude, "
       "Tensor? k_exclude, Tensor? mask, Tensor(a!)[] best) -> ()");
   m.def(
-      "forward(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
+      "forward(Tensor x, Tensor? y, int depth, float bias, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
       "Tensor? k_exclude, Tensor? mask, Tensor(a!)[] sums) -> ()");
   m.def(
-      "backward(Tensor x, Tensor? y, int depth, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
+      "backward(Tensor x, Tensor? y, int depth, float bias, int[] flags, int? offset, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, "
       "Tensor? k_exclude, Tensor? mask, Tensor[] weights, float center, Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? moment) -> ()");
   m.def("level() -> str");
 }

@@ -1,4 +1,4 @@
-// Forward of one block of the logits: exponentials, and their sums by row and by column. docs/math.md has the formula:
+// Forward of one block of the logits: terms, and their sums by row and by column. docs/math.md has the formula:
 //
 //     l_i = sum_j 2^(t_ij - top_i),  and the same by column
 #pragma once
@@ -11,8 +11,8 @@ namespace fastnce::FASTNCE_LEVEL {
 
 // ---------------------------------------------------------------- sums
 
-// Sums of 2^(t - top): those of a row in the lanes of a vector, or those of as many columns. Without SHIFTED they are of 2^t, and t holds
-// 2^t.
+// Sums of term(t, top): those of a row in the lanes of a vector, or those of as many columns. Without SHIFTED they are of term(t), which
+// is given in the place of t.
 template <bool SHIFTED>
 struct Lanes {
   Vec total, top;
@@ -28,7 +28,7 @@ struct Lanes {
       // Where the top is infinite, base 0: inf - inf would be nan. 2^-inf is 0, and a sum with a large 2^t in it is inf or large.
       const Vec base = best - best == Vec{} ? best : Vec{};
       total *= exp2(top - base);
-      for (int v = 0; v < COUNT; ++v) total += exp2(t[v * stride] - base);
+      for (int v = 0; v < COUNT; ++v) total += term(t[v * stride], base);
       top = best;
     } else {
       for (int v = 0; v < COUNT; ++v) total += t[v * stride];
@@ -68,7 +68,7 @@ FASTNCE_INLINE void add_block(const float* t, int count, Lanes<SHIFTED>* rows, L
     for (int v = 0; v < NV; ++v) {
       line[v] = load(t + m * NR + v * LANES);
       if constexpr (!SHIFTED) {
-        line[v] = exp2(line[v]);
+        line[v] = term(line[v]);
         if constexpr (COLUMNS) columns[v].total += line[v];
       }
     }
@@ -132,9 +132,7 @@ static void see_positives(const Problem& p, const float* panels, Range i, Range 
     for (int64_t row = i.begin; row < i.end; row += MR) {
       const Range own{row, std::min(row + MR, i.end)}, here{column, std::min(column + NR, j.end)};
       if (all_negative(p, own, here) || !classify(p, own, here, kind)) continue;
-      const float* lines[MR];
-      for (int m = 0; m < MR; ++m) lines[m] = p.x + std::min(row + m, i.end - 1) * p.pitch;
-      logits(p.d, lines, panels + column / NR * p.d * NR, t);
+      logits(p, panels, own, column, t);
       for (int64_t r = 0; r < own.size(); ++r)
         for (int64_t c = 0; c < here.size(); ++c)
           if (kind[r * NR + c] == POSITIVE) {
@@ -182,23 +180,21 @@ static void forward_tile(const Problem& p, const float* panels, Range i, Range j
     for (int64_t row = i.begin; row < i.end; row += MR) {
       const Range own{row, std::min(row + MR, i.end)};
       const int count = static_cast<int>(own.size());
-      const float* lines[MR];
-      for (int m = 0; m < MR; ++m) lines[m] = p.x + std::min(row + m, i.end - 1) * p.pitch;
-      logits(p.d, lines, panels + column / NR * p.d * NR, t);
+      logits(p, panels, own, column, t);
       if (__builtin_expect(here.size() == NR && all_negative(p, own, here), 1)) {
-        add_block<SHIFTED, COLUMNS>(t, count, negative + row - i.begin, by_column[0]);
+        add_block<SHIFTED, COLUMNS>(with_bias(p, t, count, kept), count, negative + row - i.begin, by_column[0]);
         if (rows->metrics.rank) see_negatives(t, own, here, rows, COLUMNS ? columns : nullptr);
         continue;
       }
       const bool some = classify(p, own, here, kind);
       keep(t, kind, NEGATIVE, count, kept);
-      add_block<SHIFTED, COLUMNS>(kept, count, negative + row - i.begin, by_column[0]);
       if (rows->metrics.rank) see_negatives(kept, own, here, rows, COLUMNS ? columns : nullptr);
+      add_block<SHIFTED, COLUMNS>(with_bias(p, kept, count, kept), count, negative + row - i.begin, by_column[0]);
       if (!some) continue;
       add_positives(p, t, kind, own, here, rows, COLUMNS ? columns : nullptr);
       if (!p.in_tile) continue;
       keep(t, kind, POSITIVE, count, kept);
-      add_block<SHIFTED, COLUMNS>(kept, count, positive + row - i.begin, by_column[1]);
+      add_block<SHIFTED, COLUMNS>(with_bias(p, kept, count, kept), count, positive + row - i.begin, by_column[1]);
     }
     if constexpr (COLUMNS) {
       flush_columns(by_column[0], here, {columns->negative, columns->top_negative});

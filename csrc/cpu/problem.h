@@ -1,6 +1,6 @@
 // The arguments of the kernels: raw pointers and sizes, no torch. The words are those of fastnce/problem.py and fastnce/pairs.py.
 //
-//     t_ij = <x_i, y_j>, the logit in base 2 and without the bias: x and y are the normalised rows times sqrt(scale * log2 e)
+//     t_ij = <x_i, y_j>, the logit in base 2: x and y are the normalised rows times sqrt(scale * log2 e). term and weight take t + bias
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,9 @@ struct Problem {
   int64_t pitch;   // floats from one row of x or y to the next: a multiple of PITCH, with zeros from column d on
   const float* x;  // (m, pitch)
   const float* y;  // (n, pitch); x where symmetric
+  float bias;      // in base 2
   bool symmetric, two_sided;
-  bool unshifted;  // no |s| is above 40 nats: sums of 2^t need no running maximum
+  bool unshifted;  // no |s|, bias included, is above 40 nats: sums of 2^t need no running maximum
   bool in_tile;    // positives are found in the tiles; otherwise they are aligned, and forward only says their logit
   Rules rules;
 };

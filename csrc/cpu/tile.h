@@ -1,5 +1,5 @@
-// One register block of the logits: t_ij of a few rows and columns, and the kinds of their pairs. forward.h and backward.h go on from
-// there, for a block of many such.
+// One register block of the logits: t_ij of a few rows and columns, what they are worth, and the kinds of their pairs. forward.h and
+// backward.h go on from there, for a block of many such.
 #pragma once
 
 #include <algorithm>
@@ -40,13 +40,27 @@ FASTNCE_INLINE void multiply(int64_t depth, const float* const* rows, const floa
 
 // t of MR rows against one panel of NR columns, which is y transposed: panel[k * NR + column]. The function is not inlined, and its result
 // goes through memory: with the exponentials inlined behind it, GCC spills the sums inside the loop, at a quarter of the speed.
-__attribute__((noinline)) static void logits(int64_t depth, const float* const* rows, const float* panel, float* t) {
+__attribute__((noinline)) static void against_panel(int64_t depth, const float* const* rows, const float* panel, float* t) {
   Vec c[MR][NV] = {};
   multiply<NV, false>(depth, rows, nullptr, 0, panel, NR, c);
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) store(t + m * NR + v * LANES, c[m][v]);
+}
+
+// t of the rows i, at most MR, and of the columns from `column` on, all of one panel. Where there are fewer rows the last one is repeated.
+FASTNCE_INLINE void logits(const Problem& p, const float* panels, Range i, int64_t column, float* t) {
+  const float* rows[MR];
+  for (int m = 0; m < MR; ++m) rows[m] = p.x + std::min(i.begin + m, i.end - 1) * p.pitch;
+  against_panel(p.d, rows, panels + column / NR * p.d * NR, t);
+}
+
+// t with the bias inside, as term and weight take it: t itself without one, otherwise in `out`, which may be t.
+FASTNCE_INLINE const float* with_bias(const Problem& p, const float* t, int rows, float* out) {
+  if (p.bias == 0.0f) return t;
+  for (int e = 0; e < rows * NR; ++e) out[e] = t[e] + p.bias;
+  return out;
 }
 
 // Copies NR rows of y into a panel (d, NR), transposed; columns from n on are zero.
@@ -56,6 +70,16 @@ FASTNCE_INLINE void pack_panel(const Problem& p, int64_t panel, float* out) {
     for (int64_t c = 0; c < NR; ++c)
       for (int64_t l = k; l < std::min<int64_t>(k + LANES, p.d); ++l) out[l * NR + c] = c < columns ? p.y[(first + c) * p.pitch + l] : 0.0f;
 }
+
+// ---------------------------------------------------------------- the formula
+
+// What a logit adds to the sum of its row and of its column: 2^t, that is exp(s). With a base it is divided by 2^base.
+FASTNCE_INLINE Vec term(Vec t) { return exp2(t); }
+FASTNCE_INLINE Vec term(Vec t, Vec base) { return exp2(t - base); }
+
+// The derivative of the term by s. The coefficient of a row or column makes that one's part of the weight dL/ds of it.
+FASTNCE_INLINE Vec weight(Vec t) { return term(t); }
+FASTNCE_INLINE Vec weight(Vec t, Vec base) { return term(t, base); }
 
 // ---------------------------------------------------------------- kinds of pairs
 

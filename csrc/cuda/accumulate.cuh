@@ -46,7 +46,7 @@ struct RowAccumulator {
   }
 };
 
-// The number of sums of a column: of 2^t over the negatives; with ids also over the positives, of their t, and their number.
+// The number of sums of a column: of the terms of the negatives; with ids also over the positives, of their t, and their number.
 template <bool CONTENT>
 constexpr int BOTH_SUMS = CONTENT ? 4 : 1;
 
@@ -62,7 +62,7 @@ FASTNCE_DEVICE void store_columns(float (&sums)[2 * NB], const At& at) {
   }
 }
 
-// The sums of a thread's two rows, of 2^t itself.
+// The sums of a thread's two rows, of terms without a base.
 struct BothAccumulator {
   float total[2] = {}, total_pos[2] = {}, pos[2] = {};
   int n_pos[2] = {};
@@ -74,7 +74,7 @@ struct BothAccumulator {
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int c = 0; c < 2 * NB; ++c) {
-        const float e = negative(h, c) ? exp2_fast(t[c / 2][2 * h + c % 2]) : 0.0f;
+        const float e = negative(h, c) ? term(t[c / 2][2 * h + c % 2]) : 0.0f;
         total[h] += e;
         by_column[c] += e;
       }
@@ -94,7 +94,7 @@ struct BothAccumulator {
 #pragma unroll
           for (int c = 0; c < 2 * NB; ++c) {
             if (!has(kinds.positive[h], c)) continue;
-            const float s = t[c / 2][2 * h + c % 2], value = which == 1 ? exp2_fast(s) : which == 2 ? s : 1.0f;
+            const float s = t[c / 2][2 * h + c % 2], value = which == 1 ? term(s) : which == 2 ? s : 1.0f;
             by_column[c] += value;
             if (which == 1) total_pos[h] += value;
             if (which == 2) pos[h] += value;

@@ -172,6 +172,16 @@ FASTNCE_DEVICE void to_logits(Strip<NB>& s, const Rows& rows, const Columns& col
     }
 }
 
+// ---------------------------------------------------------------- the formula
+
+// What a logit adds to the sum of its row and of its column: 2^t, that is exp(s). With a base it is divided by 2^base.
+FASTNCE_DEVICE float term(float t) { return exp2_fast(t); }
+FASTNCE_DEVICE float term(float t, float base) { return exp2_fast(t - base); }
+
+// The derivative of the term by s. The factor of a row or column makes that one's part of the weight dL/ds of it.
+FASTNCE_DEVICE float weight(float t) { return term(t); }
+FASTNCE_DEVICE float weight(float t, float base) { return term(t, base); }
+
 // ---------------------------------------------------------------- statistics
 
 // Merges the values of the four lanes that hold the same rows.
@@ -213,7 +223,7 @@ struct LogSum {
     total *= exp2_fast(top - from);
     top = most;
 #pragma unroll
-    for (int c = 0; c < 2 * NB; ++c) total += kept(c) ? exp2_fast(t[c / 2][2 * h + c % 2] - from) : 0.0f;
+    for (int c = 0; c < 2 * NB; ++c) total += kept(c) ? term(t[c / 2][2 * h + c % 2], from) : 0.0f;
   }
 
   FASTNCE_DEVICE void merge_quad() {
@@ -257,7 +267,7 @@ FASTNCE_DEVICE Coefficients column_coefficients(const Columns& columns, int colu
 }
 
 FASTNCE_DEVICE float one_side(float t, const Coefficients& of, bool positive) {
-  const float value = exp2_fast(t - (positive ? of.base_pos : of.base)) * (positive ? of.factor_pos : of.factor);
+  const float value = weight(t, positive ? of.base_pos : of.base) * (positive ? of.factor_pos : of.factor);
   return positive ? value + of.share : value;
 }
 
@@ -321,7 +331,7 @@ struct Weigher {
         if constexpr (COLUMNS) column = column_coefficients(columns, at, in_tile);
         float w;
         if constexpr (ONE_EXPONENTIAL) {
-          w = exp2_fast(t) * (positive ? row[h].factor_pos + column.factor_pos : row[h].factor + column.factor);
+          w = weight(t) * (positive ? row[h].factor_pos + column.factor_pos : row[h].factor + column.factor);
           if (positive) w += row[h].share + column.share;
         } else {
           w = ROWS ? one_side(t, row[h], positive) : 0.0f;

@@ -81,7 +81,8 @@ def _operands(work: Work) -> list[object]:
     k_label, k_exclude = (None, None) if problem.symmetric else (pairs.k_label, pairs.k_exclude)
     ids = [None if v is None else _aligned(v.to(torch.int64).contiguous()) for v in (pairs.q_label, k_label, pairs.q_exclude, k_exclude)]
     mask = None if pairs.mask is None else pairs.mask.contiguous()
-    return [work.x, None if problem.symmetric else work.y, problem.q.shape[1], flags, pairs.offset, *ids, mask]
+    bias = 0.0 if work.bias is None else float(work.bias)
+    return [work.x, None if problem.symmetric else work.y, problem.q.shape[1], bias, flags, pairs.offset, *ids, mask]
 
 
 def _aligned(ids: Tensor) -> Tensor:

@@ -11,12 +11,23 @@ dq_hat_i  = scale * sum_j w_ij k_hat_j     dq_i = r_q[i] (dq_hat_i - q_hat_i <q_
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastnce.precision import compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "reference"
+
+
+def term(s: Tensor, base: Tensor) -> Tensor:
+    """What a logit adds to the sum of its row: exp(s), divided by exp(base)."""
+    return torch.exp(s - base)
+
+
+def weight(s: Tensor, base: Tensor) -> Tensor:
+    """The derivative of the term by s. The coefficient of a row makes its part of the weight dL/ds of it."""
+    return term(s, base)
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -99,7 +110,10 @@ def _statistics(problem: Problem, t: Tensor, positive: Tensor, negative: Tensor)
 
 
 def _lse(s: Tensor, kept: Tensor) -> Tensor:
-    return s.masked_fill(~kept, -torch.inf).logsumexp(1)
+    s = s.masked_fill(~kept, -torch.inf)
+    top = F.pad(s, (0, 1), value=-torch.inf).amax(1)
+    base = top.masked_fill(top.isinf(), 0.0)
+    return term(s, base[:, None]).sum(1).log() + base
 
 
 def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
@@ -108,8 +122,8 @@ def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side
     # A row without a negative has own_neg = -inf, and exp(-inf - -inf) would be nan. No pair of it is selected below: base 0 will do.
     base_neg = side.own_neg.masked_fill(side.own_neg == -torch.inf, 0.0)
     base_pos = side.own_pos.masked_fill(side.own_pos == -torch.inf, 0.0)
-    of_negative = grad.dlse_neg[:, None] * torch.exp(s - base_neg[:, None])
-    of_positive = grad.dlse_pos[:, None] * torch.exp(s - base_pos[:, None]) + (grad.dpos / side.n_pos.clamp(min=1))[:, None]
+    of_negative = grad.dlse_neg[:, None] * weight(s, base_neg[:, None])
+    of_positive = grad.dlse_pos[:, None] * weight(s, base_pos[:, None]) + (grad.dpos / side.n_pos.clamp(min=1))[:, None]
     return torch.where(negative, of_negative, zero) + torch.where(positive, of_positive, zero)
 
 

@@ -4,19 +4,19 @@ Read this file first: the kernels of the other backends take the same steps.
 
     forward, for each tile     multiply rows with columns: the logits t
                                find out which pairs are positive or excluded
-                               add exp2(t) of the negatives to the running sum of their row, and of their column
+                               add the terms of the negatives, exp2(t), to the running sum of their row, and of their column
     backward, for each tile    compute t again
                                turn it into weights w = dL/ds, as reference.py does
                                multiply the weights with the rows: dx_i += w_ij y_j, dy_j += w_ij x_i
 
-Three things are true everywhere below. Logits are in base 2 and without the bias, see _tiled. Where k is q, only tiles on or above the
-diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are always along dim 1: the columns
-of a tile are the rows of its transposed view.
+Three things are true everywhere below. Logits are in base 2, and their bias is added for term and weight alone, see _tiled. Where k is q,
+only tiles on or above the diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are
+always along dim 1: the columns of a tile are the rows of its transposed view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,16 @@ from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 from fastnce.tiles import CPU_TILE
 
 NAME = "torch"
+
+
+def term(t: Tensor, base: Tensor | None = None) -> Tensor:
+    """What a logit adds to the sum of its row: exp2(t), that is exp(s), in the place of t. With a base it is divided by exp2(base)."""
+    return t.exp2_() if base is None else torch.exp2(t - base)
+
+
+def weight(t: Tensor, base: Tensor | None = None) -> Tensor:
+    """The derivative of the term by s, also in the place of t. The coefficient of a row makes its part of the weight dL/ds of it."""
+    return term(t, base)
 
 
 def unsupported(problem: Problem) -> list[str]:
@@ -52,10 +62,11 @@ def forward(problem: Problem) -> list[Side]:
         views = _views(problem, tile)
         for view in views:
             _add_logits(sums[view.side], view, classes)
+        classes.add_(work.bias)
         if work.unshifted:
-            classes.exp2_()
+            classes = classes.of(term)
         for view in views:
-            _add_exponentials(sums[view.side], view, classes)
+            _add_terms(sums[view.side], view, classes)
     return [side.result() for side in sums]
 
 
@@ -68,8 +79,9 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     for tile, t in _tiles(work) if parts.in_tiles else ():
         centered = None if moment is None else t - moment.center
         classes = _classify(work, tile, t)
+        classes.add_(work.bias)
         if work.unshifted:
-            classes.exp2_()
+            classes = classes.of(weight)
         w = torch.zeros_like(t)
         for view in _views(problem, tile):
             _add_weights(view.of(w), work, parts.weights[view.side], guarded[view.side], view, classes)
@@ -113,10 +125,16 @@ class _Classes(NamedTuple):
     positive: Tensor | None = None
     is_positive: Tensor | None = None
 
-    def exp2_(self) -> None:
-        self.negative.exp2_()
-        if self.positive is not None:
-            self.positive.exp2_()
+    def add_(self, bias: Tensor | None) -> None:
+        """Put the bias into the logits."""
+        if bias is not None:
+            self.negative.add_(bias)
+            if self.positive is not None:
+                self.positive.add_(bias)
+
+    def of(self, function: Callable[[Tensor], Tensor]) -> _Classes:
+        """The same with term or weight instead of the logits: both sides of a pair share them where there is no base. -inf becomes 0."""
+        return _Classes(function(self.negative), None if self.positive is None else function(self.positive), self.is_positive)
 
 
 def _classify(work: Work, tile: TileRange, t: Tensor) -> _Classes:
@@ -194,8 +212,8 @@ def _add_logits(sums: Sums, view: _View, classes: _Classes) -> None:
         sums.hardest[own] = torch.where(better, where + view.other.start, sums.hardest[own])
 
 
-def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
-    """Unshifted, classes hold exp2(t). Elsewhere they hold t, and the sum so far is rescaled to the new maximum."""
+def _add_terms(sums: Sums, view: _View, classes: _Classes) -> None:
+    """Unshifted, classes hold terms. Elsewhere they hold t, and the sum so far is rescaled to the new maximum."""
 
     def add(sum_: LogSum, tile: Tensor) -> None:
         tile = view.of(tile)
@@ -207,7 +225,7 @@ def _add_exponentials(sums: Sums, view: _View, classes: _Classes) -> None:
         # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan. With base 0, exp2(-inf) is 0 and
         # exp2(inf) is inf.
         base = top.masked_fill(top.isinf(), 0.0)
-        sum_.total[view.own] = sum_.total[view.own] * torch.exp2(old - base) + torch.exp2(tile - base[:, None]).sum(1)
+        sum_.total[view.own] = sum_.total[view.own] * torch.exp2(old - base) + term(tile, base[:, None]).sum(1)
         sum_.top[view.own] = top
 
     add(sums.negative, classes.negative)
@@ -225,7 +243,7 @@ def _guarded(weights: Weights) -> bool:
 def _add_weights(w: Tensor, work: Work, weights: Weights, guarded: bool, view: _View, classes: _Classes) -> None:
     def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
         tile = view.of(tile)
-        e = tile if work.unshifted else torch.exp2(tile - base[view.own, None])
+        e = tile if work.unshifted else weight(tile, base[view.own, None])
         if guarded:
             w.add_((e * coefficient[view.own, None]).masked_fill_(tile == (0.0 if work.unshifted else -torch.inf), 0.0))
         else:

@@ -64,6 +64,7 @@ struct Data {
     p.y = c.symmetric ? x.data() : y.data();
     p.symmetric = c.symmetric;
     p.two_sided = c.two_sided;
+    p.bias = c.unshifted ? 1.5f : -20.0f;
     p.unshifted = c.unshifted;
     p.in_tile = true;
     p.rules.exclude_self = c.exclude_self;
@@ -226,7 +227,7 @@ void run(const Case& c, const Level& level, unsigned seed) {
             sum[kind] += std::exp2(t - top[kind]);
           }
         }
-      const double wanted[2] = {std::log2(sum[0]) + top[0], std::log2(sum[1]) + top[1]};
+      const double wanted[2] = {std::log2(sum[0]) + top[0] + p.bias, std::log2(sum[1]) + top[1] + p.bias};
       const double got[2] = {log2_of(s.negative[i], s.top_negative[i], c.unshifted),
                              log2_of(s.positive[i], s.top_positive[i], c.unshifted)};
       for (int kind = 0; kind < 2; ++kind) {
@@ -272,8 +273,8 @@ void run(const Case& c, const Level& level, unsigned seed) {
     for (int64_t j = 0; j < p.n; ++j) {
       const int kind = data.kind(i, j);
       const double t = data.logit(i, j);
-      double w = of[0].of(kind, i, t, c.unshifted);
-      if (c.two_sided) w += of[1].of(kind, j, t, c.unshifted);
+      double w = of[0].of(kind, i, t + p.bias, c.unshifted);
+      if (c.two_sided) w += of[1].of(kind, j, t + p.bias, c.unshifted);
       exact += w * (t - center);
       size += std::fabs(w * (t - center));
       for (int64_t l = 0; l < p.d; ++l) {

@@ -12,14 +12,21 @@ from fastnce.problem import Side
 
 
 class LogSum:
-    """A running sum of every row. Unshifted, total is sum exp2(t). Elsewhere it is sum exp2(t - top), with top the largest t so far."""
+    """A running sum of every row: of term(t) where it is unshifted, elsewhere of term(t, top), with top the largest t so far. The bias is
+    inside of t."""
 
     def __init__(self, work: Work, rows: int) -> None:
+        self.bias, self.exact = work.bias, work.problem.bias
         self.total = work.x.new_zeros(rows, dtype=vector_dtype(work.x))
         self.top = None if work.unshifted else work.x.new_full((rows,), -torch.inf)
 
     def log2(self) -> Tensor:
         return self.total.log2() if self.top is None else self.total.log2() + self.top
+
+    def nats(self) -> Tensor:
+        """The natural logarithm. The bias that tiles add is rounded; the rest of it comes in here."""
+        log = self.log2() * LN2
+        return log if self.bias is None or self.exact is None else log + (self.exact - self.bias.to(log.dtype) * LN2)
 
     def own(self) -> Tensor:
         """The sum in the form that backward wants: the sum itself where it is unshifted, otherwise its log2."""
@@ -30,7 +37,7 @@ class Sums:
     """The sums of one side: vectors with a number for each of its rows.
 
     negative, positive   sums over its negatives, and over its positives; None where these are kept out of the tiles
-    pos, n_pos           sum of the logits of its positives, and their number
+    pos, n_pos           sum of the logits of its positives, without the bias, and their number
     tile_pos             the same sum of the tiles' logits. An aligned pair has a dot product of its own in `pos`, which is rounded less
     With metrics:
     pos_max              largest positive logit
@@ -71,13 +78,13 @@ class Sums:
         self.low, self.high = (bound.to(self.pos_max.dtype) for bound in self.problem.tied(self.pos_max, LOG2E))
 
     def result(self) -> Side:
-        lse_neg, own_neg, none = self._nats(self.negative.log2()), self.negative.own(), self.n_pos == 0
+        lse_neg, own_neg, none = self.negative.nats(), self.negative.own(), self.n_pos == 0
         if self.positive is None:
             pos = self._nats(self.pos).masked_fill_(none, 0.0)
             side = Side(lse_neg, pos.masked_fill(none, -torch.inf), pos, self.n_pos, own_neg, self.tile_pos)
         else:
             pos = self._nats(self.pos / self.n_pos.clamp(min=1)).masked_fill_(none, 0.0)
-            lse_pos = torch.where(self.n_pos == 1, pos, self._nats(self.positive.log2()))
+            lse_pos = torch.where(self.n_pos == 1, pos, self.positive.nats())
             side = Side(lse_neg, lse_pos, pos, self.n_pos, own_neg, self.positive.own())
         if not self.problem.metrics:
             return side

@@ -186,6 +186,23 @@ def classes(
     return positive, kept & ~same & ~aligned
 
 
+# The formula ----------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def term(t, base=None):
+    """What a logit adds to the sum of its row and of its column: 2^t, that is exp(s). With a base it is divided by 2^base."""
+    if base is not None:
+        t = t - base
+    return tl.exp2(t)
+
+
+@triton.jit
+def weight(t, base=None):
+    """The derivative of the term by s. The factor of a row or column makes that one's part of the weight dL/ds of it."""
+    return term(t, base)
+
+
 # Statistics -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +212,7 @@ def _running(u, alpha, top, total):
     new = tl.maximum(top, tl.max(u, 1) * alpha)
     # A row without any pair so far gets base 0, and 2^-inf = 0: -inf - -inf would be nan.
     base = tl.where(new == -float("inf"), 0.0, new)
-    e = tl.exp2(u * alpha[:, None] - base[:, None])
+    e = term(u * alpha[:, None], base[:, None])
     shrink = tl.exp2(top - base)
     return new, total * shrink + tl.sum(e, 1), e, shrink
 
@@ -342,7 +359,7 @@ def forward_both(
         j0 = tile * BN
         j = j0 + tl.arange(0, BN)
         t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * pair_factor(a, tl.load(B + j), PARTS) * alpha[:, None]
-        e = tl.exp2(t)
+        e = term(t)
         # Where the keys are the queries, a tile on the diagonal holds its own mirror image: it adds to rows alone.
         counted = j < tl.where((symmetric != 0) & (step == 0), 0, columns)
         if IN_TILE or q_exclude is not None:

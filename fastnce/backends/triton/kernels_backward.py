@@ -18,6 +18,7 @@ from fastnce.backends.triton.kernels import (
     product,
     row_factor,
     swap,
+    weight,
 )
 
 
@@ -47,11 +48,11 @@ def _weights(
         base_j, factor_j, base_pos_j, factor_pos_j, share_j = _coefficients(column, j, column_padded, lift, IN_TILE)
     if ROWS and COLUMNS:
         if unshifted:
-            own = (factor_i * tl.exp2(-base_i))[:, None] + (factor_j * tl.exp2(-base_j))[None, :]
+            own = _unshifted(factor_i, base_i)[:, None] + _unshifted(factor_j, base_j)[None, :]
             if IN_TILE:
-                own_pos = (factor_pos_i * tl.exp2(-base_pos_i))[:, None] + (factor_pos_j * tl.exp2(-base_pos_j))[None, :]
+                own_pos = _unshifted(factor_pos_i, base_pos_i)[:, None] + _unshifted(factor_pos_j, base_pos_j)[None, :]
                 own = tl.where(positive, own_pos, own)
-            w = tl.exp2(t) * own
+            w = weight(t) * own
         else:
             w = _one_side(t, positive, base_i[:, None], factor_i[:, None], base_pos_i[:, None], factor_pos_i[:, None], IN_TILE)
             w += _one_side(t, positive, base_j[None, :], factor_j[None, :], base_pos_j[None, :], factor_pos_j[None, :], IN_TILE)
@@ -68,10 +69,16 @@ def _weights(
 
 
 @triton.jit
+def _unshifted(factor, base):
+    """A factor with 2^-base inside."""
+    return factor * tl.exp2(-base)
+
+
+@triton.jit
 def _one_side(t, positive, base, factor, base_pos, factor_pos, IN_TILE: tl.constexpr):
     if IN_TILE:
-        return tl.exp2(t - tl.where(positive, base_pos, base)) * tl.where(positive, factor_pos, factor)
-    return tl.exp2(t - base) * factor
+        return weight(t, tl.where(positive, base_pos, base)) * tl.where(positive, factor_pos, factor)
+    return weight(t, base) * factor
 
 
 @triton.jit(do_not_specialize=RUNTIME)
