@@ -154,7 +154,8 @@ class Wanted(NamedTuple):
 class LossProblem(NamedTuple):
     """A loss as one number, for a backend that makes it and its gradient in a handful of launches.
 
-        loss = c sum_i weight_i value_i        c: 1 / rows or 1 / sum(weight) if mean, else 1; two_sided: half of that, and half of the columns'
+        loss = c sum_i weight_i value_i        c: 1 / rows or 1 / sum(weight) if mean, else 1
+                                               two_sided: half of that, and half of the same of the columns
 
     problem    its rules and shapes; its scale is a placeholder. q may be (examples, views, D), whose rows are taken view by view, and
                labels of one side may be fewer than its rows: row i has label i % len(labels)

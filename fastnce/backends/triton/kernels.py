@@ -222,7 +222,8 @@ def forward_rows(
     X, Y, A, B, scale, bound, sums, count, column_sums, column_count, out, moment, lift,
     q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
     rows, columns, own, up, down, depth, row_padded, splits, per_split, other_splits, other_per_split, first, always,
-    COLUMNS: tl.constexpr, IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    COLUMNS: tl.constexpr, IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Row statistics with a running maximum, for logits of any size. Unless `always`, only where forward_both must not run.
 

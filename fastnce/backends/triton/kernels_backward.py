@@ -174,7 +174,7 @@ def weights_block(
     """Weights of down_tiles x across tiles from (row0, column0), for two plain matrix products. Rows have any length.
 
     for_rows, for_columns  (parts, pitch, pitch) or None: w_ij beta_j and w_ij a_i in half precision, 0 in the padding
-    moment                 (across or more, padded rows) or None: `share` times the sum over a tile of w_ij (t_ij - center) is added, per row
+    moment                 (across or more, padded rows) or None: `share` times a tile's sum of w_ij (t_ij - center) is added, per row
 
     All of it is multiplied by lift.
     """
@@ -208,7 +208,7 @@ def weights_block(
         place = moment + ((j0 - column0) // BN).to(tl.int64) * row_padded + i
         tl.store(place, tl.load(place) + share * tl.sum(w * (t - tl.load(center)), 1))
     to = (i - row0).to(tl.int64)[:, None] * pitch + (j - column0)[None, :]
-    if for_rows is not None:
+    if for_rows is not None:  # noqa: SIM102
         _store(for_rows, to, pitch, w * finite(beta)[None, :], PARTS)
     if for_columns is not None:
         _store(for_columns, to, pitch, w * finite(a)[:, None], PARTS)
@@ -229,17 +229,18 @@ def products(
 ):  # fmt: skip
     """Plain matrix products of a block's weights with its rows: dx_i += sum_j (w_ij beta_j) y~_j and dy_j += sum_i (w_ij a_i) x~_i.
 
-    The first row_programs programs have tiles of dx, BM rows and BN of its columns, the others tiles of dy. The very first product of a row is
-    stored, without reading what was there.
+    The first row_programs programs have tiles of dx, BM rows and BN of its columns, the others tiles of dy. The very first product of a row
+    is stored, without reading what was there.
     """
     program = tl.program_id(0)
     part = pitch.to(tl.int64) * pitch
-    if for_rows is not None:
+    # Two conditions each: Triton leaves out what the first one, a constant, rules out.
+    if for_rows is not None:  # noqa: SIM102
         if program < row_programs:
             _product(
                 for_rows, pitch, 1, part, Y, column0, width, dx, row0, depth, program, wide, first_of_rows, PARTS, BM, BN, BK,
             )  # fmt: skip
-    if for_columns is not None:
+    if for_columns is not None:  # noqa: SIM102
         if program >= row_programs:
             _product(
                 for_columns, 1, pitch, part, X, row0, height, dy, column0, depth, program - row_programs, wide, first_of_columns,

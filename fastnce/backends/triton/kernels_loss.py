@@ -1,5 +1,5 @@
-"""Device code of the arithmetic with one number per row, O(N), in float64: from the sums of the tiles to a loss, and to the coefficients of a
-gradient, whose weights are
+"""Device code of the arithmetic with one number per row, O(N), in float64: from the sums of the tiles to a loss, and to the coefficients of
+a gradient, whose weights are
 
     w_ij = factor_i 2^(t - base_i) for a negative, factor_pos_i 2^(t - base_pos_i) + share_i for a positive
 
@@ -31,7 +31,8 @@ LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 OUT = tl.constexpr(0)
 IN = tl.constexpr(1)
 DECOUPLED = tl.constexpr(2)
-# Sums over all rows that a program leaves in `partial`: value * weight, weight, t of the positives, then w, and w t and w of the aligned pairs.
+# Sums over all rows that a program leaves in `partial`: value * weight, weight, t of the positives, then w, and w t and w of the aligned
+# pairs.
 SUMS = tl.constexpr(8)
 
 
@@ -170,8 +171,8 @@ def _formula(own_neg, own_pos, total, n_pos, FORMULA: tl.constexpr, SEVERAL: tl.
 
 @triton.jit
 def _loss_of_rows(
-    sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant, peak,
-    partial, program, OF_ROWS: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, BR: tl.constexpr,
+    sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant,
+    peak, partial, program, OF_ROWS: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     inside = i < rows
     own_neg, own_pos, total, n_pos = row_sums(
@@ -227,16 +228,16 @@ def close(
     if program < programs:
         i = program * BR + tl.arange(0, BR)
         _loss_of_rows(
-            sums, count, both, both_count, t, weight, values, vectors, pair, kept, own_neg, i, rows, padded, splits, pairs, first, second, constant,
-            state + PEAK, partial, program, 1, IN_TILE, FORMULA, KEPT, BR,
+            sums, count, both, both_count, t, weight, values, vectors, pair, kept, own_neg, i, rows, padded, splits, pairs, first, second,
+            constant, state + PEAK, partial, program, 1, IN_TILE, FORMULA, KEPT, BR,
         )  # fmt: skip
         _largest_factor(factor, i, padded, state, NORMALIZE)
     else:
         j = (program - programs) * BR + tl.arange(0, BR)
         if COLUMNS:
             _loss_of_rows(
-                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept, own_neg, j,
-                columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1, partial,
+                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept, own_neg,
+                j, columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1, partial,
                 program, 0, IN_TILE, FORMULA, False, BR,
             )  # fmt: skip
         else:

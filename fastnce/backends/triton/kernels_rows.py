@@ -288,9 +288,9 @@ def _gradient(source, splits, split_stride, factor, partner, pair, column, insid
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "first", "per_view", "columns", "padded", "pairs", "first_row", "first_column", "x_view", "x_row", "z_row", "y_row", "p_row",
-        "o_view", "o_row", "D", "x_stride", "x_splits", "x_split", "y_stride", "y_splits", "y_split", "parts", "part", "step", "divide", "inverse",
-        "x_programs", "y_programs",
+        "rows", "first", "per_view", "columns", "padded", "pairs", "first_row", "first_column", "x_view", "x_row", "z_row", "y_row",
+        "p_row", "o_view", "o_row", "D", "x_stride", "x_splits", "x_split", "y_stride", "y_splits", "y_split", "parts", "part", "step",
+        "divide", "inverse", "x_programs", "y_programs",
     ]
 )  # fmt: skip
 def finish(
@@ -309,7 +309,8 @@ def finish(
     dx, dy          (splits, rows.., D..): lift * sum_j w_ij y^_j over the tiles of a split. With row_factor (rows,), that is c of `close`,
                     dx is sum_j p_ij y^_j instead, without a lift
     row_pair, column_pair   (padded,) or None: what the two ends give to the w of an aligned pair, see prepare for its rows
-    about           (parts, rows..) or None, `part` and `step` apart: lift * divide * sum_j w_ij (t_ij - center), or (with row_factor) sum_j p_ij t_ij
+    about           (parts, rows..) or None, `part` and `step` apart: lift * divide * sum_j w_ij (t_ij - center); with row_factor
+                    sum_j p_ij t_ij
     partial         (programs,) float64: sums of `about` on their way to dscale, which the last program adds up in order
     out_*           gradients of X, Z, Y, P, or None;  dscale, dbias: of scale (or of 1 / scale where `inverse`) and bias, or None
     """

@@ -64,7 +64,8 @@ def _columns(sides: list[Sums]) -> tuple[Tensor | None, Tensor | None]:
 
 def forward_output(view: View, walk: Walk, sums: Tensor, out: Tensor, moment: Tensor) -> None:
     launch(
-        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, sums, None, None, None, out, moment, slot(view.work, kernels_rows.OUTPUT_LIFT),
+        kernels.forward_rows, walk.programs, *_operands(view), view.work.bound, sums, None, None, None, out, moment,
+        slot(view.work, kernels_rows.OUTPUT_LIFT),
         *view.content(), *view.sizes(), view.depth, view.x.padded, walk.splits, walk.per_split, 1, 1, walk.programs, 1,
         COLUMNS=False, **_form(view), **_tile(walk.tile),
     )  # fmt: skip

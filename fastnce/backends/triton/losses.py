@@ -57,8 +57,8 @@ def loss(ask: LossProblem) -> tuple[Tensor, Kept]:
     """The loss, float32, and what its gradient needs."""
     problem = ask.problem
     with on_device(problem.q):
-        # A scale that the host knows tells which of the two kernels is right. They are both launched for one that only the device knows, and
-        # the loop of one of them is empty.
+        # A scale that the host knows tells which of the two kernels is right. For one that only the device knows both are launched, and the
+        # loop of one of them is empty.
         small = ask.scale is not None or not problem.normalize or ask.value <= kernels.UNSHIFTED.value
         both = adds_in_memory(problem) and small
         rows = not both or ask.scale is not None or not problem.normalize

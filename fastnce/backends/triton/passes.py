@@ -120,7 +120,7 @@ Ranks = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor |
 
 
 def _ranks(like: Tensor, padded: int, keyed: bool, asked: bool) -> Ranks:
-    """Memory for the ids of (rows, columns), and the same as prepare takes it: ids of queries and keys, or of both as one and of columns."""
+    """Memory for the ids of (rows, columns), and the same as prepare takes it: of queries and keys, or of both in one and of columns."""
     if not asked:
         return (None, None), (None, None)
     rank = torch.empty_like(like, dtype=torch.int32)
@@ -163,8 +163,8 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     given = [*sums_of(sides[0]), *(sums_of(sides[1]) if len(sides) == 2 else [None] * 4)]
     ends = ends_of(work)
     launches.launch(
-        kernels_statistics.statistics, sum(programs), *given, work.t, work.problem.bias, *vectors[0], *(vectors[1] if len(views) == 2 else [None] * 6),
-        work.x.rows, work.y.rows, sides[0].splits, sides[-1].splits, *ends, programs[0],
+        kernels_statistics.statistics, sum(programs), *given, work.t, work.problem.bias, *vectors[0],
+        *(vectors[1] if len(views) == 2 else [None] * 6), work.x.rows, work.y.rows, sides[0].splits, sides[-1].splits, *ends, programs[0],
         IN_TILE=work.in_tile, BR=VECTOR_ROWS,
     )  # fmt: skip
     found = [Side(*side) for side in vectors]
@@ -206,8 +206,8 @@ def coefficients(work: Work, grads: list[SideGrad], stats: list[Side], kept: boo
     given = [[*_contiguous(grad), *side[:5], None if kept else side.own_pos] for grad, side in zip(grads, stats, strict=True)]
     launches.launch(
         kernels_loss.coefficients, sum(programs), *given[0], *(given[1] if two else [None] * 9), work.problem.bias,
-        work.x.factor, work.y.factor, weights.vectors[0], weights.vectors[-1], *two_of(weights.pair), weights.kept, work.slots, weights.scalars,
-        partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, *programs,
+        work.x.factor, work.y.factor, weights.vectors[0], weights.vectors[-1], *two_of(weights.pair), weights.kept, work.slots,
+        weights.scalars, partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, *programs,
         IN_TILE=work.in_tile, KEPT=kept, COLUMNS=two, SYMMETRIC=work.problem.symmetric, NORMALIZE=work.problem.normalize,
         BR=VECTOR_ROWS, BP=AT_A_TIME,
     )  # fmt: skip
@@ -284,8 +284,8 @@ def write(work: Work, weights: Weights, found: Found, out: Outputs, upstream: Te
     launches.launch(
         kernels_rows.finish, sum(programs), dx, dy, first, second, k, work.partners, work.norms, work.partner_r, *two_of(weights.pair),
         weights.kept, work.slots, weights.scalars, upstream, about, partial, work.state, *out,
-        x.rows, x.raw.in_first, max(1, first.shape[0]), y.rows, x.padded, i.stop - i.start, i.start, j.start, *_strides(first), _stride(second),
-        _stride(k), _stride(work.partners), *_strides(first if out.first is None else out.first), x.raw.columns,
+        x.rows, x.raw.in_first, max(1, first.shape[0]), y.rows, x.padded, i.stop - i.start, i.start, j.start, *_strides(first),
+        _stride(second), _stride(k), _stride(work.partners), *_strides(first if out.first is None else out.first), x.raw.columns,
         *_layout(dx), *_layout(dy), *_about(about), found.divide, int(inverse), *programs[:2],
         NORMALIZE=work.problem.normalize, SYMMETRIC=work.problem.symmetric, BR=height, BD=width, BP=SUMMED,
     )  # fmt: skip
@@ -298,4 +298,4 @@ def _layout(dx: Tensor | None) -> tuple[int, int, int]:
 
 def _about(about: Tensor | None) -> tuple[int, int, int]:
     """How many parts, from part to part, from row to row."""
-    return (0, 0, 0) if about is None else (len(about), *about.stride())
+    return (0, 0, 0) if about is None else (len(about), about.stride(0), about.stride(1))
