@@ -11,6 +11,7 @@ from torch import Tensor
 from fastnce.backends._gpu import tiles
 from fastnce.backends._gpu.host import NONE, View, Work
 from fastnce.backends._gpu.rows import Coefficients, coefficients, on_device, row_kernels, scalar_gradients
+from fastnce.precision import float32_sums
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 
@@ -137,7 +138,10 @@ def _accumulate(out: Tensor, w: Tensor, rows: Tensor) -> None:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """float32 sums of products of float16 numbers."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    with float32_sums():
+        return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _from_output(run: _Run, grad: SideGrad, rows: Side) -> _Found:
