@@ -214,7 +214,8 @@ def tile(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> 
 
 
 def nearest(architecture: str) -> str:
-    """The row of the table for any GPU: those without Hopper's or Blackwell's data-center instructions (sm_86, sm_120) are like sm_80."""
+    """The row of the table for any GPU: those without Hopper's or Blackwell's data-center instructions (sm_86, sm_120) are like sm_80, and
+    AMD's like gfx942."""
     kind, _, number = architecture.partition("_")
     if kind != "sm":
         return "gfx942"
