@@ -435,6 +435,10 @@ def test_every_bar_of_a_row_has_its_words() -> None:
     assert numbers - {0} == {number for number, *_ in bars.WORDS}
 
 
+def test_every_part_shows_something() -> None:
+    assert {part for _, parts, _ in bars.CLAIMS for part in parts} == set(gpu_part.PARTS)
+
+
 def test_bars_and_what_is_unshown_on_a_page() -> None:
     """Without a run nothing is shown; one that passed shows what its part alone shows; one that failed shows nothing."""
     assert bars.table([]).count("not measured") == len(bars.WORDS)

@@ -35,7 +35,7 @@ def _missing() -> tuple[str, ...]:
 
 def _folder() -> Path:
     """Triton's cache."""
-    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache"))
+    return Path(os.environ.get("TRITON_CACHE_DIR") or Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton", "cache"))
 
 
 def _is_compiled() -> bool:
@@ -58,7 +58,8 @@ def _headers() -> list[str]:
     scheme = sysconfig.get_default_scheme()
     own = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
     folders = [own, *(folder for name in ("CPATH", "C_INCLUDE_PATH") for folder in os.environ.get(name, "").split(os.pathsep) if folder)]
-    if any(Path(folder, "Python.h").is_file() for folder in folders):
+    # os.path and not Path: a folder that may not be read is none, and no exception.
+    if any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in folders):
         return []
     return [f"no Python.h in {own} (install the headers of this Python: python3-dev or python3-devel, or name their folder by CPATH)"]
 
@@ -74,7 +75,7 @@ def _driver() -> list[str]:
         return [f"/sbin/ldconfig, which Triton asks for {library}, does not run: {error} ({remedy})"]
     paths = [Path(line.split()[-1]) for line in listed.splitlines() if library in line]
     paths = paths or [Path(folder, library) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
-    if any(path.with_name(library).exists() for path in paths):
+    if any(os.path.exists(path.with_name(library)) for path in paths):
         return []
     return [f"/sbin/ldconfig does not list {library} (run ldconfig as root, or {remedy})"]
 
@@ -87,7 +88,7 @@ def _cache_folder() -> list[str]:
     if os.environ.get("TRITON_CACHE_MANAGER"):
         return []
     folder = _folder()
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return []
     return [f"Triton's cache folder {folder} cannot be written (name another by TRITON_CACHE_DIR)"]
