@@ -21,11 +21,14 @@ from fastnce.problem import Problem
 UTILS = f"cuda_utils{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
+# Made before a test pretends that there is a GPU, which would start it.
+with FakeTensorMode():
+    ROWS, SCALE = torch.empty(2, 4, device="cuda"), torch.empty((), device="cuda")
+
+
 def objections(backend: str = "triton") -> list[str]:
     """Of a backend to a small problem on the first CUDA device."""
-    with FakeTensorMode():
-        q = torch.empty(2, 4, device="cuda")
-        return BACKENDS[backend].unsupported(Problem(q, None, torch.empty((), device="cuda"), None, Pairs(True, 1), False, True))
+    return BACKENDS[backend].unsupported(Problem(ROWS, None, SCALE, None, Pairs(True, 1), False, True))
 
 
 @pytest.fixture(autouse=True)
