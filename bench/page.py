@@ -20,6 +20,7 @@ from typing import Any
 from bench import comparison, figure, record, table
 from bench.comparison import LOSSES, WIDTH, Comparison, comparisons, refused, value
 from bench.figure import mebibytes
+from bench.gpu import bars as bars_of_gpus
 from bench.peers import OURS
 from bench.record import MODES, ROOT, Results, Row, rows_of
 from fastnce import files
@@ -297,7 +298,14 @@ def own(results: Results, shown: Sequence[Comparison]) -> str:
 # Page -> region -> its text.
 REGIONS: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"bench": headline},
-    BENCHMARKS: {"summary": summary, "faster": faster, "accuracy": accuracy, "bench": everything},
+    BENCHMARKS: {
+        "summary": summary,
+        "faster": faster,
+        "accuracy": accuracy,
+        "unshown": lambda results: bars_of_gpus.unshown(results.parts),
+        "bars": lambda results: bars_of_gpus.table(results.parts),
+        "bench": everything,
+    },
 }
 
 

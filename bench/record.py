@@ -230,23 +230,26 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of time and memory (measured) and of accuracy (judged), the newest first.
+    """Results of time and memory (measured), of accuracy (judged) and of the parts of gpu/, the newest first.
 
     `left_out` are results of time and memory in another schema."""
 
     measured: list[Recorded]
     judged: list[Recorded]
     left_out: list[Recorded]
+    parts: list[Recorded]
 
 
 def load(folder: Path) -> Results:
-    """Every result of a folder, without the parts of gpu/. Raises ValueError for a file that is no result."""
+    """Every result of a folder. Raises ValueError for a file that is no result."""
     found = [Recorded(path.parent.name, path.name, content(path)) for path in sorted(folder.glob("*/*.json"))]
-    found = sorted((result for result in found if "part" not in result.content), key=lambda result: (result.env["time"], result.name))
+    found.sort(key=lambda result: (result.env["time"], result.name))
+    parts = [result for result in reversed(found) if "part" in result.content and not result.content["dry_run"]]
+    found = [result for result in found if "part" not in result.content]
     judged = [result for result in reversed(found) if re.search(r"-accuracy(-\d+)?\.json$", result.name)]
     measured = [result for result in reversed(found) if result not in judged]
     readable = [result for result in measured if result.content["schema"] == SCHEMA]
-    return Results(readable, judged, [result for result in measured if result not in readable])
+    return Results(readable, judged, [result for result in measured if result not in readable], parts)
 
 
 def content(path: Path) -> dict[str, Any]:

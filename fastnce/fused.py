@@ -60,10 +60,14 @@ class _Arguments(NamedTuple):
     def of(ask: LossProblem, backend: str) -> _Arguments:
         p, rules = ask.problem, ask.problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude)
-        flags = (rules.exclude_self, p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean, ask.formula, backend)
-        return _Arguments(
-            p.q, ask.second, p.k, ask.partners, ask.scale, p.bias, ask.weight, *ids, ask.value, ask.inverse, rules.offset, *flags
-        )
+        flags = (rules.exclude_self, p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean)
+        tensors = (p.q, ask.second, p.k, ask.partners, ask.scale, p.bias, ask.weight, *ids)
+        return _Arguments(*tensors, ask.value, ask.inverse, rules.offset, *flags, ask.formula, backend)
+
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The tensors that take gradients, in the order of LossWanted."""
+        return self.q, self.second, self.k, self.partners, self.scale, self.bias, self.weight
 
     def problem(self) -> LossProblem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude)
@@ -146,7 +150,7 @@ def _gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
 
 def _fake_gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
     wanted, args = given[_KEPT], _Arguments(*given[_KEPT + 1 :])
-    like = args[:_WANTED]
+    like = args.differentiable
     return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
 
 
@@ -157,7 +161,7 @@ class _Loss(autograd.Derivative):
         if below.backward_mode:
             # Under a transform a level below may ask for the gradient of k, which this level does not see.
             alone = args.k is not None and not args.k.requires_grad and not torch._C._are_functorch_transforms_active()
-            asked = any(t is not None and t.requires_grad for t in args[:_WANTED])
+            asked = any(t is not None and t.requires_grad for t in args.differentiable)
             args = args._replace(frozen=args.frozen and alone and asked)
         found, *kept = below(*args)
         ctx.set_materialize_grads(False)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnce import tiles
 from fastnce.backends._tiled.gemm import product
 from fastnce.pairs import TileRange
 from fastnce.precision import compute_dtype, inverse_norms, no_autocast
 from fastnce.problem import Problem
-from fastnce.tiles import CPU_TILE
 
 
 def forward(problem: Problem, count: int) -> list[Tensor]:
@@ -24,9 +24,10 @@ def forward(problem: Problem, count: int) -> list[Tensor]:
     with no_autocast(problem.q):
         x, y = _rows(problem.q, problem.normalize), _rows(problem.keys, problem.normalize)
         rows, columns = _Kept(x, count), _Kept(y, count) if problem.two_sided else None
-        for i in range(0, len(x), CPU_TILE):
-            for j in range(0, len(y), CPU_TILE):
-                tile = TileRange(i, min(len(x), i + CPU_TILE), j, min(len(y), j + CPU_TILE))
+        size = tiles.tile_of(x)
+        for i in range(0, len(x), size):
+            for j in range(0, len(y), size):
+                tile = TileRange(i, min(len(x), i + size), j, min(len(y), j + size))
                 negatives = _negatives(problem, x, y, tile)
                 rows.see(i, negatives, j)
                 if columns is not None:
@@ -49,7 +50,8 @@ def _rows(x: Tensor, normalize: bool) -> Tensor:
 def _negatives(problem: Problem, x: Tensor, y: Tensor, tile: TileRange) -> Tensor:
     """The similarities of a tile; -inf for pairs that are no negatives, and for nan."""
     # The order of the sums in a product depends on its shape. All tiles get one shape, so that equal rows have equal similarities.
-    parts = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x[tile.i0 : tile.i1], y[tile.j0 : tile.j1])]
+    size = tiles.tile_of(x)
+    parts = [F.pad(rows, (0, 0, 0, size - len(rows))) for rows in (x[tile.i0 : tile.i1], y[tile.j0 : tile.j1])]
     s = product(*parts)[: tile.i1 - tile.i0, : tile.j1 - tile.j0]
     positive, excluded = problem.pairs.classify(tile, problem.symmetric, s.device)
     return s.masked_fill(positive | excluded | s.isnan(), -torch.inf)

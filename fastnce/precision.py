@@ -7,7 +7,8 @@ row longer than 1e18 gives nan. Then the two functions by which log-sums are add
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,24 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 def autocasts(device: str) -> bool:
     """Whether autocast is on for this type of device; there are types, such as meta, that torch refuses to ask about."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+@contextmanager
+def float32_sums() -> Iterator[None]:
+    """torch.backends.cuda.matmul.allow_fp16_accumulation off: under it, torch.mm of float16 numbers refuses out_dtype=torch.float32.
+
+    Its neighbours change nothing of such a product. allow_fp16_reduced_precision_reduction and its bfloat16 twin round partial sums to the
+    dtype of the result, which is float32; fp32_precision is about float32 factors.
+    """
+    matmul = torch.backends.cuda.matmul
+    if not matmul.allow_fp16_accumulation:
+        yield
+        return
+    matmul.allow_fp16_accumulation = False
+    try:
+        yield
+    finally:
+        matmul.allow_fp16_accumulation = True
 
 
 def valid_scale(scale: Tensor) -> Tensor:

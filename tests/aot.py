@@ -62,7 +62,7 @@ from fastnce.backends import _gpu
 from fastnce.backends import triton as backend
 from fastnce.backends.triton import launches
 from fastnce.pairs import Pairs
-from fastnce.problem import Problem, SideGrad, Wanted
+from fastnce.problem import LossProblem, LossWanted, Problem, SideGrad, Wanted
 
 LENGTHS = (64, 128, 256, 512)
 ROWS = 256  # of the problems that are recorded: only the types and the layout of their tensors matter
@@ -186,9 +186,37 @@ def problems() -> Iterator[Problem]:
             yield ask(k=None, pairs=Pairs(exclude_self=True, q_label=ids), two_sided=False)  # sup_con
 
 
+def losses() -> Iterator[tuple[LossProblem, LossWanted]]:
+    """Losses as one number, in the forms that a training step has: a temperature that is a number, and one that is a tensor."""
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    for dtype, d in itertools.product((torch.bfloat16, torch.float32), (LENGTHS[1], LENGTHS[3])):
+        q, k = torch.zeros(2, ROWS, d, dtype=dtype)
+        ask = functools.partial(Problem, q, scale=torch.empty(()), bias=None, normalize=True)
+        simclr, supcon = ask(k=None, pairs=Pairs(True, ROWS), two_sided=False), ask(k=None, pairs=Pairs(True, q_label=ids), two_sided=False)
+        queue = ask(k=k, pairs=Pairs(), two_sided=False, frozen=True)
+        for scale in (None, torch.tensor(10.0)):
+            how = {"scale": scale, "value": 10.0, "inverse": True}
+            for problem, formula, more in (
+                (simclr, "out", {"second": k}),  # nt_xent
+                (ask(k=k, pairs=Pairs(offset=0), two_sided=False), "out", {}),  # info_nce
+                (ask(k=k, pairs=Pairs(offset=0), two_sided=True), "out", {}),  # clip_loss
+                (supcon, "out", {}),  # sup_con
+                (queue, "out", {"partners": k}),  # moco_loss
+            ):
+                keys = problem.k is not None and not problem.frozen
+                wanted = LossWanted(True, "second" in more, keys, False, scale is not None, False, False)
+                yield LossProblem(problem, formula, True, **how, **more), wanted
+        yield LossProblem(simclr, "decoupled", True, second=k, value=10.0), LossWanted(True, True, False, False, False, False, False)
+        yield LossProblem(supcon, "in", True, value=10.0), LossWanted(True, False, False, False, False, False, False)
+
+
 def shipped(arch: str) -> None:
     """Forward and backward of all of them, where the host code believes to be on this architecture."""
     with mock.patch.object(launches, "architecture", return_value=arch):
+        upstream = torch.ones(())
+        for ask, asked in losses():
+            _, kept = backend.loss(ask)
+            backend.gradients(ask, kept, upstream, asked)
         for problem in problems():
             stats = backend.forward(problem)
             grads = [SideGrad(side.lse_neg, side.lse_pos, side.pos) for side in stats]

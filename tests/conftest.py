@@ -22,8 +22,8 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 import emulated
 from named import widest
 
-from fastnce.backends import torch_tiles
-from fastnce.backends._gpu import tiles
+from fastnce import tiles
+from fastnce.backends._gpu import tiles as gpu_tiles
 from fastnce.backends._tiled import gemm
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.compiled import build, find
@@ -70,10 +70,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tiles of 16 x 16 in backend="torch", so that a problem of a hundred rows has interior, diagonal, ragged and corner tiles.
+    """Tiles of 16 x 16 of torch operations, so that a problem of a hundred rows has interior, diagonal, ragged and corner tiles.
 
     The tiles of compiled kernels have one size."""
-    monkeypatch.setattr(torch_tiles, "CPU_TILE", 16)
+    monkeypatch.setattr(tiles, "CPU_TILE", 16)
+    monkeypatch.setattr(tiles, "GPU_TILE", 16)
     monkeypatch.setattr(gemm, "CPU_ROWS", 7)
     return 16
 
@@ -119,8 +120,8 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """backend="triton" takes tensors of the CPU, for one test, in small tiles."""
     pytest.importorskip("interpreter")
     monkeypatch.setattr(triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(16, 16, depth, 1, 1))
-    monkeypatch.setattr(tiles, "DEPTHS", (16, 32, 64))
-    monkeypatch.setattr(tiles, "PADDED", 16)
+    monkeypatch.setattr(gpu_tiles, "DEPTHS", (16, 32, 64))
+    monkeypatch.setattr(gpu_tiles, "PADDED", 16)
     monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
 
 

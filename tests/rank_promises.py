@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce import RetrievalStats, contrastive_stats, hardest, retrieval
+from fastnce import RetrievalStats, contrastive_stats, retrieval, tiles
 
 U = 2.0**-24
 # Two random similarities differ by more, two equal ones after rounding by less.
@@ -260,7 +260,7 @@ def the_first_of_equals_is_the_hardest(backend: str) -> None:
 def the_hardest_are_the_first_of_a_sort(backend: str) -> None:
     """Any number of them, from the hardest on, more than there are too; the same ones by every backend, bit by bit."""
     with pytest.MonkeyPatch.context() as patch:  # several tiles a side
-        patch.setattr(hardest, "CPU_TILE", 16)
+        patch.setattr(tiles, "CPU_TILE", 16)
         q, k, more = (features(22, 24, seed) for seed in range(3))
         k[4, 2] = torch.nan
         for asked in asked_of(backend, q, q + k, more + q.roll(1, 0)):

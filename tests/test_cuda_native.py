@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -94,6 +95,46 @@ def test_every_form_under_sanitizers(tmp_path: Path, emulator: str, kernels: lis
         program = linked([*objects, emulator], tmp_path, SANITIZERS)
         for kernel, (status, output) in zip(WITH_TILES, pool.map(lambda kernel: said(program, kernel), WITH_TILES), strict=True):
             assert status == 0 and " cases, 0 wrong" in output and not output.startswith("0 cases"), f"{kernel}: {output}"
+
+
+# ---------------------------------------------------------------- the current device
+
+# CUDA's runtime with four devices, and a program that says which one is current: before, inside, after, after an exception, and after a
+# device that does not exist.
+RUNTIME = """
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+inline int current = 2;
+inline cudaError_t cudaGetDevice(int* device) { return *device = current, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device < 4 ? current = device, cudaSuccess : cudaErrorInvalidDevice; }
+"""
+PROGRAM = """
+#include <cstdio>
+#include "current.h"
+int main() {
+  std::printf("%d", current);
+  { const OnDevice there(1); std::printf(" %d", current); }
+  std::printf(" %d", current);
+  try { const OnDevice there(3); throw 0; } catch (int) { std::printf(" %d", current); }
+  { const OnDevice there(2); std::printf(" %d", current); }
+  { const OnDevice there(4); std::printf(" %d%s", current, there.status() == cudaSuccess ? "" : "!"); }
+  std::printf(" %d", current);
+}
+"""
+
+
+def test_the_current_device_is_restored(tmp_path: Path) -> None:
+    (tmp_path / "cuda_runtime_api.h").write_text(RUNTIME)
+    (tmp_path / "program.cpp").write_text(PROGRAM)
+    folders = [f"-I{tmp_path}", f"-I{find.sources('cuda')}"]
+    subprocess.run([COMPILER, "-std=c++17", *folders, str(tmp_path / "program.cpp"), "-o", str(tmp_path / "program")], check=True)
+    assert said(str(tmp_path / "program")) == (0, "2 1 2 2 2 2! 2")
+
+
+def test_the_current_device_is_set_in_one_place_alone() -> None:
+    """C++ sets it in current.h, whose destructor restores it; Python by torch's context manager, which does the same."""
+    setting = re.compile(r"\bcu(da)?(SetDevice|SetValidDevices|InitDevice|CtxSetCurrent|CtxPushCurrent\w*)\b|\bset_device\(")
+    files = [*find.files("cuda"), *Path(find.__file__).parents[1].rglob("*.py")]
+    assert {path.name for path in files if setting.search(path.read_text())} == {"current.h"}
 
 
 # ---------------------------------------------------------------- faults

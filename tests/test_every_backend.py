@@ -18,7 +18,7 @@ from torch import Tensor
 import fastnce
 from fastnce import contrastive_stats
 from fastnce.backends import BACKENDS
-from train_ref.truth import LOSSES, Rows
+from train_ref.truth import LOSSES, Rows, contract
 
 GPUS = ("triton", "cuda")
 
@@ -30,6 +30,31 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 def test_every_loss(backend: str) -> None:
     gpu_promises.losses_are_within_the_budget(backend)
+
+
+def test_a_column_of_tiny_elements(backend: str) -> None:
+    """Its own gradient loses digits in GPU kernels, as docs/numerics.md says, and the gradient as a whole is inside the contract."""
+
+    def errors(size: float) -> tuple[float, float]:
+        """Of the gradient of the queries, and of its first column, whose elements are `size` of the others."""
+        q, k = torch.randn(2, 32, 12, generator=torch.Generator().manual_seed(0))
+        q[:, 0] *= size
+        k[:, 0] *= size
+        grads = []
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+            leaf = q.to(dtype).requires_grad_()
+            loss = fastnce.info_nce(leaf, k.to(dtype), temperature=0.1, backend=name)
+            grads += torch.autograd.grad(loss, leaf)
+        found, exact = grads
+        return contract.relative(found, exact), contract.relative(found[:, 0], exact[:, 0])
+
+    of_all, of_column = zip(*(errors(size) for size in (1e-4, 1e-7, 1e-8, 1e-10)), strict=True)
+    assert max(of_all) <= contract.gradient(torch.float32, 0.0)
+    if backend not in GPUS:
+        assert max(of_column) <= 1e-6
+        return
+    assert of_column[0] <= 1e-6
+    assert 1e-4 < of_column[1] < 1e-3 < of_column[2] < 1e-2 < 0.1 < of_column[3] < 1
 
 
 # No rows --------------------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastnce
+from fastnce import autograd, tiles
 from fastnce.backends import torch_tiles
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem, SideGrad, Wanted
@@ -112,6 +114,79 @@ def test_a_million_rows_need_no_matrix() -> None:
         z = torch.empty(2**20, 128, dtype=torch.bfloat16, requires_grad=True)
         fastnce.nt_xent(z).backward()
     assert seen.elements <= 2**20 * 128
+
+
+# Launches and memory off the CPU ---------------------------------------------------------------------------------------------------------
+
+
+def place(x: Tensor) -> tuple[Any, ...]:
+    """Where the elements of a tensor lie."""
+    return x.untyped_storage()._cdata, x.storage_offset(), x.stride(), x.shape, x.dtype
+
+
+class Device(TorchDispatchMode):
+    """Launches of a device, and bytes that live there at a time, in and outside of the operators. A view launches nothing, nor does an
+    allocation. An operation that torch composes of others counts as those."""
+
+    INSIDE = {torch.ops.fastnce.forward.default: autograd._forward, torch.ops.fastnce.backward.default: autograd._backward}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.live = self.peak = 0
+        self.storages: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.INSIDE:
+            with self:
+                return self.INSIDE[func](*args)
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # After x[i] += y, Python assigns the sum to x[i], where it is already: torch sees that and copies nothing.
+        nothing = func is torch.ops.aten.copy_.default and place(args[0]) == place(args[1])
+        if not (func.is_view or nothing or "empty" in func.__name__):
+            self.launches += 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.allocated(leaf.untyped_storage())
+        return out
+
+    def allocated(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.storages:
+            self.storages[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.freed, key)
+
+    def freed(self, key: int) -> None:
+        self.live -= self.storages.pop(key)
+
+
+# Of a step with 16,384 rows of logits: 10 tiles of symmetric logits, 16 of others. Labels double the sums of a tile; two sides double
+# nearly everything. With the CPU's tiles each would be above 20,000.
+MOST_LAUNCHES = {"nt_xent": 500, "dcl_loss": 500, "info_nce": 550, "moco_loss": 600, "clip_loss": 900, "sup_con": 1300}
+
+
+@pytest.mark.parametrize("name", OF_VIEWS)
+def test_a_step_off_the_cpu_is_few_launches_and_few_tiles(name: str) -> None:
+    rows, columns = 16384, 128
+    views = rows // 2 if name in ("nt_xent", "dcl_loss", "sup_con") else rows
+    q, k = (torch.empty(views, columns, device="meta", requires_grad=True) for _ in range(2))
+    with Device() as seen:
+        OF_VIEWS[name](q, k, torch.ones((), device="meta")).backward()
+    assert 0.5 * MOST_LAUNCHES[name] < seen.launches <= MOST_LAUNCHES[name]
+    tile = 4 * tiles.GPU_TILE**2
+    assert 2 * tile < seen.peak <= 7 * tile
+
+
+def test_the_device_sees_the_dense_form() -> None:
+    """A product and its logarithms: two launches, two matrices."""
+    with Device() as seen:
+        q = torch.empty(4096, 16, device="meta")
+        (q @ q.T).log_softmax(1)
+    assert seen.launches == 2 and seen.peak == 4 * (4096 * 16 + 2 * 4096**2) and seen.live < seen.peak
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -13,8 +13,8 @@ from rank_promises import PROMISES, U, similarities
 
 import fastnce
 from fastnce import arguments, contrastive_stats, info_nce, merge, retrieval, tiles
-from fastnce.backends import torch_tiles
 
+CPU_TILE = tiles.CPU_TILE
 each_backend = pytest.mark.parametrize("backend", ON_CPU)
 
 
@@ -33,7 +33,7 @@ def test_promise(promise: Callable[[str], None], backend: str) -> None:
 @pytest.mark.parametrize("n", [64, 520])
 def test_equal_rows_tie_in_every_tile(n: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles at the edges are smaller, and a product of another shape may be summed in another order."""
-    monkeypatch.setattr(torch_tiles, "CPU_TILE", tiles.CPU_TILE)
+    monkeypatch.setattr(tiles, "CPU_TILE", CPU_TILE)
     for columns in (128, 512):
         z = torch.randn(1, columns, generator=torch.Generator().manual_seed(n)).expand(n, columns)
         queue = {"exclude_query_ids": torch.zeros(n, dtype=torch.int64), "exclude_key_ids": -(torch.arange(2 * n) // n)}

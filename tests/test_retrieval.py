@@ -197,8 +197,7 @@ def test_the_operator_has_no_gradient() -> None:
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("options", [{}, {"two_sided": True}, {"query_ids": torch.arange(150) // 2}], ids=["rows", "both sides", "ids"])
-def test_nothing_is_as_large_as_the_matrix(options: dict[str, Any], count: int, small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardest, "CPU_TILE", small_tiles)
+def test_nothing_is_as_large_as_the_matrix(options: dict[str, Any], count: int, small_tiles: int) -> None:
     q, k = x(150, 8), x(150, 8, seed=1)
     problem_of = lambda: retrieval(q, k, hardest=count, backend=torch_tiles.NAME, **options)  # noqa: E731
     expected = problem_of()

@@ -7,7 +7,8 @@
     memory   The allocator's peak during one step, above its level with the inputs. A small problem ran before, so that workspaces of
              libraries, which stay, are already there.
     gemm     One N x N x N product of normally distributed values: zeros would run up to 13 % faster.
-    kernels  The profiler's list of one step: every kernel, its calls and its time.
+    kernels  The profiler's list of one step: every kernel, its calls and its time, and the sum of the calls: the launches of the step.
+    host     As time, by the clock of the host, until the last launch is on its way: the device is idle at first, and nobody waits for it.
 
 A contestant that fails becomes a row, and the others go on. Where there is no GPU the same code runs with the host's clock, which proves
 the code and measures nothing.
@@ -52,6 +53,15 @@ def milliseconds(device: str, call: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
+def host_milliseconds(device: str, call: Callable[[], object]) -> float:
+    """The host's part of one call, from an idle device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def release(leaves: tuple[Tensor, ...]) -> None:
     """Free the memory that a contestant left behind, so that the next one has the whole device."""
     for leaf in leaves:
@@ -81,10 +91,11 @@ def interleaved(
     cell: Cell,
     contestant: Callable[[str, str, str], Contestant] = peers.contestant,
     within: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
+    clock: Callable[[str, Callable[[], object]], float] = milliseconds,
 ) -> tuple[dict[str, Row], dict[str, list[float]]]:
     """The row of each contestant by its name, and its milliseconds round by round.
 
-    contestant(loss, name, backend) makes each, and within(name) is the context that it runs in."""
+    contestant(loss, name, backend) makes each, within(name) is the context that it runs in, and clock(device, call) times a call."""
     leaves = measure.leaves_of(cell)
     running: dict[str, Contestant] = {}
     rows: dict[str, Row] = {}
@@ -111,7 +122,7 @@ def interleaved(
             with within(name):
                 call = prepared(cell.mode, running[name], leaves)
                 flush.zero_()
-                samples[name].append(milliseconds(cell.device, call))
+                samples[name].append(clock(cell.device, call))
             del call  # frees the tensors that the forward saved
         order.append(order.pop(0))
         rounds += 1
@@ -126,6 +137,13 @@ def measure_time(cell: Cell) -> list[Row]:
         rows[name]["tflops"] = dense.products(cell.loss, cell.n, cell.d, cell.mode) / median(times) / 1e9
         if peers.OURS in samples:
             rows[name]["gpu_ratio"] = median(a / b for a, b in zip(times, samples[peers.OURS], strict=True))
+    return list(rows.values())
+
+
+def measure_host(cell: Cell) -> list[Row]:
+    rows, samples = interleaved(cell, clock=host_milliseconds)
+    for name, times in samples.items():
+        rows[name] |= {"host_ms": median(times), "iterations": len(times)}
     return list(rows.values())
 
 
@@ -189,7 +207,8 @@ def _kernels(cell: Cell, name: str) -> Row:
         for event in seen.key_averages()
         if event.self_device_time_total > 0
     ]
-    return row_of(cell, name, "ok", kernels=sorted(found, key=lambda kernel: -kernel["ms"])[:20])
+    launches = sum(kernel["calls"] for kernel in found)
+    return row_of(cell, name, "ok", launches=launches, kernels=sorted(found, key=lambda kernel: -kernel["ms"])[:20])
 
 
 def measure_kernels(cell: Cell) -> list[Row]:
@@ -202,4 +221,5 @@ MEASURES: dict[str, Callable[[Cell], list[Row]]] = {
     "memory": measure_memory,
     "gemm": measure_gemm,
     "kernels": measure_kernels,
+    "host": measure_host,
 }

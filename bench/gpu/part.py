@@ -29,7 +29,8 @@ from bench.gpu.kernels import Kernels
 from bench.record import ROOT
 from fastnce import files
 
-PARTS = ("build", "tests", "sanitize", "accuracy", "bench", "race", "tiles")
+# Whether the kernels run and agree; whether they are fast; which of them, and of their shapes, is first.
+PARTS = ("build", "check", "tests", "sanitize", "accuracy", "bench", "steps", "race", "tiles")
 BUDGET = 540.0  # seconds of a part, so that a command of ten minutes ends by itself, with its results written
 
 
@@ -49,7 +50,7 @@ class Report:
         parser = argparse.ArgumentParser(prog=f"python -m bench.gpu.{part}", allow_abbrev=False)
         parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
         parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
-        parser.add_argument("--backend", default="triton", help="of the parts bench and tiles")
+        parser.add_argument("--backend", default="triton", help="of the parts bench, steps and tiles")
         parser.add_argument("--kernels", default="", help="of the other parts, comma-separated; all of " + ",".join(known.RACERS))
         parser.add_argument("--dry-run", action="store_true")
         parser.add_argument("--emulate", action="store_true")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The tests and measurements for a GPU, in parts that each end within ten minutes and leave $OUT/<part>.json (by default build/gpu).
 #
-#     python -m bench gpu [options] [part ...]      parts: build tests sanitize accuracy bench race tiles
+#     python -m bench gpu [options] [part ...]      parts, in this order: build check tests sanitize accuracy bench steps race tiles
 #     python -m bench gpu record                    prints which files to keep, and where
 #
 #     --budget SECONDS       of each part
 #     --kernels cuda,...     the kernels for build, tests, sanitize, accuracy and race: kernels.py names them
-#     --backend cuda         the backend that bench times and compares with its bars; triton by default
+#     --backend cuda         the backend that bench and steps compare with their bars; triton by default
 #     --wheels DIR           install the wheels of a folder (peers, compute-sanitizer) beside the environment, without asking any index
 #     --dry-run              everything at tiny sizes on the CPU with backend="torch": no figure means anything, but nothing may raise
 #     --emulate              a dry run in which build compiles csrc/cuda for the CPU, and the parts about these kernels run them there
@@ -22,7 +22,7 @@ while (($#)); do
         --dry-run | --emulate) dry=("$1") ;;
         --wheels) wheels=${2:?--wheels needs a folder} && shift ;;
         --budget | --kernels | --backend) options+=("$1" "${2:?$1 needs a value}") && shift ;;
-        build | tests | sanitize | accuracy | bench | race | tiles) parts+=("$1") ;;
+        build | check | tests | sanitize | accuracy | bench | steps | race | tiles) parts+=("$1") ;;
         record)
             echo "Copy the .json files of $OUT to bench/results/<gpu>/<UTC date>-<part>.json, the name of the GPU as env.gpu.name in"
             echo "lower case with dashes, and commit them: bench/README.md, section \"GPU\", says what a recorded result must hold."
@@ -32,7 +32,7 @@ while (($#)); do
     esac
     shift
 done
-((${#parts[@]})) || parts=(build tests sanitize accuracy bench race tiles)
+((${#parts[@]})) || parts=(build check tests sanitize accuracy bench steps race tiles)
 mkdir -p "$OUT"
 rm -f "$OUT/parts.log"
 export OUT CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

@@ -34,7 +34,9 @@ bool runs_on(int64_t device) {
 #ifdef FASTNCE_EMULATED
   return device == -1;
 #else
-  return device >= 0 && cudaSetDevice(static_cast<int>(device)) == cudaSuccess && kernels::has_code();
+  if (device < 0) return false;
+  const OnDevice there(static_cast<int>(device));
+  return there.status() == cudaSuccess && kernels::has_code();
 #endif
 }
 

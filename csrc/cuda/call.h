@@ -7,8 +7,9 @@
 #include "launch.h"
 
 #ifndef FASTNCE_EMULATED
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
+
+#include "current.h"
 #endif
 
 namespace {
@@ -60,9 +61,9 @@ class Call {
 #ifdef FASTNCE_EMULATED
     launch(nullptr);
 #else
-    // The caller has made this torch's current device. The CUDA runtime inside of this library is told the same, which also gives a context
-    // to threads that have none.
-    cuda(cudaSetDevice(device_));
+    // The caller has made this torch's current device; the CUDA runtime inside of this library is told the same.
+    const OnDevice there(device_);
+    cuda(there.status());
     launch(stream_of(device_));
 #endif
   }

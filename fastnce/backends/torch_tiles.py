@@ -1,4 +1,4 @@
-"""The backend of torch operations: one 512 x 512 tile of the logits at a time, on any device, in O(tile * rows) memory.
+"""The backend of torch operations: one tile of the logits at a time, on any device, in O(tile * rows) memory.
 
 Read this file first: the kernels of the other backends take the same steps.
 
@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnce.backends._tiled.gemm import product
+from fastnce import tiles
+from fastnce.backends._tiled.gemm import add_product, product
 from fastnce.backends._tiled.gradients import Parts, Weights
 from fastnce.backends._tiled.operands import Work
 from fastnce.backends._tiled.sums import LogSum, Sums
 from fastnce.pairs import TileRange, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
-from fastnce.tiles import CPU_TILE
 
 NAME = "torch"
 
@@ -92,19 +92,18 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
             w = w + w.T
         i, j = slice(tile.i0, tile.i1), slice(tile.j0, tile.j1)
         if dx is not None:
-            dx[i] += product(w, work.y[j].T)
+            add_product(dx[i], w, work.y[j])
         if dy is not None and not on_diagonal:
-            # The copy costs 0.1 ms per tile; without it oneDNN transposes inside the product, at up to twice the time.
-            dy[j] += product(w.T.contiguous(), work.x[i].T)
+            add_product(dy[j], w.T, work.x[i])
     return parts.result()
 
 
 def _tiles(work: Work, positives: bool = False) -> Iterator[tuple[TileRange, Tensor]]:
     """Every tile and its logits. positives: only tiles in which some pair may be positive."""
-    rows, columns, symmetric = len(work.x), len(work.y), work.problem.symmetric
-    for i in range(0, rows, CPU_TILE):
-        for j in range(i if symmetric else 0, columns, CPU_TILE):
-            tile = TileRange(i, min(rows, i + CPU_TILE), j, min(columns, j + CPU_TILE))
+    rows, columns, symmetric, size = len(work.x), len(work.y), work.problem.symmetric, tiles.tile_of(work.x)
+    for i in range(0, rows, size):
+        for j in range(i if symmetric else 0, columns, size):
+            tile = TileRange(i, min(rows, i + size), j, min(columns, j + size))
             if not positives or work.problem.pairs.may_be_positive(tile, symmetric):
                 yield tile, _logits(work.problem, work.x[tile.i0 : tile.i1], work.y[tile.j0 : tile.j1])
 
@@ -114,7 +113,8 @@ def _logits(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
         return product(x, y)
     # Ranks compare logits of different tiles. The order of the sums in a product depends on its shape. All tiles get one shape, so that
     # equal rows have equal logits.
-    full = [F.pad(rows, (0, 0, 0, CPU_TILE - len(rows))) for rows in (x, y)]
+    size = tiles.tile_of(x)
+    full = [F.pad(rows, (0, 0, 0, size - len(rows))) for rows in (x, y)]
     return product(*full)[: len(x), : len(y)]
 
 
@@ -224,8 +224,8 @@ def _add_terms(sums: Sums, view: _View, classes: _Classes) -> None:
         top = torch.maximum(old, tile.amax(1))
         # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan. With base 0, exp2(-inf) is 0 and
         # exp2(inf) is inf.
-        base = top.masked_fill(top.isinf(), 0.0)
-        sum_.total[view.own] = sum_.total[view.own] * torch.exp2(old - base) + term(tile, base[:, None]).sum(1)
+        base = top.nan_to_num(torch.nan, 0.0, 0.0)
+        sum_.total[view.own].mul_(torch.exp2(old - base)).add_(term(tile, base[:, None]).sum(1))
         sum_.top[view.own] = top
 
     add(sums.negative, classes.negative)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from test_accuracy_tool import planted
 from torch import Tensor
 
-from bench import accuracy, dense, measure, peers, table
+from bench import accuracy, dense, measure, peers, record, table
 from bench.gpu import accuracy as gpu_accuracy
+from bench.gpu import bars, check, sanitize, steps, tiles
 from bench.gpu import bench as gpu_bench
 from bench.gpu import build as gpu_build
 from bench.gpu import kernels as gpu_kernels
@@ -29,10 +30,9 @@ from bench.gpu import measure as gpu_measure
 from bench.gpu import part as gpu_part
 from bench.gpu import peers as gpu_peers
 from bench.gpu import race as gpu_race
-from bench.gpu import sanitize, tiles
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
-from bench.record import MODES, ROOT, Cell, Row, row_of
+from bench.record import MODES, ROOT, Cell, Recorded, Row, row_of
 from fastnce.backends._gpu import rows
 from fastnce.backends.cuda import launches
 from fastnce.compiled import build
@@ -135,7 +135,7 @@ def test_a_slip_in_a_form_of_ours_fails_the_dry_run(tmp_path: Path, monkeypatch:
 
     monkeypatch.setitem(gpu_peers.FACTORIES["info_nce"], "chunked cuBLAS", lambda: slip)
     found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
-    rows = list(gpu_bench.Bars(found).ratios(gpu_bench.Contest(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
+    rows = list(gpu_bench.Bars(found).ratios(bars.Contest(11, "info_nce", 64, 8, {"chunked cuBLAS": 1.0, "inf-cl": 1.0})))
     assert [row["met"] for row in rows] == [None, None]
     assert len(found.errors) == 1 and "NameError" in found.errors[0]
 
@@ -147,7 +147,7 @@ def test_slow_rounds_end_early() -> None:
 
 def test_a_temperature_holds_for_one_cell() -> None:
     before = dense.TEMPERATURE
-    (solved,), (random,) = (measure.here(replace(cell("time", ("eager",)), **more)) for more in (gpu_bench.SOLVED, {}))
+    (solved,), (random,) = (measure.here(replace(cell("time", ("eager",)), **more)) for more in (bars.SOLVED, {}))
     assert solved["loss_value"] < 1e-4 < random["loss_value"]
     assert before == dense.TEMPERATURE
 
@@ -179,10 +179,10 @@ def test_a_process_that_dies_costs_only_the_one_that_killed_it(monkeypatch: pyte
 
     monkeypatch.setattr(gpu_bench, "in_a_process", fake)
     found = gpu_part.Report("bench", ["--dry-run", f"--out={tmp_path}"])
-    bars = gpu_bench.Bars(found)
-    small = bars.cell("time", "nt_xent", 64, 8, (peers.OURS, "eager", "killer"))
+    measured = gpu_bench.Bars(found)
+    small = measured.cell("time", "nt_xent", 64, 8, (peers.OURS, "eager", "killer"))
     found.dry = False  # which would not start processes
-    rows = bars.measured(small)
+    rows = measured.measured(small)
     assert [(row["contestant"], row["status"]) for row in rows] == [(peers.OURS, "ok"), ("eager", "ok"), ("killer", "crash")]
 
 
@@ -389,6 +389,82 @@ def test_a_report_of_a_gpu() -> None:
     assert "peak allocated device memory" in text
 
 
+# ---------------------------------------------------------------- bars, and what is unshown
+
+
+def test_a_step_is_compared_with_its_bar() -> None:
+    ours, eager = ({"contestant": name, "status": "ok", "launches": n} for name, n in ((peers.OURS, 6), ("eager", 20)))
+    assert steps.compared([ours, eager], "launches", 6, by_ratio=False) == {
+        "ours": 6,
+        "theirs": 20,
+        "ratio": 0.3,
+        "met": True,
+        "status": "ok",
+    }
+    assert steps.compared([eager, ours], "launches", 6, by_ratio=False)["met"] is False
+    assert [steps.compared(pair, "launches", 1.5, by_ratio=True)["met"] for pair in ([ours, eager], [eager, ours])] == [True, False]
+    crash = {"contestant": "eager", "status": "crash", "detail": "ValueError: x"}
+    assert steps.compared([ours, crash], "launches", 6, by_ratio=False) == {"met": None, "status": "eager: crash ValueError: x"}
+
+
+def test_the_host_is_timed_without_the_device() -> None:
+    rows = measure.here(cell("host", (peers.OURS, "eager")))
+    assert [(row["status"], row["iterations"]) for row in rows] == [("ok", 3), ("ok", 3)] and all(row["host_ms"] > 0 for row in rows)
+
+
+def test_what_a_check_printed() -> None:
+    log = "GPU\nverdict   seconds  variant\nright        0.10  triton: a\nWRONG        0.20  triton: b\n                   off by 2\n"
+    wrong = {"what": "triton: b", "passed": False, "status": "off by 2"}
+    assert check.rows_of("exit status 1", log + "2 variants checked, 1 wrong\n") == [
+        wrong,
+        {"what": "all variants", "passed": False, "variants": 2, "wrong": 1, "status": "exit status 1"},
+    ]
+    assert check.rows_of("cut off after 9 s", log)[1:] == [
+        {"what": "all variants", "passed": False, "status": "cut off after 9 s:                    off by 2"}
+    ]
+    assert check.rows_of("ok", "3 variants checked, 0 wrong\n")[0]["passed"]
+
+
+def part_run(part: str, rows: list[Row], errors: tuple[str, ...] = ()) -> Recorded:
+    env = {"gpu": {"name": "GPU 9000"}, "time": "2027-01-01T00:00:00Z"}
+    return Recorded("gpu-9000", f"{part}.json", {"part": part, "env": env, "rows": rows, "errors": list(errors)})
+
+
+def test_every_bar_of_a_row_has_its_words() -> None:
+    numbers = {contest.bar for contest in bars.RATIOS} | {6, 7, 8, 9, 12, 13}
+    assert numbers - {0} == {number for number, *_ in bars.WORDS}
+
+
+def test_every_part_shows_something() -> None:
+    assert {part for _, parts, _ in bars.CLAIMS for part in parts} == set(gpu_part.PARTS)
+
+
+def test_bars_and_what_is_unshown_on_a_page() -> None:
+    """Without a run nothing is shown; one that passed shows what its part alone shows; one that failed shows nothing."""
+    assert bars.table([]).count("not measured") == len(bars.WORDS)
+    assert bars.unshown([]).startswith("No run on a GPU is recorded.") and all(claim in bars.unshown([]) for claim, *_ in bars.CLAIMS)
+    rows = [{"bar": 1, "met": True}, {"bar": 1, "met": None}, {"bar": 3, "met": False}, {"bar": 3, "met": True}, {"bar": 4, "met": None}]
+    runs = [part_run("bench", rows), part_run("tests", [], ("a failure",)), part_run("race", [])]
+    lines = bars.table(runs).splitlines()[2:]
+    verdicts = [line.split(" | ")[-1].removesuffix(" |") for line in lines[:4]]
+    assert verdicts[0] == "yes: 1 of 1, 1 open; GPU 9000, 2027-01-01"
+    assert verdicts[1:] == ["**no**: 1 of 2; GPU 9000, 2027-01-01", "open", "no row"]
+    text = bars.unshown(runs)
+    assert "`race` on GPU 9000, 2027-01-01" in text and "any speed" not in text and "240 shapes" not in text
+    assert "device memory" in text and "`check`" in text and bars.ELSEWHERE in text
+    passed = bars.unshown([part_run(part, []) for part in gpu_part.PARTS])
+    assert "Every part has passed" in passed and "| what |" not in passed
+
+
+def test_parts_are_read_apart_from_other_results(tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    for name, more in (("dry", {"dry_run": True}), ("old", {}), ("new", {})):
+        result = {"schema": 2, "part": "steps", "dry_run": False, "env": {"time": name, "gpu": {}}, "rows": [], "errors": []} | more
+        (tmp_path / "gpu" / f"{name}.json").write_text(record.text(result))
+    found = record.load(tmp_path)
+    assert [run.name for run in found.parts] == ["old.json", "new.json"] and not found.measured
+
+
 # ---------------------------------------------------------------- the script
 
 BENCH_GPU = [sys.executable, "-m", "bench", "gpu"]
@@ -404,14 +480,14 @@ def test_the_dry_run_of_the_script(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"{part}.json").read_text())
         assert found["part"] == part and found["dry_run"] and found["rows"] and not found["errors"]
         assert str(tmp_path) not in json.dumps(found["env"])
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert len(list(tmp_path.iterdir())) == len(gpu_part.PARTS) + 1  # the log
     # A time of the CPU under the name of a GPU's kernels, or a bar that a CPU misses, reads as a result.
     assert "met=NO" not in done.stderr and "met=yes" not in done.stderr
-    for part, figures in (("bench", gpu_bench.FIGURES), ("race", gpu_race.FIGURES), ("tiles", tiles.FIGURES)):
+    for part, figures in zip(("bench", "steps", "race", "tiles"), (m.FIGURES for m in (gpu_bench, steps, gpu_race, tiles)), strict=True):
         rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
         found = [row[name] for row in rows for name in figures if name in row]
         assert found and set(found) == {None}, part
-    assert done.stdout.count("Dry run on the CPU") == 3
+    assert done.stdout.count("Dry run on the CPU") == 4
     shown = done.stdout[done.stdout.index("=== summary") :]
     assert all(f"{part} " in shown for part in gpu_part.PARTS)
 

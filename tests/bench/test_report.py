@@ -218,7 +218,7 @@ def test_results_of_another_schema_are_named(root: Path, results: Path, capsys: 
 def test_the_newest_result_is_shown_and_the_best_library(results: Path) -> None:
     record(results, "a-cpu/1999-e.json", measured("nt_xent"), environment(time="1999-01-01T00:00:00Z"))
     record(results, "b-cpu/2027-memory.json", [row for row in measured("clip") if row["measure"] == "memory"], environment(time="2027"))
-    record(results, "b-cpu/part.json", [], environment(), part="bench")
+    record(results, "b-cpu/part.json", [], environment(), part="bench", dry_run=False, errors=[])
     found = comparison.comparisons(load(results))
     assert [(shown.result.name, shown.loss) for shown in found] == [("2026-01-02-d.json", "nt_xent")]
     expected = {"eager": "eager", "torch.compile": "compile", "chunked": "chunked", "library": "library", "fastnce": "fastnce"}

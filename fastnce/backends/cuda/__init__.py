@@ -60,8 +60,10 @@ def unsupported(problem: Problem) -> list[str]:
     if device.type != served:
         needed = "CUDA" if served == "cuda" else "the CPU: the library is the tests' build of its kernels for it"
         reasons.append(f"device {device.type} (needs {needed})")
+    elif device.type == "cuda" and torch.version.hip is not None:
+        reasons.append("an AMD GPU: the library is machine code of NVIDIA's (backend='triton' compiles for AMD's)")
     elif device.type == "cuda":
-        reasons += limits.of_gpu(device, "the kernels are NVIDIA's CUDA") or ([] if objection else _no_code(device.index))
+        reasons += limits.of_gpu(device) or ([] if objection else _no_code(device.index))
     return reasons
 
 

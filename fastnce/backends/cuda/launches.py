@@ -12,6 +12,7 @@ from fastnce.backends._gpu import tiles
 from fastnce.backends._gpu.gradients import Block, Pass, Weights
 from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Walk
 from fastnce.backends._gpu.tiles import held_depth
+from fastnce.precision import float32_sums
 
 # The kernel's name in the library.
 NAMES = {"rows": "forward_rows", "both": "forward_both", "retrieval": "retrieval", "gradient": "backward_rows", "block": "weights_block"}
@@ -111,7 +112,10 @@ def _accumulate(out: Tensor, w: Tensor, rows: Tensor, first: bool) -> None:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """float32 sums of products of float16 numbers."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    with float32_sums():
+        return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _problem(view: View, tile: TileShape) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The backend "triton": Triton kernels for NVIDIA GPUs from compute capability 8.0 on. Importing this file needs no Triton."""
+"""The backend "triton": Triton kernels for NVIDIA GPUs from compute capability 8.0 on and for AMD GPUs. Importing this needs no Triton."""
 
 from __future__ import annotations
 

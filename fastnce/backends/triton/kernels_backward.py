@@ -208,7 +208,7 @@ def weights_block(
         place = moment + ((j0 - column0) // BN).to(tl.int64) * row_padded + i
         tl.store(place, tl.load(place) + share * tl.sum(w * (t - tl.load(center)), 1))
     to = (i - row0).to(tl.int64)[:, None] * pitch + (j - column0)[None, :]
-    if for_rows is not None:  # noqa: SIM102
+    if for_rows is not None:
         _store(for_rows, to, pitch, w * finite(beta)[None, :], PARTS)
     if for_columns is not None:
         _store(for_columns, to, pitch, w * finite(a)[:, None], PARTS)

@@ -236,9 +236,9 @@ def close(
         j = (program - programs) * BR + tl.arange(0, BR)
         if COLUMNS:
             _loss_of_rows(
-                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept, own_neg,
-                j, columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1, partial,
-                program, 0, IN_TILE, FORMULA, False, BR,
+                column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept,
+                own_neg, j, columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1,
+                partial, program, 0, IN_TILE, FORMULA, False, BR,
             )  # fmt: skip
         else:
             none = tl.zeros([BR], tl.float64)

@@ -101,11 +101,11 @@ def _row(place, column, inside, D, BD: tl.constexpr):
 
 
 @triton.jit
-def _range(place, inside, D, DP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+def _range(place, inside, D, BR: tl.constexpr, BD: tl.constexpr):
     """(2^k, 2^-k, whether a row is finite): the power of two that its elements are multiplied by."""
     largest = tl.zeros([BR], tl.float32)
     finite = inside | ~inside
-    for column in range(0, DP, BD):
+    for column in range(0, D, BD):
         x = tl.abs(_row(place, column, inside, D, BD))
         largest = tl.maximum(largest, tl.max(x, 1))
         finite = finite & (tl.sum((x < float("inf")).to(tl.int32), 1) == BD)
@@ -173,19 +173,19 @@ def _store_ranks(
     do_not_specialize=[
         "value", "inverse", "rows", "first", "per_view", "columns", "padded", "x_view", "x_row", "z_row", "y_row", "p_row", "D",
         "first_row", "first_column", "pairs", "labels", "k_labels", "by_place", "excludes", "k_excludes", "zeros",
+        "zeros_each",
     ]
 )  # fmt: skip
 def prepare(
     X, Z, Y, P, scale, bias, value, inverse, operand, factor, inverse_norm, partner_norm, t, zeroed, state, slots,
     q_label, k_label, label, column_label, q_exclude, k_exclude, exclude, column_exclude,
     rows, first, per_view, columns, padded, x_view, x_row, z_row, y_row, p_row, D,
-    first_row, first_column, pairs, labels, k_labels, by_place, excludes, k_excludes, zeros,
-    NORMALIZE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
-    ZEROS: tl.constexpr,
+    first_row, first_column, pairs, labels, k_labels, by_place, excludes, k_excludes, zeros, zeros_each, depth,
+    NORMALIZE: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """All that the launches over the tiles read, from the raw rows: of `rows` queries (X, then Z) and `columns` keys (Y, or none).
 
-    operand        (padded + padded keys, PARTS, DP): x~ = 2^k x in float16, which half-precision input fits exactly; of float32 a high and
+    operand        (padded + padded keys, PARTS, depth): x~ = 2^k x in float16, which half-precision input fits exactly; of float32 a high and
                    a low half
     factor         (padded + ..,): x^ = factor x~
     inverse_norm   (padded + ..,): 1 / |x|; 1 without NORMALIZE, 0 for a zero row, nan for one that is not finite or longer than LARGEST
@@ -204,10 +204,10 @@ def prepare(
     place = _query(X, Z, own, first, per_view, x_view, x_row, z_row)
     if Y is not None:
         place = tl.where(of_keys, Y + own.to(tl.int64) * y_row, place)
-    up, down, finite = _range(place, inside, D, DP, BR, BD)
+    up, down, finite = _range(place, inside, D, BR, BD)
     square = tl.zeros([BR], tl.float32)
-    to = operand + i.to(tl.int64)[:, None] * (PARTS * DP)
-    for column in range(0, DP, BD):
+    to = operand + i.to(tl.int64)[:, None] * (PARTS * depth)
+    for column in range(0, depth, BD):
         x = _row(place, column, inside, D, BD)
         x = tl.where(finite[:, None], x * up[:, None], 0.0)
         square += tl.sum(x * x, 1)
@@ -215,7 +215,7 @@ def prepare(
         high = x.to(tl.float16)
         tl.store(to + d, high)
         if PARTS == 2:
-            tl.store(to + DP + d, (x - high.to(tl.float32)).to(tl.float16))
+            tl.store(to + depth + d, (x - high.to(tl.float32)).to(tl.float16))
     a, r, norm = _lengths(square, up, down, finite, NORMALIZE)
     tl.store(factor + i, a)
     tl.store(inverse_norm + i, r)
@@ -236,10 +236,10 @@ def prepare(
             partner = Y + j.to(tl.int64) * y_row
         else:
             partner = _query(X, Z, j, first, per_view, x_view, x_row, z_row)
-        p_up, p_down, p_finite = _range(partner, paired, D, DP, BR, BD)
+        p_up, p_down, p_finite = _range(partner, paired, D, BR, BD)
         p_square = tl.zeros([BR], tl.float32)
         dot = tl.zeros([BR], tl.float32)
-        for column in range(0, DP, BD):
+        for column in range(0, D, BD):
             y = _row(partner, column, paired, D, BD)
             dot += tl.sum(_row(place, column, paired, D, BD) * y, 1)
             y = tl.where(p_finite[:, None], y * p_up[:, None], 0.0)
@@ -254,8 +254,10 @@ def prepare(
     if exclude is not None:
         _store_ranks(q_exclude, k_exclude, exclude, column_exclude, i, own, padded, of_keys, inside, excludes, k_excludes, 0, BR, BC)
     if zeroed is not None:
-        n = program * ZEROS + tl.arange(0, ZEROS)
-        tl.store(zeroed + n, tl.zeros([ZEROS], tl.float32), mask=n < zeros)
+        stop = tl.minimum(zeros, (program + 1) * zeros_each)
+        for start in range(program * zeros_each, stop, BC):
+            n = start + tl.arange(0, BC)
+            tl.store(zeroed + n, tl.zeros([BC], tl.float32), mask=n < stop)
     if program == 0:
         tl.store(slots + SCALE, given)
         if NORMALIZE:

@@ -40,7 +40,12 @@ def slot(work: Work, number: Any) -> Tensor:
 
 @cache
 def architecture(device: torch.device) -> str:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "sm_90"
+    """sm_90, or gfx942 in a ROCm build of torch. The interpreter takes the tiles of sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) -> tiles.TileShape:

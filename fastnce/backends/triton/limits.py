@@ -6,6 +6,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 from fastnce.backends._gpu import limits
+from fastnce.backends.triton import toolchain
 from fastnce.problem import Problem
 
 OLDEST = (3, 6)
@@ -24,7 +25,8 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"triton {INSTALLED} is too old (python -m pip install 'triton>={OLDEST[0]}.{OLDEST[1]}')")
     reasons += limits.of_operands(problem)
     if device.type == "cuda":
-        reasons += limits.of_gpu(device, "the kernels compile for gfx942, but nothing has run on one")
+        # A machine without a GPU need not have the tools of one.
+        reasons += limits.of_gpu(device) or list(toolchain.missing())
     elif not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         reasons.append(f"device {device.type} (needs CUDA, or TRITON_INTERPRET=1 for Triton's interpreter on the CPU)")
     return reasons

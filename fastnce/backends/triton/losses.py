@@ -106,8 +106,9 @@ def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor
         return nothing if t is None else t
 
     pair, two = passes.two_of(weights.pair), work.problem.two_sided
+    (row_label, column_label), (row_exclude, column_exclude) = work.labels, work.excludes
     return Kept(
-        operand, factor, work.norms, some(work.partner_r), *(some(t) for t in (*work.labels, *work.excludes)),
+        operand, factor, work.norms, some(work.partner_r), some(row_label), some(column_label), some(row_exclude), some(column_exclude),
         some(weights.vectors[0] if mean is None else None), weights.vectors[1] if two else nothing, some(pair[0]), some(pair[1]),
         some(weights.kept), some(mean), values[0], values[1] if two else nothing, work.slots, weights.scalars, work.state,
     )  # fmt: skip

@@ -92,8 +92,8 @@ def prepare(problem: Problem, unshifted: bool = False, queries_alone: bool = Fal
         x.rows, raw[0].in_first, max(1, first.shape[0]), y.rows if keyed else 0, x.padded, *_strides(first), _stride(second),
         _stride(raw[1].first if keyed else None), _stride(partners), raw[0].columns, i.start, j.start, i.stop - i.start,
         *_counts(pairs.q_label, pairs.k_label, first.shape[0]), int(given.by_place), *_counts(pairs.q_exclude, pairs.k_exclude, 1), zeros,
-        NORMALIZE=problem.normalize, PARTS=parts, DP=depth, BR=height, BD=min(width, depth & -depth), BC=COMPARED,
-        ZEROS=_power_oftwo_of(-(-zeros // max(programs, 1))),
+        -(-zeros // max(programs, 1)), depth,
+        NORMALIZE=problem.normalize, PARTS=parts, BR=height, BD=min(width, depth & -depth), BC=COMPARED,
     )  # fmt: skip
     scale, bound = (slots[place.value] for place in (kernels_rows.SCALE, kernels_rows.BOUND))
     return Work(
@@ -131,7 +131,7 @@ def _ranks(like: Tensor, padded: int, keyed: bool, asked: bool) -> Ranks:
 
 
 def _ids(ranks: Ranks, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, ...]:
-    return q, k, *ranks[1]
+    return (None, None, None, None) if ranks[1][0] is None else (q, k, *ranks[1])
 
 
 def _counts(q: Tensor | None, k: Tensor | None, by_place: int) -> tuple[int, int]:

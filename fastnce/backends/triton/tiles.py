@@ -223,7 +223,8 @@ def product(architecture: str, parts: int) -> TileShape:
 
 
 def nearest(architecture: str) -> str:
-    """The row of the table for any GPU: those without Hopper's or Blackwell's data-center instructions (sm_86, sm_120) are like sm_80."""
+    """The row of the table for any GPU: those without Hopper's or Blackwell's data-center instructions (sm_86, sm_120) are like sm_80, and
+    AMD's like gfx942."""
     kind, _, number = architecture.partition("_")
     if kind != "sm":
         return "gfx942"
