@@ -82,7 +82,7 @@ def serves(backend: str, like: Tensor, reduction: str) -> bool:
     if reduction not in ("mean", "sum") or arguments.debugging():
         return False
     names = (backend,) if backend != "auto" else backends.AUTO if like.is_cuda else ()
-    return any(hasattr(backends.BACKENDS[name], "loss") for name in names)
+    return any(hasattr(backends.BACKENDS.get(name), "loss") for name in names)
 
 
 def ask(

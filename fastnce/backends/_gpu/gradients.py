@@ -72,6 +72,8 @@ class Found(NamedTuple):
 
 def backward(problem: Problem, kernels: ModuleType, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
+    if len(problem.q) == 0 or len(problem.keys) == 0:
+        return _of_no_pair(problem, wanted)
     with on_device(problem.q):
         kept = stats[0].own_pos.dim() == 2 and not wanted.k
         work: Work = kernels.prepare(problem, queries_alone=kept)
@@ -79,6 +81,13 @@ def backward(problem: Problem, kernels: ModuleType, grads: list[SideGrad], stats
         found = from_output(stats[0].own_pos) if kept else over_tiles(work, weights, wanted)
         gradients: Gradients = kernels.finish(work, weights, found, wanted)
         return gradients
+
+
+def _of_no_pair(problem: Problem, wanted: Wanted) -> Gradients:
+    q, k, (dq_type, dk_type) = problem.q, problem.k, problem.gradient_dtypes
+    dq = q.new_zeros(q.shape, dtype=dq_type) if wanted.q else None
+    dk = k.new_zeros(k.shape, dtype=dk_type) if wanted.k and k is not None else None
+    return Gradients(dq, dk, *(torch.zeros_like(problem.scale) if want else None for want in (wanted.scale, wanted.bias)))
 
 
 def over_tiles(work: Work, weights: Weights, wanted: Wanted) -> Found:

@@ -188,6 +188,7 @@ def weights_block(
     j = j0 + tl.arange(0, BN)
     a = tl.load(A + i)
     beta = tl.load(B + j)
+    lifted = tl.load(lift)
     s = logits(A, A, X, Y, i0, j0, depth, PARTS, 0, BM, BN, BD)
     t = s * pair_factor(a, beta, PARTS) * row_factor(a, scale, PARTS)[:, None]
     positive = t == t
@@ -202,7 +203,7 @@ def weights_block(
     else:
         kept = outside(i, j, rows, columns, own, up, down)
     unshifted = tl.load(bound) <= UNSHIFTED
-    w = _weights(t, i, j, row, column, row_padded, column_padded, tl.load(lift), unshifted, positive, True, COLUMNS, IN_TILE)
+    w = _weights(t, i, j, row, column, row_padded, column_padded, lifted, unshifted, positive, True, COLUMNS, IN_TILE)
     w = tl.where(kept, w, 0.0)
     if moment is not None:
         place = moment + ((j0 - column0) // BN).to(tl.int64) * row_padded + i

@@ -155,12 +155,12 @@ def _store_ranks(
     rank_of_column has the keys'. by_place: query i has the id i % counts.
     """
     if by_place != 0:
-        place = (own % counts).to(tl.int32)
+        place = (own % tl.maximum(counts, 1)).to(tl.int32)
         some = inside
     else:
-        wanted = tl.load(q_id + own % counts, mask=inside & (i < padded), other=-1)
+        wanted = tl.load(q_id + own % tl.maximum(counts, 1), mask=inside & (i < padded), other=-1)
         if k_id is not None:
-            wanted = tl.where(of_keys, tl.load(k_id + own % k_counts, mask=inside & of_keys, other=-1), wanted)
+            wanted = tl.where(of_keys, tl.load(k_id + own % tl.maximum(k_counts, 1), mask=inside & of_keys, other=-1), wanted)
         some = inside & (wanted >= 0)
         place = _rank(q_id, counts, wanted, some, BR, BC)
         some = some & (place < counts)
@@ -185,8 +185,8 @@ def prepare(
 ):  # fmt: skip
     """All that the launches over the tiles read, from the raw rows: of `rows` queries (X, then Z) and `columns` keys (Y, or none).
 
-    operand        (padded + padded keys, PARTS, depth): x~ = 2^k x in float16, which half-precision input fits exactly; of float32 a high and
-                   a low half
+    operand        (padded + padded keys, PARTS, depth): x~ = 2^k x in float16, which half-precision input fits exactly; of float32 a high
+                   and a low half
     factor         (padded + ..,): x^ = factor x~
     inverse_norm   (padded + ..,): 1 / |x|; 1 without NORMALIZE, 0 for a zero row, nan for one that is not finite or longer than LARGEST
     t              (pairs,) or None: log2(e) scale <x^_i, y^_j> of the pairs (first_row + p, first_column + p), from the raw rows. y is row
@@ -419,12 +419,12 @@ def finish(
         tl.store(partial + program, tl.sum(total, 0))
         programs = tl.num_programs(0)
         if is_last(state, programs):
-            total = tl.zeros([BP], tl.float64)
+            of_all = tl.zeros([BP], tl.float64)
             for n in range(0, programs, BP):
                 at = n + tl.arange(0, BP)
-                total += tl.load(partial + at, mask=at < programs, other=0.0, cache_modifier=".cg")
+                of_all += tl.load(partial + at, mask=at < programs, other=0.0, cache_modifier=".cg")
             due = tl.load(scalars + DUE)
-            moment = tl.sum(total, 0) + tl.load(scalars + PAIR_MOMENT) - center * tl.load(scalars + PAIR_WEIGHT)
+            moment = tl.sum(of_all, 0) + tl.load(scalars + PAIR_MOMENT) - center * tl.load(scalars + PAIR_WEIGHT)
             exact = scale.to(tl.float64)
             found = (center * due + moment) / (LOG2E * exact)
             if dscale is not None:

@@ -136,7 +136,7 @@ def _ids(ranks: Ranks, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | Non
 
 def _counts(q: Tensor | None, k: Tensor | None, by_place: int) -> tuple[int, int]:
     """How many ids there are on either side: rows beyond have those of the first ones again."""
-    return max(1, by_place if q is None else len(q)), max(1, 0 if k is None else len(k))
+    return by_place if q is None else len(q), 0 if k is None else len(k)
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
