@@ -48,19 +48,13 @@ class Launch(NamedTuple):
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     seen: list[Launch] = []
+    launch = launches.launch
 
-    def watch(name: str) -> None:
-        run = getattr(launches, name)
+    def spy(name: str, view: Any, walk: Any, *rest: Any) -> None:
+        seen.append(Launch(name, walk.tile.family, view.parts, view.depth, *walk[1:]))
+        launch(name, view, walk, *rest)
 
-        def spy(view: Any, at: Any, *rest: Any) -> None:
-            walk = at if isinstance(at, host.Walk) else host.Walk(at, 1, 1, 1)
-            seen.append(Launch(name, walk.tile.family, view.parts, view.depth, *walk[1:]))
-            run(view, at, *rest)
-
-        monkeypatch.setattr(launches, name, spy)
-
-    for name in launches.NAMES.values():
-        watch(name)
+    monkeypatch.setattr(launches, "launch", spy)
     return seen
 
 

@@ -42,30 +42,31 @@ def _tile(kernel: str, rules: str, parts: int, depth: int, architecture: int) ->
     return TileShape(*torch.ops.fastnce_cuda.tile(kernel, rules, parts, depth, architecture))
 
 
+def launch(name: str, view: View, walk: Walk, *arguments: Any) -> None:
+    """The operator of this name over the tiles of a walk."""
+    if walk.programs:
+        getattr(torch.ops.fastnce_cuda, name)(*_problem(view, walk.tile), *arguments)
+
+
 def forward_rows(views: list[View], walks: list[Walk], always: bool, sides: list[Sums]) -> None:
     for view, walk, side in zip(views, walks, sides, strict=True):
-        if walk.programs:
-            torch.ops.fastnce_cuda.forward_rows(*_problem(view, walk.tile), always, walk.splits, walk.per_split, side.sums, side.n_pos)
+        launch("forward_rows", view, walk, always, walk.splits, walk.per_split, side.sums, side.n_pos)
 
 
 def forward_both(view: View, walk: Walk, row_sums: UnshiftedSums, column_sums: UnshiftedSums) -> None:
     symmetric = view.work.problem.symmetric
-    if walk.programs:
-        torch.ops.fastnce_cuda.forward_both(*_problem(view, walk.tile), symmetric, walk.splits, walk.per_split, *row_sums, *column_sums)
+    launch("forward_both", view, walk, symmetric, walk.splits, walk.per_split, *row_sums, *column_sums)
 
 
 def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: Tensor) -> None:
-    if walk.programs:
-        torch.ops.fastnce_cuda.retrieval(*_problem(view, walk.tile), bounds, walk.splits, walk.per_split, largest, counts)
+    launch("retrieval", view, walk, bounds, walk.splits, walk.per_split, largest, counts)
 
 
 def backward_rows(passes: list[Pass], weights: Weights) -> None:
     for one in passes:
-        if one.walk.programs:
-            torch.ops.fastnce_cuda.backward_rows(
-                *_problem(one.view, one.walk.tile), one.row, one.column, weights.center, one.rows, one.columns,
-                one.walk.splits, one.walk.per_split, one.dx, one.about,
-            )  # fmt: skip
+        walk = one.walk
+        how = (one.row, one.column, weights.center, one.rows, one.columns, walk.splits, walk.per_split)
+        launch("backward_rows", one.view, walk, *how, one.dx, one.about)
 
 
 def weights_block(
@@ -74,9 +75,9 @@ def weights_block(
 ) -> None:  # fmt: skip
     both = view.work.problem.symmetric or view.work.problem.two_sided
     moment = None if about is None else about.new_empty((block.across, block.pitch))
-    torch.ops.fastnce_cuda.weights_block(
-        *_problem(view, tile), weights.vectors[0], weights.vectors[-1], weights.center, both, block.row0, block.column0, block.down,
-        block.across, block.pitch, for_rows, for_columns, moment,
+    launch(
+        "weights_block", view, Walk(tile, block.down, block.across, 1), weights.vectors[0], weights.vectors[-1], weights.center, both,
+        block.row0, block.column0, block.down, block.across, block.pitch, for_rows, for_columns, moment,
     )  # fmt: skip
     if about is not None and moment is not None:
         about[: block.across, block.row0 : block.row0 + block.height].add_(moment[:, : block.height], alpha=share)
