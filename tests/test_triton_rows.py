@@ -1,0 +1,89 @@
+"""Triton's arithmetic with one number per row, interpreted, against the torch operations that define it (row_oracle.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import row_oracle
+import torch
+from interpreter import Checked
+from problems import PROBLEMS, Call
+from torch import Tensor
+
+from fastnce.backends._gpu import statistics
+from fastnce.backends._gpu.host import View
+from fastnce.backends.triton import kernels_rows, passes
+from fastnce.pairs import Pairs
+from fastnce.problem import Problem, SideGrad
+from train_ref.truth import contract
+
+pytestmark = pytest.mark.usefixtures("interpreted_triton", "poisoned")
+KINDS = ("in-batch", "clip:", "clip captions:", "simclr:", "supcon:", "not normalized:", "queue")
+SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
+
+
+def problem_of(p: Call) -> Problem:
+    q, k, scale, bias = p.tensors(torch.float32)
+    return Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, **p.rules()), p.two_sided, p.normalize)
+
+
+def agree(found: Tensor, expected: Tensor, rtol: float) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=rtol, atol=1e-13, equal_nan=True)
+
+
+def close(view: View, sums: Any) -> Any:
+    unshifted = sums.unshifted or (None, None)
+    t = view.work.t
+    return row_oracle.close(sums.sums, sums.n_pos, *unshifted, t, view.ends(), view.work.problem.bias)
+
+
+@pytest.mark.parametrize("p", SOME, ids=str)
+def test_statistics_and_coefficients(p: Call) -> None:
+    problem, generator = problem_of(p), torch.Generator().manual_seed(0)
+    with Checked(arguments=True) as checked:
+        work = passes.prepare(problem, unshifted=statistics.adds_in_memory(problem))
+        sides = statistics.over_tiles(work)
+        stats = passes.statistics(work, sides, None)
+        for view, side, found in zip(work.views(), sides, stats, strict=True):
+            for a, b in zip(found[:6], close(view, side)[:6], strict=True):
+                agree(a, b, 1e-13)
+        grads = [SideGrad(*torch.randn(3, len(side.pos), generator=generator, dtype=torch.float64) * 1e-3) for side in stats]
+        weights = passes.coefficients(work, grads, stats, False)
+    assert not checked.races
+    factors = [work.x.factor, work.y.factor]
+    exact = row_oracle.coefficients(grads, stats, factors, problem.bias, work.aligned(), work.in_tile, problem.symmetric)
+    lift, center, due, moment = exact.scalars
+    # A power of two. The bound of normalised rows' factors, 2^-8, may be above the largest one.
+    assert weights.lift.log2().frac() == 0 and (weights.lift <= lift if p.normalize else weights.lift == lift)
+    for a, b in zip(weights.vectors, exact.vectors, strict=True):
+        lifted = torch.tensor([1.0, lift, 1.0, lift, lift][: len(a)])[:, None]
+        agree(a * lifted, b, 2 * contract.U)
+    agree(weights.center, center, contract.U)
+    scalars = weights.scalars
+    agree(scalars[kernels_rows.DUE.value], due, 1e-11)
+    of_pairs = scalars[kernels_rows.PAIR_MOMENT.value] - center * scalars[kernels_rows.PAIR_WEIGHT.value]
+    torch.testing.assert_close(of_pairs, moment, rtol=1e-11, atol=1e-11)
+    if exact.pair is not None:
+        i, j = work.aligned()
+        one = weights.pair[0][i]
+        other = weights.pair[-1][j] if problem.symmetric or problem.two_sided else torch.zeros_like(one)
+        # Of either end a float32 number is stored.
+        assert ((one.double() + other - exact.pair.double()).abs() <= 4 * contract.U * torch.maximum(one.abs(), other.abs())).all()
+
+
+def test_ids_are_equal_where_they_were() -> None:
+    """Ids of queries and keys as int32: far ones, negative ones, ids that only keys have, and more of them than are compared at a time."""
+    big = 2**40
+    q_id = torch.tensor([5, big + 5, -1, 7, 5, 0, big + 5, -(2**35)])
+    k_id = torch.tensor([7, 5, big + 5, 99, -1, 0, big + 6, 5, -(2**35)])
+    q, k = torch.randn(8, 4), torch.randn(9, 4)
+    asked = Problem(q, k, torch.tensor(2.0), None, Pairs(q_label=q_id, k_label=k_id), False, True)
+    for compared in (2, 256):
+        with pytest.MonkeyPatch.context() as patch, Checked(arguments=True):
+            patch.setattr(passes, "COMPARED", compared)
+            work = passes.prepare(asked)
+        row, column = (labels for labels in work.labels if labels is not None)
+        same = row[:8, None] == column[None, :9]
+        assert torch.equal(same, (q_id[:, None] == k_id) & (q_id >= 0)[:, None] & (k_id >= 0))
+        assert not (row[8:, None] == column[None, :]).any() and not (column[9:, None] == row[None, :]).any()
