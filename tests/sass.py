@@ -5,6 +5,9 @@
     python tests/sass.py --write tests/sass.json  # the same, and record its registers, products and overlap
     python tests/sass.py --check tests/sass.json  # the same, and exit 1 where the record says something else
 
+A library of all architectures takes minutes, and is needed to record. The record names its sources, so that a change of them asks for a new
+one. To compare with it, a library of some architectures is enough, which turn.py names.
+
 Registers, stack and spills are what ptxas said, in the .json beside the library; everything else is read from the machine code. Shared
 memory is in neither: kernels are given it at their launch. Products that ptxas says it serialised have stopped the build already.
 
@@ -45,6 +48,8 @@ TILES = ("forward_rows", "forward_both", "retrieval", "backward_rows", "weights_
 WGMMA = "wgmma_"
 # Instructions that are counted, by how their names begin.
 COUNTED = {name: (name,) for name in ("HMMA", "HGMMA", "MUFU", "LDSM", "UTMALDG", "LDL", "STL")} | {"ATOM": ("RED.", "REDG", "ATOM")}
+# Architectures with machine code.
+GPUS = [arch for arch in build.ARCHS if not arch.startswith("compute_")]
 # The loops wait once per tile: forward kernels for each of two, backward kernels for each of two products.
 WAITS = 2
 # Of a plain tile's exponentials, the part that has to stand between its neighbour's products and the wait for them. The rest, left to
@@ -183,7 +188,7 @@ def inspect(library: Path) -> list[Found]:
     rows = []
     for name, demangled in pretty.items():
         kernel, form = described(demangled)
-        for arch in [build.SM90] if kernel.startswith(WGMMA) else build.ARCHS:
+        for arch in [build.SM90] if kernel.startswith(WGMMA) else find.archs(library) or build.ARCHS:
             row = Found(kernel, form, arch)
             if (arch, name) in sass and (arch, name) in used:
                 row = judged(Found(kernel, form, arch, *used[arch, name]), sass[arch, name])
@@ -208,13 +213,12 @@ def percent(part: float | None) -> str:
 
 def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
     """The rows that are recorded: one per kernel and form."""
-    archs = [arch for arch in build.ARCHS if not arch.startswith("compute_")]
     found = []
     for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):
         of = {row.arch: row for row in rows if (row.kernel, row.form) == (kernel, form)}
         one = of[build.SM90]
         products = next((name for name in ("HGMMA", "HMMA") if one.counts.get(name)), "")
-        regs = {arch: of[arch].regs if arch in of else None for arch in archs}
+        regs = {arch: of[arch].regs if arch in of else None for arch in GPUS}
         found.append({"kernel": kernel, "form": form, **regs, "products": products, "overlap": percent(one.overlap)})
     return found
 
@@ -222,7 +226,15 @@ def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
 def record(rows: list[Found], version: str) -> str:
     """The text of the record: a row per line, so that a diff names what has moved."""
     lines = ",\n".join(json.dumps(row) for row in table(rows))
-    return f'{{"compiler": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
+    head = f'"compiler": {json.dumps(version)}, "sources": {json.dumps(find.digest("cuda"))}'
+    return f'{{{head}, "kernels": [\n{lines}\n]}}\n'
+
+
+def without(text: str, archs: Iterable[str]) -> str:
+    """A record without the registers of some architectures."""
+    for arch in archs:
+        text = re.sub(rf'"{arch}": (\d+|null), ', "", text)
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -241,11 +253,15 @@ def main(arguments: list[str] | None = None) -> int:
     version = "nvcc " + re.findall(r"V([\d.]+)", json.loads(library.with_suffix(".json").read_text())["nvcc"])[-1]
     print(text(rows if not options.check else wrong))
     print(f"{library.name}, {version}: {len(rows)} kernels, {len(wrong)} not ok")
-    found = record(rows, version)
+    found, missing = record(rows, version), [arch for arch in GPUS if arch not in (find.archs(library) or GPUS)]
+    if options.write and missing:
+        print(f"{library.name} lacks {', '.join(missing)}: a record is of all architectures", file=sys.stderr)
+        return 1
     if options.write:
         options.write.write_text(found)
     if options.check:
-        moved = list(difflib.unified_diff(options.check.read_text().splitlines(), found.splitlines(), n=0, lineterm=""))
+        both = [without(text, missing).splitlines() for text in (options.check.read_text(), found)]
+        moved = list(difflib.unified_diff(*both, n=0, lineterm=""))
         if moved:
             print(
                 f"{options.check} (-) differs from this library (+): run python tests/sass.py --write {options.check}", *moved[2:], sep="\n"

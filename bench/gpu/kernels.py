@@ -2,7 +2,7 @@
 
     cuda           backend "cuda" as its tile table chooses: on compute capability 9.0 wgmma, for the problems it serves; else mma.sync
     cuda-mma       the same without wgmma, as on every other GPU
-    triton         backend "triton"; arithmetic over single rows in the CUDA library where that is built
+    triton         backend "triton"
 
 Without a GPU all of them are the backend "torch". Emulated, the two of cuda run csrc/cuda, compiled for the CPU (tests/emulated.py).
 """
@@ -23,7 +23,6 @@ from fastnce.pairs import Pairs
 from fastnce.problem import Problem
 
 NAMES = ("cuda", "cuda-mma", "triton")
-RACERS = NAMES
 HOPPER, OLDEST = 90, 80  # architectures of launches.architecture: with wgmma, without
 # `where` is "gpu", or without one "cpu" or "emulated". The variable tells processes that take no arguments.
 WHERE, WORDS = "FASTNCE_GPU_DRY_RUN", {"": "gpu", "1": "cpu", "emulated": "emulated"}
@@ -31,7 +30,7 @@ ASKED = "FASTNCE_GPU_KERNELS"
 
 
 class Kernels(NamedTuple):
-    """A kind of kernels: its name in RACERS, and how to run it. `architecture` replaces the device's, 0: does not."""
+    """A kind of kernels: its name in NAMES, and how to run it. `architecture` replaces the device's, 0: does not."""
 
     name: str
     device: str

@@ -51,7 +51,7 @@ class Report:
         parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu"))
         parser.add_argument("--budget", type=float, default=BUDGET, help="seconds")
         parser.add_argument("--backend", default="triton", help="of the parts bench, steps and tiles")
-        parser.add_argument("--kernels", default="", help="of the other parts, comma-separated; all of " + ",".join(known.RACERS))
+        parser.add_argument("--kernels", default="", help="of the other parts, comma-separated; all of " + ",".join(known.NAMES))
         parser.add_argument("--dry-run", action="store_true")
         parser.add_argument("--emulate", action="store_true")
         options = parser.parse_args(arguments, namespace=Options())
@@ -61,7 +61,7 @@ class Report:
             parser.error("torch finds no CUDA device here; --dry-run shows on the CPU that everything runs")
         self.device, self.backend = ("cpu", "torch") if self.dry else ("cuda", options.backend)
         self.asked = tuple(filter(None, options.kernels.split(",")))
-        if unknown := [name for name in self.asked if name not in known.RACERS]:
+        if unknown := [name for name in self.asked if name not in known.NAMES]:
             parser.error(f"unknown kernels {', '.join(unknown)}")
         self.rows: list[dict[str, Any]] = []
         self.errors: list[str] = []

@@ -30,12 +30,12 @@ from bench import dense, peers
 from bench.dense import Contestant
 from bench.gpu import measure as gpu_measure
 from bench.gpu import part
-from bench.gpu.kernels import RACERS, Kernels, chosen
+from bench.gpu.kernels import NAMES, Kernels, chosen
 from bench.record import ROOT, Cell, Row
 
 EAGER = ("eager", "eager autocast")
-COLUMNS = ("loss", "n", "d", "dtype", *RACERS, *EAGER, "first", "ahead", "eager_over", "met", "kernels", "status")
-FIGURES = (*RACERS, *EAGER, "first", "ahead", "eager_over", "met", "ratios")
+COLUMNS = ("loss", "n", "d", "dtype", *NAMES, *EAGER, "first", "ahead", "eager_over", "met", "kernels", "status")
+FIGURES = (*NAMES, *EAGER, "first", "ahead", "eager_over", "met", "ratios")
 SMALL, LARGE = (64, 256, 1024), (4096, 16_384, 65_536)
 ENOUGH = 1.02  # ratios below are noise
 SECONDS = 1.5  # of rounds; three are done in any case
@@ -63,10 +63,10 @@ def cells(device: str, names: tuple[str, ...], dry: bool) -> Iterator[Cell]:
 
 def answer(cell: Cell, where: str) -> Row:
     def contestant(loss: str, name: str, backend: str) -> Contestant:
-        return peers.fastnce_loss(loss, Kernels.of(name, where).backend) if name in RACERS else peers.contestant(loss, name)
+        return peers.fastnce_loss(loss, Kernels.of(name, where).backend) if name in NAMES else peers.contestant(loss, name)
 
     def within(name: str) -> AbstractContextManager[object]:
-        return chosen(Kernels.of(name, where)) if name in RACERS else nullcontext()
+        return chosen(Kernels.of(name, where)) if name in NAMES else nullcontext()
 
     return judged(cell, *gpu_measure.interleaved(cell, contestant, within))
 
@@ -79,7 +79,7 @@ def judged(cell: Cell, rows: dict[str, Row], samples: dict[str, list[float]]) ->
     """Medians in milliseconds by name, the first of them, and `ratios`: the time of each over that of the first, round by round."""
     found: Row = problem(cell) | {name: median(times) for name, times in samples.items()}
     broken = [f"{name}: {row['status']} {row.get('detail', '')}".strip() for name, row in rows.items() if row["status"] != "ok"]
-    ours = sorted((name for name in samples if name in RACERS), key=found.__getitem__)
+    ours = sorted((name for name in samples if name in NAMES), key=found.__getitem__)
     if ours:
         first = samples[ours[0]]
         ratios = {name: median(a / b for a, b in zip(times, first, strict=True)) for name, times in samples.items()}
@@ -201,7 +201,7 @@ def race(report: part.Report, given: Sequence[Cell], run: Answers = answers) -> 
 def failed(report: part.Report, row: Row) -> None:
     """A contestant of ours that raised, or that computed something else, is an error."""
     named = row.pop("failed")
-    if "something else" in row["status"] or any(name in RACERS or report.dry for name in named):
+    if "something else" in row["status"] or any(name in NAMES or report.dry for name in named):
         report.fail(f"{row['loss']} N={row['n']} D={row['d']} {row['dtype']}: {row['status']}")
 
 
@@ -222,7 +222,7 @@ def main() -> int:
         inside(sys.argv[2])
         return 0
     report = part.Report("race", figures=FIGURES)
-    wanted = report.asked or RACERS
+    wanted = report.asked or NAMES
     names = tuple(kernels.name for kernels in report.kernels(wanted))
     given = list(cells(report.device, names, report.dry)) if names else []
     with report.step("race"):

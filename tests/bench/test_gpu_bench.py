@@ -33,7 +33,6 @@ from bench.gpu import race as gpu_race
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
 from bench.record import MODES, ROOT, Cell, Recorded, Row, row_of
-from fastnce.backends._gpu import rows
 from fastnce.backends.cuda import launches
 from fastnce.compiled import build
 from train_ref.truth import LOSSES
@@ -209,14 +208,8 @@ def test_which_kernels_are_chosen_and_for_how_long() -> None:
         with gpu_kernels.chosen(Kernels.of(name, where)):
             assert launches.architecture(torch.device("cuda")) == architecture
     assert launches.architecture(cpu) == 80
-    with mock.patch.object(rows, "compiled", return_value=True):
-        with gpu_kernels.chosen(Kernels.of("triton-alone", "gpu")):
-            assert not rows.compiled(torch.ones(1))
-        for name in gpu_kernels.NAMES:
-            with gpu_kernels.chosen(Kernels.of(name, "gpu")):
-                assert rows.compiled(torch.ones(1))
-    assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.RACERS] == [("cuda", "cuda")] * 2 + [("cuda", "triton")] * 2
-    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.RACERS} == {("cpu", "torch", 0, False)}
+    assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.NAMES] == [("cuda", "cuda")] * 2 + [("cuda", "triton")]
+    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.NAMES} == {("cpu", "torch", 0)}
     assert not Kernels.of("cuda", "cpu").objection()
 
 
