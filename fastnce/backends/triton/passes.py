@@ -37,7 +37,7 @@ __all__ = [
 # and single ones.
 VECTOR_ROWS, AT_A_TIME, SUMMED = 128, 64, 512
 # Ids that a row is compared with at a time.
-COMPARED = 256
+COMPARED = 128
 SLOTS, STATE, SCALARS = 32, 8, 4
 
 
@@ -272,7 +272,7 @@ def write(work: Work, weights: Weights, found: Found, out: Outputs, upstream: Te
     """Fill the outputs, times upstream and the factor of a loss where there is one. inverse: the scale was given as 1 over it."""
     x, y, scalars = work.x, work.y, out.scale is not None or out.bias is not None
     (first, second), k = x.raw, y.raw.first if work.keyed else None
-    height, width = triton_tiles.ROWS
+    height, width = triton_tiles.FINISH
     i, j = work.aligned()
     programs = (
         -(-x.rows // height) if scalars or out.first is not None or out.second is not None else 0,
