@@ -115,7 +115,10 @@ def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:
     q, k = ask.problem.q, ask.problem.k
     if q.numel() == 0 or (k is not None and k.numel() == 0):
         return None
-    name = backends.pick(where, backend, ask.problem._replace(q=q[:, 0] if q.dim() == 3 else q))
+    like = ask.problem._replace(q=q[:, 0] if q.dim() == 3 else q)
+    if ask.by_place:  # the kernels compare labels then: any will do to pick a backend
+        like = like._replace(pairs=like.pairs._replace(q_label=q.new_empty(len(q), dtype=torch.int64)))
+    name = backends.pick(where, backend, like)
     if not hasattr(backends.BACKENDS[name], "loss"):
         return None
     frozen = torch.is_grad_enabled()  # as in autograd.statistics: the operator finds out whether keys have a gradient

@@ -176,7 +176,7 @@ def _in_a_process(name: str, device: torch.device, columns: int, of: Variant, ro
     request = json.dumps([name, str(device), columns, of, rows])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
         try:
-            command = [sys.executable, "-c", CHILD, request, os.pathsep.join(sys.path)]
+            command = [sys.executable, "-c", CHILD, request, os.pathsep.join(path for path in sys.path if isinstance(path, str))]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
         except OSError as error:
             return f"no process could be started to check it: {error}", False

@@ -131,7 +131,7 @@ def info_nce(
     if use_batch and label[1] is not None:
         hints.partners(where, names, label[0], label[1][:rows])
 
-    once = negatives is None or negatives.keys is not positive_key
+    once = negatives is None or (negatives.keys is not positive_key and negatives.keys is not query)
     if none is None and query is not positive_key and once and fused.serves(backend, query, reduction):
         ask = None
         if use_batch and negatives is None:

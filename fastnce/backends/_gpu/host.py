@@ -203,10 +203,14 @@ class View(NamedTuple):
     def depth(self) -> int:
         return self.x.tiles.shape[2]
 
+    @property
+    def rules(self) -> str:
+        """How pairs are told apart: by "index", by "ids", or by a "mask"."""
+        ids = self.work.in_tile or self.work.excludes[0] is not None
+        return "mask" if self.work.problem.pairs.mask is not None else "ids" if ids else "index"
+
     def tile(self, kernel: str) -> Any:
-        pairs = self.work.problem.pairs
-        rules = "mask" if pairs.mask is not None else "ids" if self.work.in_tile or self.work.excludes[0] is not None else "index"
-        return self.work.kernels.tile(kernel, rules, self.x.tiles.device, self.parts, self.depth)
+        return self.work.kernels.tile(kernel, self.rules, self.x.tiles.device, self.parts, self.depth)
 
     def walk(self, kernel: str, half: bool = False) -> Walk:
         """The walk over all tiles. half: the matrix is symmetric, and each tile also stands for its mirror image."""

@@ -85,28 +85,34 @@ def _power_of_two(largest):
 
 
 @triton.jit
+def _at(X, elements):
+    """Addresses of elements of X, as numbers: Triton 3.6 chooses between numbers on every GPU, and between pointers not on AMD's."""
+    return X.to(tl.int64) + elements * (X.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
 def _query(X, Z, i, first, per_view, x_view, x_row, z_row):
     """Addresses of the queries i: the first ones are rows of X, per_view of each view, the others rows of Z."""
-    place = X + (i // per_view).to(tl.int64) * x_view + (i % per_view).to(tl.int64) * x_row
+    place = _at(X, (i // per_view).to(tl.int64) * x_view + (i % per_view).to(tl.int64) * x_row)
     if Z is not None:
-        place = tl.where(i < first, place, Z + (i - first).to(tl.int64) * z_row)
+        place = tl.where(i < first, place, _at(Z, (i - first).to(tl.int64) * z_row))
     return place
 
 
 @triton.jit
-def _row(place, column, inside, D, BD: tl.constexpr):
-    """BD columns from `column` of raw rows, as float32, with 0 outside."""
+def _row(X, place, column, inside, D, BD: tl.constexpr):
+    """BD columns from `column` of rows that lie at these addresses and have the elements of X, as float32, with 0 outside."""
     d = column + tl.arange(0, BD)
-    return tl.load(place[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(place.to(X.dtype)[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _range(place, inside, D, BR: tl.constexpr, BD: tl.constexpr):
+def _range(X, place, inside, D, BR: tl.constexpr, BD: tl.constexpr):
     """(2^k, 2^-k, whether a row is finite): the power of two that its elements are multiplied by."""
     largest = tl.zeros([BR], tl.float32)
     finite = inside | ~inside
     for column in range(0, D, BD):
-        x = tl.abs(_row(place, column, inside, D, BD))
+        x = tl.abs(_row(X, place, column, inside, D, BD))
         largest = tl.maximum(largest, tl.max(x, 1))
         finite = finite & (tl.sum((x < float("inf")).to(tl.int32), 1) == BD)
     up, down = _power_of_two(tl.where(finite, largest, 1.0))
@@ -203,12 +209,12 @@ def prepare(
     inside = own < tl.where(of_keys, columns, rows)
     place = _query(X, Z, own, first, per_view, x_view, x_row, z_row)
     if Y is not None:
-        place = tl.where(of_keys, Y + own.to(tl.int64) * y_row, place)
-    up, down, finite = _range(place, inside, D, BR, BD)
+        place = tl.where(of_keys, _at(Y, own.to(tl.int64) * y_row), place)
+    up, down, finite = _range(X, place, inside, D, BR, BD)
     square = tl.zeros([BR], tl.float32)
     to = operand + i.to(tl.int64)[:, None] * (PARTS * depth)
     for column in range(0, depth, BD):
-        x = _row(place, column, inside, D, BD)
+        x = _row(X, place, column, inside, D, BD)
         x = tl.where(finite[:, None], x * up[:, None], 0.0)
         square += tl.sum(x * x, 1)
         d = (column + tl.arange(0, BD))[None, :]
@@ -223,25 +229,26 @@ def prepare(
     if scale is not None:
         given = tl.load(scale).to(tl.float32)
     given = positive(tl.where(inverse != 0, tl.div_rn(1.0, given), given))
+    bound = given
     if bias is not None:
-        # A bias that is no number makes every logit nan.
+        # A bias that is no number makes every logit nan. The bound stays: which kernels run follows from the scale.
         given += 0.0 * tl.load(bias).to(tl.float32)
     if t is not None:
         pair = i - first_row
         paired = inside & (pair >= 0) & (pair < pairs)
         j = pair + first_column
         if P is not None:
-            partner = P + j.to(tl.int64) * p_row
+            partner = _at(P, j.to(tl.int64) * p_row)
         elif Y is not None:
-            partner = Y + j.to(tl.int64) * y_row
+            partner = _at(Y, j.to(tl.int64) * y_row)
         else:
             partner = _query(X, Z, j, first, per_view, x_view, x_row, z_row)
-        p_up, p_down, p_finite = _range(partner, paired, D, BR, BD)
+        p_up, p_down, p_finite = _range(X, partner, paired, D, BR, BD)
         p_square = tl.zeros([BR], tl.float32)
         dot = tl.zeros([BR], tl.float32)
         for column in range(0, D, BD):
-            y = _row(partner, column, paired, D, BD)
-            dot += tl.sum(_row(place, column, paired, D, BD) * y, 1)
+            y = _row(X, partner, column, paired, D, BD)
+            dot += tl.sum(_row(X, place, column, paired, D, BD) * y, 1)
             y = tl.where(p_finite[:, None], y * p_up[:, None], 0.0)
             p_square += tl.sum(y * y, 1)
         p_a, p_r, p_norm = _lengths(p_square, p_up, p_down, p_finite, NORMALIZE)
@@ -261,7 +268,7 @@ def prepare(
     if program == 0:
         tl.store(slots + SCALE, given)
         if NORMALIZE:
-            tl.store(slots + BOUND, given)
+            tl.store(slots + BOUND, bound)
             # The factor of a row is at most 2^-EXPONENT, see above.
             tl.store(slots + OUTPUT_LIFT, 4194304.0)
             tl.store(state + tl.arange(0, 8), tl.zeros([8], tl.int32))
@@ -274,18 +281,21 @@ def prepare(
             other = longest
             if Y is not None:
                 other = read(state + LONGEST + 1)
-            tl.store(slots + BOUND, given * longest * other)
+            tl.store(slots + BOUND, bound * longest * other)
             tl.store(slots + OUTPUT_LIFT, power_of_two(read(state + FACTOR).to(tl.float64), 14))
 
 
 @triton.jit
-def _gradient(source, splits, split_stride, factor, partner, pair, column, inside, paired, D, BD: tl.constexpr):
-    """dL/dx^ of some rows: the splits in order, then the aligned pair. Rows whose pairs are all aligned have no splits."""
+def _gradient(numbers, source, splits, split_stride, factor, X, partner, pair, column, inside, paired, D, BD: tl.constexpr):
+    """dL/dx^ of some rows: the splits in order, then the aligned pair. Rows whose pairs are all aligned have no splits.
+
+    numbers: any pointer to float32, the type of the sums at `source`.
+    """
     g = tl.zeros([source.shape[0], BD], tl.float32)
     for _ in range(splits):
-        g += _row(source, column, inside, D, BD)
-        source += split_stride
-    return g * factor[:, None] + pair[:, None] * _row(partner, column, paired, D, BD)
+        g += _row(numbers, source, column, inside, D, BD)
+        source += split_stride * 4  # bytes of float32
+    return g * factor[:, None] + pair[:, None] * _row(X, partner, column, paired, D, BD)
 
 
 @triton.jit(
@@ -325,7 +335,7 @@ def finish(
     own = (each - tl.where(of_queries, 0, tl.where(of_keys, x_programs, x_programs + y_programs))) * BR + tl.arange(0, BR)
     inside = own < tl.where(of_queries, rows, tl.where(of_keys, columns, pairs))
     place = _query(X, Z, own, first, per_view, x_view, x_row, z_row)
-    r_place = inverse_norm + own
+    r_place = own
     # The aligned pair of a row: its number, and whether the row is its first end.
     pair = tl.where(of_queries, own - first_row, own - tl.where(of_keys, first_column, 0))
     paired = inside & (pair >= 0) & (pair < pairs)
@@ -339,18 +349,16 @@ def finish(
     # Only first ends have partners that are keys or rows of P; all others have queries.
     j = tl.where(first_end, first_column + pair, first_row + pair)
     partner = _query(X, Z, j, first, per_view, x_view, x_row, z_row)
-    r_partner = inverse_norm + j
+    r_partner = j
     if Y is not None:
-        place = tl.where(of_keys, Y + own.to(tl.int64) * y_row, place)
-        r_place = tl.where(of_keys, inverse_norm + padded + own, r_place)
+        place = tl.where(of_keys, _at(Y, own.to(tl.int64) * y_row), place)
+        r_place = tl.where(of_keys, padded + own, r_place)
         if P is None:
-            partner = tl.where(first_end, Y + j.to(tl.int64) * y_row, partner)
-            r_partner = tl.where(first_end, inverse_norm + padded + j, r_partner)
+            partner = tl.where(first_end, _at(Y, j.to(tl.int64) * y_row), partner)
+            r_partner = tl.where(first_end, padded + j, r_partner)
     if P is not None:
-        place = tl.where(of_partners, P + own.to(tl.int64) * p_row, place)
-        r_place = tl.where(of_partners, partner_norm + own, r_place)
-        partner = tl.where(first_end, P + j.to(tl.int64) * p_row, partner)
-        r_partner = tl.where(first_end, partner_norm + j, r_partner)
+        place = tl.where(of_partners, _at(P, own.to(tl.int64) * p_row), place)
+        partner = tl.where(first_end, _at(P, j.to(tl.int64) * p_row), partner)
         # Keys beside a P have no aligned pairs.
         paired = paired & (of_queries | of_partners)
     scale = tl.load(slots + SCALE)
@@ -364,41 +372,47 @@ def finish(
             w += tl.load(row_pair + j, mask=paired, other=0.0)
         elif column_pair is not None:
             w += tl.load(column_pair + tl.where(of_keys, own, first_column + pair), mask=paired, other=0.0)
-    r = tl.load(r_place, mask=inside, other=0.0)
-    w = w * scale * tl.load(r_partner, mask=paired, other=0.0)
+    if P is None:
+        r = tl.load(inverse_norm + r_place, mask=inside, other=0.0)
+        r_other = tl.load(inverse_norm + r_partner, mask=paired, other=0.0)
+    else:
+        r = tl.load(inverse_norm + r_place, mask=inside & (of_queries | of_keys), other=0.0)
+        r += tl.load(partner_norm + own, mask=inside & of_partners, other=0.0)
+        r_other = tl.load(inverse_norm + r_partner, mask=paired & of_partners, other=0.0)
+        r_other += tl.load(partner_norm + j, mask=first_end, other=0.0)
+    w = w * scale * r_other
     factor = tl.zeros([BR], tl.float32) + scale
     # Where no sums are given for some rows, there are no splits, and the address is not used.
-    source = place.to(tl.pointer_type(tl.float32), bitcast=True)
+    source = place
     splits, split = x_splits, x_split
     if dx is not None:
-        source = dx + own.to(tl.int64) * x_stride
+        source = _at(dx, own.to(tl.int64) * x_stride)
     if row_factor is not None:
         factor = factor * tl.load(row_factor + own, mask=inside, other=0.0)
     else:
         factor = factor / tl.load(slots + LIFT)
     if dy is not None:
-        source = tl.where(of_keys, dy + own.to(tl.int64) * y_stride, source)
+        source = tl.where(of_keys, _at(dy, own.to(tl.int64) * y_stride), source)
         splits = tl.where(program < x_programs, x_splits, y_splits)
         split = tl.where(program < x_programs, x_split, y_split)
     splits = tl.where(program < x_programs + y_programs, splits, 0)
     radial = tl.zeros([BR], tl.float32)
     if NORMALIZE:
         for column in range(0, D, BD):
-            g = _gradient(source, splits, split, factor, partner, w, column, inside, paired, D, BD)
-            radial += tl.sum(_row(place, column, inside, D, BD) * r[:, None] * g, 1)
+            g = _gradient(slots, source, splits, split, factor, X, partner, w, column, inside, paired, D, BD)
+            radial += tl.sum(_row(X, place, column, inside, D, BD) * r[:, None] * g, 1)
     for column in range(0, D, BD):
-        g = _gradient(source, splits, split, factor, partner, w, column, inside, paired, D, BD)
+        g = _gradient(slots, source, splits, split, factor, X, partner, w, column, inside, paired, D, BD)
         if NORMALIZE:
-            g = r[:, None] * (g - _row(place, column, inside, D, BD) * r[:, None] * radial[:, None])
+            g = r[:, None] * (g - _row(X, place, column, inside, D, BD) * r[:, None] * radial[:, None])
         g = g * outer
         d = (column + tl.arange(0, BD))[None, :]
         here = inside[:, None] & (d < D)
+        if out_z is not None:
+            after = (own - first).to(tl.int64)[:, None] * D + d
+            tl.store(out_z + after, g.to(out_z.dtype.element_ty), mask=here & (of_queries & (own >= first))[:, None])
         if out_x is not None:
-            kept = here & of_queries[:, None]
-            if out_z is not None:
-                kept = kept & (own < first)[:, None]
-                after = (own - first).to(tl.int64)[:, None] * D + d
-                tl.store(out_z + after, g.to(out_z.dtype.element_ty), mask=here & (of_queries & (own >= first))[:, None])
+            kept = here & (of_queries & (own < first))[:, None]
             to = (own // per_view).to(tl.int64) * o_view + (own % per_view).to(tl.int64) * o_row
             tl.store(out_x + to[:, None] + d, g.to(out_x.dtype.element_ty), mask=kept)
         if out_y is not None:
@@ -410,7 +424,9 @@ def finish(
         total = tl.zeros([BR], tl.float64)
         if about is not None:
             for n in range(parts):
-                total += tl.load(about + n * part + own * step, mask=inside & of_queries, other=0.0).to(tl.float64)
+                total += tl.load(about + n * part.to(tl.int64) + own.to(tl.int64) * step, mask=inside & of_queries, other=0.0).to(
+                    tl.float64
+                )
             if row_factor is not None:
                 c = tl.load(row_factor + own, mask=inside & of_queries, other=0.0).to(tl.float64)
                 total = tl.where(c == 0.0, 0.0, c * (total - center))

@@ -16,12 +16,13 @@ def _log_sum(sums, field, i, rows, splits, more, inside, BR: tl.constexpr):
     """log2 of the sum of total 2^top over the splits, and of an unshifted sum. Fields are tops, then totals."""
     step = rows.to(tl.int64)
     tops = sums + field * splits * step + i
-    top = tl.where(more > 0.0, 0.0, -float("inf"))
+    top_of_more = tl.where(more > 0.0, 0.0, -float("inf"))
+    top = top_of_more
     for n in range(splits):
         top = tl.maximum(top, tl.load(tops + n * step, mask=inside, other=-float("inf")))
     # Without a term base 0: -inf - -inf would be nan.
     base = tl.where(top == -float("inf"), 0.0, top).to(tl.float64)
-    total = more.to(tl.float64) * tl.exp2(-base)
+    total = more.to(tl.float64) * tl.exp2(top_of_more.to(tl.float64) - base)
     for n in range(splits):
         t = tl.load(tops + n * step, mask=inside, other=-float("inf")).to(tl.float64)
         total += tl.load(tops + (splits + n) * step, mask=inside, other=0.0).to(tl.float64) * tl.exp2(t - base)

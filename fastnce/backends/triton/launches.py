@@ -53,8 +53,8 @@ def tile(kernel: str, rules: str, device: torch.device, parts: int, depth: int) 
 
 
 def forward_rows(views: list[View], walks: list[Walk], always: bool, sides: list[Sums]) -> None:
-    """Both sides in one launch: the programs of the rows, then those of the columns. With a mask a launch each, which spares registers."""
-    if len(views) == 2 and views[0].work.problem.pairs.mask is not None:
+    """Both sides in one launch: the programs of the rows, then those of the columns. A launch each where ids or a mask take registers."""
+    if len(views) == 2 and views[0].rules != "index":
         for one in zip(views, walks, sides, strict=True):
             forward_rows([one[0]], [one[1]], always, [one[2]])
         return
@@ -96,8 +96,8 @@ def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: T
 
 
 def backward_rows(passes: list[Pass], weights: Weights) -> None:
-    """A launch for each pass; one for both where their weights are alike, which are those of two-sided logits without a mask."""
-    alike = len(passes) == 2 and passes[0][4:6] == passes[1][4:6] and passes[0].view.work.problem.pairs.mask is None
+    """A launch for each pass; one for both where their weights are alike, which are those of two-sided logits without ids or a mask."""
+    alike = len(passes) == 2 and passes[0][4:6] == passes[1][4:6] and passes[0].view.rules == "index"
     for n, one in enumerate(passes[:1] if alike else passes):
         view, walk, tile, other = one.view, one.walk, one.walk.tile, passes[-1] if alike else one
         launch(

@@ -30,15 +30,18 @@ FORMULAS = {"out": kernels_loss.OUT, "in": kernels_loss.IN, "decoupled": kernels
 
 
 class Kept(NamedTuple):
-    """What backward needs of forward; empty where there is nothing of the kind."""
+    """What backward needs of forward; empty where there is nothing of the kind. No two share memory.
+
+    Ids of queries and keys, which lie side by side, are one tensor; column_* are those of the columns where the keys are the queries.
+    """
 
     operand: Tensor
     factor: Tensor
     norms: Tensor
     partner_r: Tensor
-    row_label: Tensor
+    label: Tensor
     column_label: Tensor
-    row_exclude: Tensor
+    exclude: Tensor
     column_exclude: Tensor
     row_vectors: Tensor
     column_vectors: Tensor
@@ -72,14 +75,15 @@ def loss(ask: LossProblem) -> tuple[Tensor, Kept]:
         weights, partial, programs = passes.empty_weights(work, kept_output)
         new, two = work.x.factor.new_empty, problem.two_sided
         found = new((), dtype=torch.float32)
-        weighted = ask.weight is not None
+        weight = None if ask.weight is None else ask.weight.contiguous()
+        weighted = weight is not None
         values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ([work.x, work.y] if two else [work.x])]
         half = 0.5 if two else 1.0
         of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
         own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
         launches.launch(
             kernels_loss.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
-            ask.weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
+            weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
             weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
             partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,
             *passes.ends_of(work), half, of_columns, 1.0 / work.x.rows if ask.mean else 1.0, *programs,
@@ -96,22 +100,27 @@ def _or_none(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor]) -> Kept:
     assert work.norms is not None and work.slots is not None and work.state is not None
-    nothing = work.x.factor.new_empty(0)
     x, y = work.x, work.y
     operand, factor = (_whole(a, b, work.keyed) for a, b in ((x.tiles, y.tiles), (x.factor, y.factor)))
     if mean is not None or operand.numel() * operand.element_size() > KEPT_BYTES:
         operand = operand.new_empty(0)
 
     def some(t: Tensor | None) -> Tensor:
-        return nothing if t is None else t
+        return work.x.factor.new_empty(0) if t is None else t
 
     pair, two = passes.two_of(weights.pair), work.problem.two_sided
-    (row_label, column_label), (row_exclude, column_exclude) = work.labels, work.excludes
+    label, exclude = (_ids(ids, work.keyed) for ids in (work.labels, work.excludes))
     return Kept(
-        operand, factor, work.norms, some(work.partner_r), some(row_label), some(column_label), some(row_exclude), some(column_exclude),
-        some(weights.vectors[0] if mean is None else None), weights.vectors[1] if two else nothing, some(pair[0]), some(pair[1]),
-        some(weights.kept), some(mean), values[0], values[1] if two else nothing, work.slots, weights.scalars, work.state,
+        operand, factor, work.norms, some(work.partner_r), some(label[0]), some(label[1]), some(exclude[0]), some(exclude[1]),
+        some(weights.vectors[0] if mean is None else None), some(weights.vectors[1] if two else None), some(pair[0]), some(pair[1]),
+        some(weights.kept), some(mean), values[0], some(values[1] if two else None), work.slots, weights.scalars, work.state,
     )  # fmt: skip
+
+
+def _ids(ids: tuple[Tensor | None, Tensor | None], keyed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Ids of rows and columns, in the form of Kept."""
+    row, column = ids
+    return (_whole(row, column, True), None) if keyed and row is not None and column is not None else ids
 
 
 def _whole(first: Tensor, second: Tensor, keyed: bool) -> Tensor:
@@ -158,13 +167,17 @@ def _again(ask: LossProblem, kept: Kept) -> tuple[Work, Weights]:
     def some(t: Tensor) -> Tensor | None:
         return t if t.numel() else None
 
+    def ids(whole: Tensor, of_columns: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows = sides[0].padded
+        return (whole[:rows], whole[rows:]) if layout.keyed and whole.numel() else (some(whole), some(of_columns))
+
     scale, bound, lift, center = (
         kept.slots[place.value] for place in (kernels_rows.SCALE, kernels_rows.BOUND, kernels_rows.LIFT, kernels_rows.CENTER)
     )
+    labels, excludes = ids(kept.label, kept.column_label), ids(kept.exclude, kept.column_exclude)
     work = Work(
-        problem, passes, sides[0], sides[-1], (some(kept.row_label), some(kept.column_label)),
-        (some(kept.row_exclude), some(kept.column_exclude)), scale, bound, layout.in_tile, None, layout.partners, some(kept.partner_r),
-        (), kept.norms, kept.slots, kept.state,
+        problem, passes, sides[0], sides[-1], labels, excludes, scale, bound, layout.in_tile,
+        partners=layout.partners, partner_r=some(kept.partner_r), norms=kept.norms, slots=kept.slots, state=kept.state,
     )  # fmt: skip
     vectors = [kept.row_vectors, *([kept.column_vectors] if problem.two_sided else [])]
     pair = tuple(t for t in (kept.row_pair, kept.column_pair) if t.numel())

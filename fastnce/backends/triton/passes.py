@@ -35,7 +35,7 @@ __all__ = [
 
 # Rows per program of the arithmetic with one number per row, and programs whose sums the last one adds up at a time: rows of several sums,
 # and single ones.
-VECTOR_ROWS, AT_A_TIME, SUMMED = 128, 64, 512
+VECTOR_ROWS, AT_A_TIME, SUMMED = 128, 32, 512
 # Ids that a row is compared with at a time.
 COMPARED = 128
 SLOTS, STATE, SCALARS = 32, 8, 4
@@ -131,7 +131,9 @@ def _ranks(like: Tensor, padded: int, keyed: bool, asked: bool) -> Ranks:
 
 
 def _ids(ranks: Ranks, q: Tensor | None, k: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (None, None, None, None) if ranks[1][0] is None else (q, k, *ranks[1])
+    if ranks[1][0] is None:
+        return None, None, None, None
+    return *(None if t is None else t.contiguous() for t in (q, k)), *ranks[1]
 
 
 def _counts(q: Tensor | None, k: Tensor | None, by_place: int) -> tuple[int, int]:
@@ -146,10 +148,6 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
-
-
-def _power_oftwo_of(count: int) -> int:
-    return 1 << max(count - 1, 0).bit_length()
 
 
 def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor] | None) -> list[Side]:

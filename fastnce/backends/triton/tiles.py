@@ -22,7 +22,7 @@ class TileShape(NamedTuple):
 
 # Rows per program of the passes over single rows, and columns per step; of the last of them, which holds more.
 ROWS = (8, 128)
-FINISH = (8, 64)
+FINISH = (8, 32)
 
 # By parts of the operand: the products of a block's weights with rows.
 PRODUCTS = {1: TileShape(128, 128, 64, 8, 3), 2: TileShape(128, 64, 64, 8, 2)}
@@ -79,7 +79,7 @@ TILES: dict[tuple[str, str, int, int], TileShape] = {
     ("gradient", "ids", 1, 64): TileShape(64, 64, 64, 4, 3),
     ("gradient", "ids", 1, 128): TileShape(64, 64, 128, 8, 1),
     ("gradient", "ids", 1, 256): TileShape(128, 32, 256, 8, 2),
-    ("gradient", "ids", 2, 64): TileShape(64, 64, 64, 8, 2),
+    ("gradient", "ids", 2, 64): TileShape(64, 64, 64, 4, 2),
     ("gradient", "ids", 2, 128): TileShape(64, 32, 128, 8, 2),
     ("block", "ids", 1, 0): TileShape(128, 64, 64, 8, 3),
     ("block", "ids", 2, 0): TileShape(128, 64, 64, 8, 2),
@@ -146,7 +146,7 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("output", "ids", 1, 256): TileShape(64, 32, 256, 8, 2),
         ("output", "ids", 2, 64): TileShape(64, 32, 64, 4, 2),
         ("output", "ids", 2, 128): TileShape(32, 64, 128, 8, 2),
-        ("gradient", "ids", 1, 64): TileShape(64, 32, 64, 8, 2),
+        ("gradient", "ids", 1, 64): TileShape(64, 64, 64, 8, 2),
         ("gradient", "ids", 1, 256): TileShape(32, 32, 256, 4, 2),
         ("gradient", "ids", 2, 64): TileShape(64, 32, 64, 4, 2),
         ("gradient", "ids", 2, 128): TileShape(32, 64, 128, 4, 1),
@@ -178,7 +178,7 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("output", "index", 1, 256): TileShape(64, 64, 256, 4, 1),
         ("gradient", "index", 1, 256): TileShape(128, 32, 256, 8, 1),
         ("gradient", "index", 2, 64): TileShape(64, 64, 64, 8, 2),
-        ("gradient", "index", 2, 128): TileShape(64, 32, 128, 8, 1),
+        ("gradient", "index", 2, 128): TileShape(64, 32, 128, 4, 2),
         ("block", "index", 1, 0): TileShape(128, 64, 64, 8, 3),
         ("rows", "ids", 1, 256): TileShape(64, 32, 256, 4, 2),
         ("rows", "ids", 1, 0): TileShape(64, 64, 64, 8, 3),
@@ -188,6 +188,7 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("output", "ids", 2, 128): TileShape(64, 64, 128, 8, 2),
         ("gradient", "ids", 1, 64): TileShape(64, 64, 64, 8, 3),
         ("gradient", "ids", 1, 256): TileShape(128, 32, 256, 8, 1),
+        ("gradient", "ids", 2, 64): TileShape(64, 64, 64, 8, 2),
         ("gradient", "ids", 2, 128): TileShape(64, 32, 128, 8, 1),
         ("block", "ids", 1, 0): TileShape(64, 64, 64, 8, 3),
         ("block", "ids", 2, 0): TileShape(64, 64, 64, 8, 2),
