@@ -126,11 +126,12 @@ class _Statistics(Derivative):
         ctx.per_side, ctx.flags = per_side, args[TENSORS:]
         vectors = [v for start in range(0, len(output), per_side) for v in output[start : start + WITHOUT_METRICS]]
         Derivative.keep(ctx, *flat[:TENSORS], *vectors)
+        ctx.set_materialize_grads(False)  # zeros for every vector that no gradient came down for would be launches
         ctx.mark_non_differentiable(*[v for i, v in enumerate(output) if i % per_side >= DIFFERENTIABLE])
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = Derivative.kept(ctx)
         tensors, vectors = saved[:TENSORS], saved[TENSORS:]
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]

@@ -4,7 +4,7 @@ Gradients, its answer."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,20 +112,22 @@ class Side(NamedTuple):
 
 
 class SideGrad(NamedTuple):
-    """dL/d of the differentiable fields of a Side, in the same order."""
+    """dL/d of the differentiable fields of a Side, in the same order; None where no gradient came down, which is 0 everywhere."""
 
-    dlse_neg: Tensor
-    dlse_pos: Tensor
-    dpos: Tensor
+    dlse_neg: Tensor | None
+    dlse_pos: Tensor | None
+    dpos: Tensor | None
 
-    def of_some(self, side: Side) -> SideGrad:
-        """With 0 where a row has no negative, or no positive: its log-sum and mean are constants, whatever gradient came down for them."""
+    def of_all(self, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        """With zeros for None."""
+        dlse_neg, dlse_pos, dpos = (torch.zeros_like(side.pos) if g is None else g for g in self)
+        return dlse_neg, dlse_pos, dpos
+
+    def of_some(self, side: Side) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with 0 where a row has no negative, or no positive: its log-sum and mean are constants, whatever gradient came down."""
         no_negative, no_positive = side.empty()
-        return SideGrad(
-            self.dlse_neg.masked_fill(no_negative, 0.0),
-            self.dlse_pos.masked_fill(no_positive, 0.0),
-            self.dpos.masked_fill(no_positive, 0.0),
-        )
+        dlse_neg, dlse_pos, dpos = self.of_all(side)
+        return dlse_neg.masked_fill(no_negative, 0.0), dlse_pos.masked_fill(no_positive, 0.0), dpos.masked_fill(no_positive, 0.0)
 
 
 FIELDS = len(Side._fields)
@@ -191,6 +193,6 @@ class LossWanted(NamedTuple):
     weight: bool
 
 
-def sides(flat: Sequence[Tensor], problem: Problem, per_side: int) -> list[Sequence[Tensor]]:
+def sides(flat: Sequence[Any], problem: Problem, per_side: int) -> list[Sequence[Any]]:
     """Cut a flat list of vectors into one run for the rows and, where two_sided, one for the columns."""
     return [flat[start : start + per_side] for start in range(0, per_side * (2 if problem.two_sided else 1), per_side)]

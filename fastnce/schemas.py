@@ -69,7 +69,7 @@ class Arguments(NamedTuple):
 class Request(NamedTuple):
     """The arguments of backward. Vectors are those of the rows, then those of the columns, which are None where not two_sided."""
 
-    grads: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
     stats: Sequence[Tensor]
     wanted: Sequence[bool]
     of: Arguments
@@ -80,7 +80,7 @@ class Request(NamedTuple):
         return Request(flat[:grads], flat[grads : grads + stats], flat[grads + stats], Arguments(*flat[grads + stats + 1 :]))
 
     def flat(self) -> list[Any]:
-        def two(vectors: Sequence[Tensor], per_side: int) -> list[Tensor | None]:
+        def two(vectors: Sequence[Tensor | None], per_side: int) -> list[Tensor | None]:
             return [*vectors, *[None] * (2 * per_side - len(vectors))]
 
         return [*two(self.grads, DIFFERENTIABLE), *two(self.stats, WITHOUT_METRICS), self.wanted, *self.of]

@@ -36,7 +36,7 @@ def cases() -> dict[str, Case]:
         "nt_xent, a number": (lambda a, b, **how: fastnce.nt_xent(a, b, 0.1, **how), two),
         "nt_xent, one tensor": (lambda a, t, **how: fastnce.nt_xent(a[:36], None, t, **how), {"a": z0} | temperature),
         "nt_xent, low": (lambda a, b, **how: fastnce.nt_xent(a, b, 0.005, **how), two),
-        "nt_xent, dot products": (lambda a, b, t, **how: fastnce.nt_xent(a / 3, b / 2, t, normalize=False, **how), two | temperature),
+        "nt_xent, dot products": (lambda a, b, t, **how: fastnce.nt_xent(a / 4, b / 2, t, normalize=False, **how), two | temperature),
         "dcl_loss": (lambda a, b, t, **how: fastnce.dcl_loss(a, b, t, **how), two | temperature),
         "info_nce": (lambda a, b, t, **how: fastnce.info_nce(a, b, temperature=t, **how), two | temperature),
         "info_nce, weights": (
@@ -69,7 +69,7 @@ def cases() -> dict[str, Case]:
             two | {"q": queue} | temperature,
         ),
         "moco_loss, dot products": (
-            lambda a, t, **how: fastnce.moco_loss(a / 3, z1.to(a.dtype), queue.to(a.dtype), t, normalize=False, **how),
+            lambda a, t, **how: fastnce.moco_loss(a / 4, z1.to(a.dtype), queue.to(a.dtype), t, normalize=False, **how),
             {"a": z0} | temperature,
         ),
     }

@@ -118,12 +118,13 @@ def _lse(s: Tensor, kept: Tensor) -> Tensor:
 
 def _weights(s: Tensor, positive: Tensor, negative: Tensor, grad: SideGrad, side: Side) -> Tensor:
     zero = s.new_zeros(())
-    grad, side = SideGrad(*(v.to(s.dtype) for v in grad)), side._replace(own_neg=side.own_neg.to(s.dtype), own_pos=side.own_pos.to(s.dtype))
+    dlse_neg, dlse_pos, dpos = (v.to(s.dtype) for v in grad.of_all(side))
+    side = side._replace(own_neg=side.own_neg.to(s.dtype), own_pos=side.own_pos.to(s.dtype))
     # A row without a negative has own_neg = -inf, and exp(-inf - -inf) would be nan. No pair of it is selected below: base 0 will do.
     base_neg = side.own_neg.masked_fill(side.own_neg == -torch.inf, 0.0)
     base_pos = side.own_pos.masked_fill(side.own_pos == -torch.inf, 0.0)
-    of_negative = grad.dlse_neg[:, None] * weight(s, base_neg[:, None])
-    of_positive = grad.dlse_pos[:, None] * weight(s, base_pos[:, None]) + (grad.dpos / side.n_pos.clamp(min=1))[:, None]
+    of_negative = dlse_neg[:, None] * weight(s, base_neg[:, None])
+    of_positive = dlse_pos[:, None] * weight(s, base_pos[:, None]) + (dpos / side.n_pos.clamp(min=1))[:, None]
     return torch.where(negative, of_negative, zero) + torch.where(positive, of_positive, zero)
 
 

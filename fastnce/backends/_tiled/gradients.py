@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Weights(NamedTuple):
     base_pos: Tensor
 
     @staticmethod
-    def of(work: Work, grad: SideGrad, side: Side, lift: Tensor) -> Weights:
+    def of(work: Work, grad: tuple[Tensor, ...], side: Side, lift: Tensor) -> Weights:
         # A row without a negative, or without a positive, gets base 0 (sum 1): -inf - -inf and 0 / 0 would be nan.
         no_negative, no_positive = side.empty()
         negative, positive, mean = (v * lift for v in grad)
@@ -70,10 +71,10 @@ class Parts(NamedTuple):
     def of(work: Work, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Parts:
         """The sums before the first tile: they hold the pairs that are kept out of the tiles."""
         problem = work.problem
-        grads = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
-        lift = _lift_of(grads)
-        weights = [Weights.of(work, *side, lift) for side in zip(grads, stats, strict=True)]
-        due = torch.stack([(grad.dlse_neg + grad.dlse_pos + grad.dpos).sum() for grad in grads]).sum()
+        given = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
+        lift = _lift_of(given)
+        weights = [Weights.of(work, *side, lift) for side in zip(given, stats, strict=True)]
+        due = torch.stack([(dlse_neg + dlse_pos + dpos).sum() for dlse_neg, dlse_pos, dpos in given]).sum()
         moment = Moment(problem, stats[0], work.in_tile, work.x.dtype, due, lift) if wanted.scale else None
         dx = torch.zeros_like(work.x) if wanted.q else None
         dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
@@ -122,10 +123,10 @@ class Parts(NamedTuple):
         return dx[:, : self.work.problem.q.shape[1]].to(dtype).contiguous()
 
 
-def _lift_of(grads: list[SideGrad]) -> Tensor:
+def _lift_of(grads: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """The power of two that brings the largest upstream gradient to between 1/2 and 1. Without it, the weights of a loss that is multiplied
     by 1e-34 would leave the normal numbers of float32."""
-    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0].dpos.new_zeros(1)]).amax()
+    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0][0].new_zeros(1)]).amax()
     most = math.log2(torch.finfo(peak.dtype).max) - 24
     return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
 

@@ -89,8 +89,9 @@ def coefficients(work: Work, grads: list[SideGrad], stats: list[Side], kept: boo
     vectors = [new((fields, len(factor))) for factor, _ in zip(factors, stats, strict=False)]
     pair, scalars = new(i.stop - i.start) if some else None, new(4, dtype=torch.float64)
     torch.ops.fastnce_cuda.coefficients(
-        [g.contiguous() for grad in grads for g in grad], [t for side in stats for t in side[:6]], factors, work.problem.bias,
-        stats[0].own_pos[i] if some else None, [i.start, j.start], work.in_tile, work.problem.symmetric, vectors, pair, scalars,
+        [g.contiguous() for grad, side in zip(grads, stats, strict=True) for g in grad.of_all(side)],
+        [t for side in stats for t in side[:6]], factors, work.problem.bias, stats[0].own_pos[i] if some else None, [i.start, j.start],
+        work.in_tile, work.problem.symmetric, vectors, pair, scalars,
     )  # fmt: skip
     lift, center = (scalars[n].to(torch.float32) for n in range(2))
     return Weights(vectors, () if pair is None else (pair,), None, lift, center, scalars)

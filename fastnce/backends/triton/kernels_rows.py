@@ -321,16 +321,14 @@ def finish(
     dx, dy          (splits, rows.., D..): lift * sum_j w_ij y^_j over the tiles of a split. With row_factor (rows,), that is c of `close`,
                     dx is sum_j p_ij y^_j instead, without a lift
     row_pair, column_pair   (padded,) or None: what the two ends give to the w of an aligned pair, see prepare for its rows
-    about           (parts, rows..) or None, `part` and `step` apart: lift * divide * sum_j w_ij (t_ij - center); with row_factor
-                    sum_j p_ij t_ij
+    about           (parts, rows..) or None: lift * divide * sum_j w_ij (t_ij - center); with row_factor sum_j p_ij t_ij
     partial         (programs,) float64: sums of `about` on their way to dscale, which the last program adds up in order
     out_*           gradients of X, Z, Y, P, or None;  dscale, dbias: of scale (or of 1 / scale where `inverse`) and bias, or None
     """
     program = tl.program_id(0)
     # Vectors of equal numbers: masks are made of them.
     each = tl.zeros([BR], tl.int32) + program
-    of_queries = each < x_programs
-    of_partners = each >= x_programs + y_programs
+    of_queries, of_partners = each < x_programs, each >= x_programs + y_programs
     of_keys = (each >= x_programs) & (each < x_programs + y_programs)
     own = (each - tl.where(of_queries, 0, tl.where(of_keys, x_programs, x_programs + y_programs))) * BR + tl.arange(0, BR)
     inside = own < tl.where(of_queries, rows, tl.where(of_keys, columns, pairs))
