@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fastnce.precision import compute_dtype, softplus
-from fastnce.statistics import ContrastiveStats
 
 Reduction = Literal["none", "mean", "sum"]
 
 
-def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
+class Statistics(Protocol):
+    """What a formula reads of the rows: ContrastiveStats, as users have them, or Side, as backends have them."""
+
+    @property
+    def lse_neg(self) -> Tensor: ...
+    @property
+    def lse_pos(self) -> Tensor: ...
+    @property
+    def pos(self) -> Tensor: ...
+    @property
+    def n_pos(self) -> Tensor: ...
+
+
+def l_out(found: Statistics, one_positive: bool = False) -> Tensor:
     """InfoNCE, NT-Xent, CLIP and SupCon's L_out (Khosla et al. 2020, eq. 2); 0 for a row without positives.
 
         log(sum over negatives and positives) - mean positive logit = softplus(lse_neg - lse_pos) + (lse_pos - pos)
@@ -30,14 +42,14 @@ def l_out(found: ContrastiveStats, one_positive: bool = False) -> Tensor:
     return values.masked_fill(found.n_pos == 0, 0.0)
 
 
-def l_in(found: ContrastiveStats) -> Tensor:
+def l_in(found: Statistics) -> Tensor:
     """SupCon's L_in (Khosla et al. 2020, eq. 3): log(sum over negatives and positives) - log(mean over positives); 0 without positives."""
     none = found.n_pos == 0
     values = softplus(found.lse_neg - found.lse_pos.masked_fill(none, 0.0)) + found.n_pos.clamp(min=1).to(found.pos.dtype).log()
     return values.masked_fill(none, 0.0)
 
 
-def decoupled(found: ContrastiveStats) -> Tensor:
+def decoupled(found: Statistics) -> Tensor:
     """DCL (Yeh et al. 2021, eq. 6): log(sum over negatives) - mean positive logit; 0 for a row without positives or without negatives."""
     nothing = (found.n_pos == 0) | (found.lse_neg == -torch.inf)
     return (found.lse_neg.masked_fill(nothing, 0.0) - found.pos).masked_fill(nothing, 0.0)

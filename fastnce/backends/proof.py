@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnce.backends import torch_tiles
 from fastnce.backends._gpu import limits, tiles
+from fastnce.formulas import l_out
 from fastnce.pairs import Pairs
 from fastnce.precision import inverse_norms
-from fastnce.problem import WITHOUT_METRICS, Problem, Side, SideGrad, Wanted
+from fastnce.problem import WITHOUT_METRICS, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
 
 ROWS = 641
 # Kernels keep no running maximum up to a scale of 40 (UNSHIFTED of triton/kernels.py), and above it they do: one scale for either.
@@ -108,7 +109,9 @@ def check(backend: ModuleType, of: Variant, columns: int, device: torch.device, 
     Raises what torch's own operations raise, and OutOfMemoryError: these say nothing about the backend.
     """
     with torch.no_grad(), _settings(of), _apart(device):
-        cases = []
+        # A mask is no matter of the pair for a loss, and without positives a loss is 0.
+        plain = not of.metrics and "mask" not in of.rules and (of.aligned or "labels" in of.rules)
+        makes_loss, cases = plain and hasattr(backend, "loss"), []
         for scale in SCALES:
             problem, upstream = make(of, columns, scale, device, rows)
             forms = [problem]
@@ -116,12 +119,17 @@ def check(backend: ModuleType, of: Variant, columns: int, device: torch.device, 
                 forms.append(problem._replace(frozen=True))
             for form in forms:
                 exact, single = (_answers(torch_tiles, _in(dtype, form), upstream) for dtype in (torch.float64, torch.float32))
+                if makes_loss:
+                    exact, single = (
+                        known | _loss_from_statistics(_in(dtype, form))
+                        for known, dtype in ((exact, torch.float64), (single, torch.float32))
+                    )
                 cases.append((f" at scale {scale:g}" + ", keys without gradient" * form.frozen, form, upstream, exact, single))
         judged: list[_Judged] = []
         try:
             for where, form, upstream, exact, single in cases:
                 with Canaries() as canaries:
-                    found = _answers(backend, form, upstream)
+                    found = _answers(backend, form, upstream) | (_loss(backend, form) if makes_loss else {})
                 judged += _judge(of, form, found, exact, single, where)
                 judged.append(_Judged("bytes written beside a tensor" + where, canaries.dead(device), 0.0))
             # One read of the device, which also waits for the faults that a GPU reports late.
@@ -199,8 +207,44 @@ def _in(dtype: torch.dtype, problem: Problem) -> Problem:
     return problem._replace(q=problem.q.to(dtype), k=k, scale=problem.scale.to(dtype), bias=bias)
 
 
+# The upstream gradient of a loss.
+UPSTREAM = 0.37
+
+
+def _loss(backend: ModuleType, problem: Problem) -> dict[str, Tensor]:
+    """InfoNCE's mean and its gradients, by the backend's pair of functions for a loss: with a scale that is a tensor, and with a number."""
+    k, found = not (problem.symmetric or problem.frozen), dict[str, Tensor | None]()
+    upstream = torch.tensor(UPSTREAM, device=problem.q.device)
+    a_tensor = LossProblem(problem, "out", True, scale=problem.scale)
+    for how, ask in (
+        (" of the loss", a_tensor),
+        (" of the loss, scale a number", a_tensor._replace(scale=None, value=float(problem.scale))),
+    ):
+        loss, kept = backend.loss(ask)
+        wanted = LossWanted(True, False, k, False, ask.scale is not None, False, False)
+        dq, _, dk, _, dscale, *_ = backend.gradients(ask, kept, upstream, wanted)
+        found |= {"value" + how: loss, "dq" + how: dq, "dk" + how: dk, "dscale" + how: dscale}
+    return {name: v for name, v in found.items() if v is not None}
+
+
+def _loss_from_statistics(problem: Problem) -> dict[str, Tensor]:
+    """The same by torch's tiles, formulas.py and autograd."""
+    sides = torch_tiles.forward(problem)
+    k = not (problem.symmetric or problem.frozen)
+    with torch.enable_grad():
+        leaves = [[v.detach().requires_grad_() for v in side[:3]] for side in sides]
+        values = [l_out(side._replace(lse_neg=a, lse_pos=b, pos=c)).mean() for side, (a, b, c) in zip(sides, leaves, strict=True)]
+        loss = torch.stack(values).mean()
+        grads = torch.autograd.grad(loss * UPSTREAM, [v for side in leaves for v in side], materialize_grads=True)
+    given = [SideGrad(*grads[n : n + 3]) for n in range(0, len(grads), 3)]
+    dq, dk, dscale, _ = torch_tiles.backward(problem, given, sides, Wanted(True, k, True, False))
+    found = {"value": loss.detach(), "dq": dq, "dk": dk, "dscale": dscale}
+    both = {name + how: v for how in (" of the loss", " of the loss, scale a number") for name, v in found.items()}
+    return {name: v for name, v in both.items() if v is not None and name != "dscale of the loss, scale a number"}
+
+
 def _answers(backend: ModuleType, problem: Problem, upstream: list[SideGrad]) -> dict[str, Tensor]:
-    """All that a backend says of a problem, by name. A second way to ask it has its place here."""
+    """All that a backend says of a problem through its statistics, by name."""
     sides = backend.forward(problem)
     found = {f"{name} of the {end}": v for end, side in zip(("rows", "columns"), sides, strict=False) for name, v in side._asdict().items()}
     k = not (problem.symmetric or problem.frozen)
@@ -243,7 +287,7 @@ def _judge(
                 stored = right.to(getattr(torch, of.dtype)).double() * lengths[feature]
                 bound = (bound + relative(stored, true)).clamp(min=STORED[of.dtype])
             judged.append(_Judged(name + where, relative(one, true), bound))
-        elif name in ("dscale", "dbias"):
+        elif feature in ("dscale", "dbias"):
             error, float32 = relative(found[name], right), 2 * relative(single[name], right) + 1e-5 + coarse
             judged.append(_Judged(name + where, error, float32.clamp(min=1e-3) if half else float32))
         else:
