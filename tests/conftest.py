@@ -123,7 +123,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_tiles, "DEPTHS", (16, 32, 64))
     monkeypatch.setattr(gpu_tiles, "PADDED", 16)
     monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
-    monkeypatch.setattr(triton_tiles, "FINISH", (16, 16))
+    monkeypatch.setattr(triton_tiles, "FINISH", dict.fromkeys((False, True), (16, 16)))
 
 
 # The fixture that a backend needs where a test names it.

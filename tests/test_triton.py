@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(tiles, "PADDED", 16)
     monkeypatch.setattr(tiles, "BLOCK", 32)
     monkeypatch.setattr(triton_tiles, "ROWS", (16, 16))
-    monkeypatch.setattr(triton_tiles, "FINISH", (16, 16))
+    monkeypatch.setattr(triton_tiles, "FINISH", dict.fromkeys((False, True), (16, 16)))
     monkeypatch.setattr(host, "multiprocessors", lambda device: 4)
     return str(name)
 

@@ -20,9 +20,10 @@ class TileShape(NamedTuple):
     stages: int
 
 
-# Rows per program of the passes over single rows, and columns per step; of the last of them, which holds more.
+# Rows per program of the passes over single rows, and columns per step; of the last of them, which holds more, by whether keys of their own
+# are in no aligned pair.
 ROWS = (8, 128)
-FINISH = (8, 32)
+FINISH = {False: (8, 32), True: (8, 64)}
 
 # By parts of the operand: the products of a block's weights with rows.
 PRODUCTS = {1: TileShape(128, 128, 64, 8, 3), 2: TileShape(128, 64, 64, 8, 2)}
