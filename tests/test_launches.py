@@ -1,0 +1,163 @@
+"""Launches of a step by the Triton backend, counted without a GPU.
+
+No kernel runs: Triton's are counted where they would be launched, and torch's profiler sees every operation of torch, also those inside of
+our operators, which hide them from a dispatch mode. An operation of torch is a launch unless it only makes a view, or allocates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fastnce
+
+pytest.importorskip("interpreter")
+from fastnce.backends.triton import launches
+
+# Operations that start nothing on a GPU. Some, as `contiguous`, call one that does: that one is seen as well.
+FREE = frozenset(
+    f"aten::{name}"
+    for name in (
+        "alias", "as_strided", "as_strided_", "chunk", "contiguous", "detach", "empty", "empty_like", "empty_strided", "expand",
+        "lift_fresh", "narrow", "new_empty", "permute", "reshape", "resolve_conj", "resolve_neg", "result_type", "select", "slice",
+        "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view",
+    )
+)  # fmt: skip
+# Operands above this many bytes are made again in backward.
+KEPT_BYTES = 32 << 20
+
+
+class Step(NamedTuple):
+    """What a step launches: kernels of Triton by name, then operations of torch with the shapes that they are given."""
+
+    kernels: list[str]
+    operations: list[tuple[str, list[Any]]]
+
+    @property
+    def count(self) -> int:
+        return len(self.kernels) + len(self.operations)
+
+
+def launched(event: Any) -> list[tuple[str, list[Any]]]:
+    """The innermost operations of torch that are launches."""
+    inner = [found for child in event.cpu_children for found in launched(child)]
+    own = event.name.startswith("aten::") and event.name not in FREE and not inner
+    return [(event.name, event.input_shapes)] if own else inner
+
+
+Counted = Callable[[Callable[[], object]], Step]
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """The launches of a call, which is made once before: the first one fills caches."""
+    kernels: list[str] = []
+
+    def note(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+        if programs > 0:
+            kernels.append(kernel.__name__)
+
+    monkeypatch.setattr(launches, "launch", note)
+
+    def counted(call: Callable[[], object]) -> Step:
+        call()
+        kernels.clear()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            call()
+        events = [event for event in seen.events() or [] if event.cpu_parent is None]
+        return Step(kernels, [found for event in events for found in launched(event)])
+
+    return counted
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), requires_grad=True)
+
+
+N = 512
+LABELS = torch.arange(N) % 9
+WEIGHT = torch.rand(N, generator=torch.Generator().manual_seed(0))
+
+
+# The last argument is the temperature, or the scale where a loss takes one. It is a leaf: no operation of a test stands before the loss.
+LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "info_nce": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, backend="triton"),
+    "info_nce, sum": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, reduction="sum", backend="triton"),
+    "info_nce, weights": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, weight=WEIGHT, backend="triton"),
+    "nt_xent": lambda q, k, t: fastnce.nt_xent(q, k, temperature=t, backend="triton"),
+    "clip_loss": lambda q, k, t: fastnce.clip_loss(q, k, t, backend="triton"),
+    "sup_con": lambda q, k, t: fastnce.sup_con(q, LABELS[: len(q)], temperature=t, backend="triton"),
+    "sup_con, views": lambda q, k, t: fastnce.sup_con(q.view(-1, 2, q.shape[1]), temperature=t, backend="triton"),
+    "sup_con, labelled views": lambda q, k, t: fastnce.sup_con(q.view(N // 2, 2, -1), LABELS[: N // 2], temperature=t, backend="triton"),
+    "moco_loss": lambda q, k, t: fastnce.moco_loss(q, k.detach()[: len(q)], k.detach(), t, backend="triton"),
+    "dcl_loss": lambda q, k, t: fastnce.dcl_loss(q, k, temperature=t, backend="triton"),
+}
+
+
+def step_of(name: str, given: float | Tensor, rows: int, columns: int) -> Callable[[], None]:
+    """Forward and backward, with the gradients of all features, and of the temperature where it is a tensor."""
+    q, k, upstream = leaf(rows, columns), leaf(rows, columns), torch.ones(())
+
+    def call() -> None:
+        asked = [x for x in (q, k, given) if isinstance(x, Tensor)]
+        torch.autograd.grad(LOSSES[name](q, k, given), asked, upstream, allow_unused=True)
+
+    return call
+
+
+@pytest.mark.parametrize("of_tensor", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_of_a_loss_is_six_launches_at_most(name: str, of_tensor: bool, step: Counted) -> None:
+    """Means, weighted and summed too, with a temperature that the host knows and one that it does not; none is an operation of torch."""
+    found = step(step_of(name, torch.tensor(0.1, requires_grad=True) if of_tensor else 0.1, N, 128))
+    assert 0 < found.count <= 6 and not found.operations, found
+
+
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent", "clip_loss", "sup_con", "moco_loss", "dcl_loss"])
+@pytest.mark.parametrize(("rows", "columns"), [(N, 1024), (6000, 320)])
+def test_long_rows_are_eight_launches_and_two_a_block(name: str, rows: int, columns: int, step: Counted, monkeypatch: Any) -> None:
+    monkeypatch.setitem(globals(), "LABELS", torch.arange(rows) % 9)
+    found = step(step_of(name, torch.tensor(0.1, requires_grad=True), rows, columns))
+    blocks = found.kernels.count("weights_block")
+    assert blocks > 0 and found.count <= 8 + 2 * blocks, found
+    assert not any(operation == "aten::cat" for operation, _ in found.operations)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_statistics_are_fifteen_launches_at_most(bias: bool, step: Counted) -> None:
+    """Gradients of two of the three vectors: no zeros are made for the third, nor for the numbers without a gradient."""
+    q, k, scale = leaf(N, 128), leaf(N, 128), torch.tensor(10.0, requires_grad=True)
+    offset = torch.tensor(1.0, requires_grad=True) if bias else None
+    upstream = [torch.ones(N), torch.ones(N)]
+
+    def call() -> None:
+        found = fastnce.contrastive_stats(q, k, scale=scale, bias=offset, offset=0, backend="triton")
+        torch.autograd.grad([found.lse_neg, found.pos], [x for x in (q, k, scale, offset) if x is not None], upstream)
+
+    found = step(call)
+    assert 0 < found.count <= 15, found
+    assert {name for name, _ in found.operations} <= {"aten::copy_"}, found  # to float32 and back
+
+
+@pytest.mark.parametrize("rows", [N, 65536])
+def test_operands_are_kept_for_backward_up_to_32_mib(rows: int, step: Counted) -> None:
+    """Larger ones are prepared once more, which is one launch."""
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    def call() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            step_of("info_nce", 0.1, rows, 128)()
+
+    found = step(call)
+    operands = sum(x.numel() * x.element_size() for x in kept if x.dtype == torch.float16)
+    assert operands <= 2 * KEPT_BYTES  # of two calls
+    assert (operands > 0) == (rows == N) and found.kernels.count("prepare") == (1 if rows == N else 2)
