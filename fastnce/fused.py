@@ -9,7 +9,7 @@ All arithmetic of a row is then theirs, so that a step is a handful of launches,
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ class _Arguments(NamedTuple):
 
 
 def serves(backend: str, like: Tensor, reduction: str) -> bool:
-    """Whether a backend of this name may have the pair of functions, and the loss is one that they make. Debug mode reads statistics."""
-    if reduction not in ("mean", "sum") or arguments.debugging():
+    """Whether a backend of this name may have the pair of functions, and the loss is one that they make."""
+    if reduction not in ("mean", "sum"):
         return False
     names = (backend,) if backend != "auto" else backends.AUTO if like.is_cuda else ()
     return any(hasattr(backends.BACKENDS.get(name), "loss") for name in names)
@@ -108,6 +108,11 @@ def ask(
     tensor, value, inverse = arguments.scale_given(where, temperature, scale, q, called)
     problem = Problem(q, k, q.new_empty((), dtype=torch.float32), bias, pairs, two_sided, normalize)
     return LossProblem(problem, formula, reduction == "mean", second, partners, tensor, value, inverse, weight, by_place)
+
+
+def enough(one: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a loss by one operator is all that is asked for. Debug mode makes the statistics too, and looks at them."""
+    return one is not None and not arguments.debugging()
 
 
 def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:

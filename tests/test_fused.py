@@ -198,4 +198,5 @@ def test_values_of_rows_take_the_general_path(reduction: str) -> None:
     assert not fused.serves("triton", random(2, 2), reduction) and fused.serves("triton", random(2, 2), "sum")
     assert not fused.serves("torch", random(2, 2), "mean") and not fused.serves("auto", random(2, 2), "mean")
     with fastnce.debug():
-        assert not fused.serves("triton", random(2, 2), "mean")
+        assert not fused.enough(random(2))
+    assert fused.enough(random(2)) and not fused.enough(None)

@@ -131,6 +131,7 @@ def info_nce(
     if use_batch and label[1] is not None:
         hints.partners(where, names, label[0], label[1][:rows])
 
+    one: Tensor | None = None
     once = negatives is None or (negatives.keys is not positive_key and negatives.keys is not query)
     if none is None and query is not positive_key and once and fused.serves(backend, query, reduction):
         ask = None
@@ -144,8 +145,9 @@ def info_nce(
             ask = fused.ask(
                 where, query, shared, rules, temperature, scale, normalize, "out", reduction, partners=positive_key, weight=weight
             )
-        if ask is not None and (loss := fused.loss(where, ask, backend)) is not None:
-            return loss
+        one = None if ask is None else fused.loss(where, ask, backend)
+        if fused.enough(one):
+            return one
     scale = arguments.scale_of(where, temperature, scale, query)
 
     def part(ids: Tensor | None, keys: slice) -> Tensor | None:
@@ -177,7 +179,7 @@ def info_nce(
         assert found.columns is not None
         values = (values + l_out(found.columns, label[0] is None)) / 2
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return with_none(reduced(values, weight, reduction, query))
+    return with_none(reduced(values, weight, reduction, query)) if one is None else one
 
 
 @arguments.without_return_stats
@@ -261,6 +263,7 @@ def clip_loss(
     hints.logit_scale(where, logit_scale, normalize)
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
     q_wide, k_wide = shared_uses(image, text)
+    one: Tensor | None = None
     if q_wide is None and (paired or weight is None) and fused.serves(backend, image, reduction):
         ask = fused.ask(
             where,
@@ -277,8 +280,9 @@ def clip_loss(
             bias=bias,
             two_sided=True,
         )
-        if (loss := fused.loss(where, ask, backend)) is not None:
-            return loss
+        one = fused.loss(where, ask, backend)
+        if fused.enough(one):
+            return one
     scale = arguments.scalar(where, "logit_scale", logit_scale, image)
     problem = Problem(image, text, scale, bias, pairs, True, normalize, q_wide=q_wide, k_wide=k_wide)
     if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
@@ -288,6 +292,8 @@ def clip_loss(
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     for kind, side, other in (("images", found, "text"), ("texts", found.columns, "image")):
         hints.without_positive(where, side.n_pos, kind, f" and count 0: no {other} has their id")
+    if one is not None:
+        return one
     by_row, by_column = l_out(found, label[0] is None), l_out(found.columns, label[0] is None)
     if paired:
         return reduced((by_row + by_column) / 2, weight, reduction, image)
@@ -351,13 +357,15 @@ def moco_loss(
     arguments.options(where, normalize=normalize)
     weight = arguments.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
+    one: Tensor | None = None
     if q is not k and q is not negatives and k is not negatives and fused.serves(backend, q, reduction):
         ask = fused.ask(where, q, negatives, Pairs(), temperature, scale, normalize, "out", reduction, partners=k, weight=weight)
-        if (loss := fused.loss(where, ask, backend)) is not None:
-            return loss
+        one = fused.loss(where, ask, backend)
+        if fused.enough(one):
+            return one
     scale = arguments.scale_of(where, temperature, scale, q)
     *own, q_wide, k_wide = shared_uses(q, k, q, negatives)
     problem = Problem(q, negatives, scale, None, Pairs(), False, normalize, q_wide=q_wide, k_wide=k_wide)
     found = statistics.merge(one_positive(q, k, own, scale, normalize), statistics.compute(where, problem, backend))
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return reduced(l_out(found, one_positive=True), weight, reduction, q)
+    return reduced(l_out(found, one_positive=True), weight, reduction, q) if one is None else one

@@ -57,14 +57,15 @@ def nt_xent(
     Chen et al. 2020 (arXiv:2002.05709), eq. 1.
     """
     where = "nt_xent"
-    if (loss := _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "out")) is not None:
-        return loss
+    one = _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "out")
+    if fused.enough(one):
+        return one
     problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
     if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
         return loss
     found = statistics.compute(where, problem, backend)
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return reduced(l_out(found, one_positive=True), weight, reduction, problem.q)
+    return reduced(l_out(found, one_positive=True), weight, reduction, problem.q) if one is None else one
 
 
 @arguments.without_return_stats
@@ -110,12 +111,13 @@ def dcl_loss(
     Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
     """
     where = "dcl_loss"
-    if (loss := _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "decoupled")) is not None:
-        return loss
+    one = _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "decoupled")
+    if fused.enough(one):
+        return one
     problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
     found = statistics.compute(where, problem, backend)
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return reduced(decoupled(found), weight, reduction, problem.q)
+    return reduced(decoupled(found), weight, reduction, problem.q) if one is None else one
 
 
 @arguments.without_return_stats
@@ -196,14 +198,16 @@ def sup_con(
         weight = weight.repeat(anchors // max(examples, 1))
     weight = arguments.weights(where, weight, anchors, features, examples)
     hints.temperature(where, temperature, scale, normalize)
+    one: Tensor | None = None
     if mask is None and views == "all" and no_positive == "zero" and fused.serves(backend, features, reduction):
         own = relations.with_own_labels(labels) if labels is not None and unlabelled == "own_views" else labels
         rules = Pairs(exclude_self=True, q_label=own)
         ask = fused.ask(
             where, features, None, rules, temperature, scale, normalize, variant, reduction, weight=weight, by_place=own is None
         )
-        if (loss := fused.loss(where, ask, backend)) is not None:
-            return loss
+        one = fused.loss(where, ask, backend)
+        if fused.enough(one):
+            return one
     scale = arguments.scale_of(where, temperature, scale, features)
     if labels is None and mask is None:
         hints.views_second(where, features)
@@ -234,7 +238,7 @@ def sup_con(
         weight = counted if weight is None else weight * counted
     hints.something_to_learn(where, found.lse_neg, found.n_pos)
     hints.anchors(where, found.n_pos, n_views, mask is not None, no_positive == "skip")
-    return reduced(values, weight, reduction, z)
+    return reduced(values, weight, reduction, z) if one is None else one
 
 
 def _fused(
@@ -256,7 +260,6 @@ def _fused(
     z0, z1 = _checked_views(where, z0, z1, normalize)
     rows = z0.shape[0] * (1 if z1 is None else 2)
     weight = _checked_weight(where, z0, rows, normalize, reduction, weight)
-    hints.temperature(where, temperature, scale, normalize)
     ask = fused.ask(where, z0, None, Pairs(True, rows // 2), temperature, scale, normalize, formula, reduction, second=z1, weight=weight)
     return fused.loss(where, ask, backend)
 
