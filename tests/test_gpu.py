@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read when cuBLAS makes its handle: without it torch refuses matrix products in deterministic mode.
@@ -19,10 +20,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import oracle
 import pytest
+import test_proof
 import test_statistics
 import torch
 from every_loss import OF_VIEWS
 from problems import PROBLEMS, Call, of
+from test_proof import cache  # noqa: F401  a fixture
 from torch import Tensor
 
 import fastnce
@@ -648,3 +651,35 @@ def test_backward_from_another_thread(place: Place) -> None:
             found = list(pool.map(solve, range(8)))
     for a, b in zip(found, expected, strict=True):
         agree(a, b, exactly=True)
+
+
+# The proof -----------------------------------------------------------------------------------------------------------------------------
+
+
+def on_gpu() -> test_proof.Problem:
+    of = test_proof.problem(torch.bfloat16)
+    assert of.k is not None
+    return of._replace(q=of.q.cuda(), k=of.k.cuda(), scale=of.scale.cuda())
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_its_kernels_after_a_proof(cache: Path) -> None:  # noqa: F811
+    """In a process of its own; the next variant here; no synchronisation from then on."""
+    of = on_gpu()
+    assert test_proof.said(of) == ("triton", [])
+    assert test_proof.said(of._replace(normalize=False)) == ("triton", [])
+    assert {why for why, _ in test_proof.recorded(cache).values()} == {""} and len(test_proof.recorded(cache)) == 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert test_proof.said(of) == ("triton", [])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_capture_without_a_verdict_gets_torch(cache: Path) -> None:  # noqa: F811
+    of = on_gpu()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        name, (line,) = test_proof.said(of)
+    assert name == "torch" and "before the capture" in line
+    assert test_proof.said(of) == ("triton", [])

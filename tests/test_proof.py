@@ -570,35 +570,3 @@ def test_the_command_without_a_gpu(cache: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(verdicts, "devices", list)
     assert main(["check"]) == 1
     assert "nothing was checked" in capsys.readouterr().err
-
-
-# On a GPU -------------------------------------------------------------------------------------------------------------------------------
-
-
-def on_gpu() -> Problem:
-    of = problem(torch.bfloat16)
-    assert of.k is not None
-    return of._replace(q=of.q.cuda(), k=of.k.cuda(), scale=of.scale.cuda())
-
-
-@pytest.mark.gpu
-def test_a_gpu_gets_its_kernels_after_a_proof(cache: Path) -> None:
-    """In a process of its own; the next variant here; no synchronisation from then on."""
-    of = on_gpu()
-    assert said(of) == ("triton", [])
-    assert said(of._replace(normalize=False)) == ("triton", [])
-    assert {why for why, _ in recorded(cache).values()} == {""} and len(recorded(cache)) == 2
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert said(of) == ("triton", [])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_a_capture_without_a_verdict_gets_torch(cache: Path) -> None:
-    of = on_gpu()
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        name, (line,) = said(of)
-    assert name == "torch" and "before the capture" in line
-    assert said(of) == ("triton", [])

@@ -96,7 +96,16 @@ CLAIMS = (
     ("launches of a step, and the host's time of one, also of `torch` off the CPU", ("steps",),
      "torch's profiler; a clock around steps that nobody waits for"),
     ("any speed", ("bench",), "the bars below"),
-    ("which of the kernels is first at which shape, and whether any belongs into `\"auto\"`", ("race",), "240 shapes, all kernels in turn"),
+    (
+        "that the proof passes which `\"auto\"` asks for, and finds what is wrong on a device",
+        ("check",),
+        "`python -m fastnce check`: every variant of both backends right",
+    ),
+    (
+        "which of the kernels is first at which shape: `\"auto\"` takes `triton` before `cuda` unmeasured, and both before `torch`",
+        ("race",),
+        "240 shapes, all kernels in turn",
+    ),
     ("that the shipped tiles are good ones", ("tiles",), "variants in turn with them"),
 )  # fmt: skip
 ELSEWHERE = (
