@@ -27,6 +27,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def cases() -> dict[str, Case]:
     """Losses of named tensors that all take a gradient. Rows are ragged, and fill more than one tile and split."""
     z0, z1, queue, t, w = random(37, 20), random(37, 20, seed=1), random(45, 20, seed=2), torch.tensor(0.1).double(), random(37).abs()
+    # Keys without gradient, in numbers that bfloat16 holds: they are the same for every dtype.
+    held, kept = z1.bfloat16().double(), queue.bfloat16().double()
     # One in five is negative.
     ids = torch.arange(37) % 5 - 1
     two, temperature = {"a": z0, "b": z1}, {"t": t}
@@ -63,13 +65,13 @@ def cases() -> dict[str, Case]:
             two | temperature,
         ),
         "sup_con, no labels": (lambda a, b, t, **how: fastnce.sup_con(torch.stack([a, b], 1), temperature=t, **how), two | temperature),
-        "moco_loss": (lambda a, t, **how: fastnce.moco_loss(a, z1.to(a.dtype), queue.to(a.dtype), t, **how), {"a": z0} | temperature),
+        "moco_loss": (lambda a, t, **how: fastnce.moco_loss(a, held.to(a.dtype), kept.to(a.dtype), t, **how), {"a": z0} | temperature),
         "moco_loss, all": (
             lambda a, b, q, t, **how: fastnce.moco_loss(a, b, q, t, **how),
             two | {"q": queue} | temperature,
         ),
         "moco_loss, dot products": (
-            lambda a, t, **how: fastnce.moco_loss(a / 4, z1.to(a.dtype), queue.to(a.dtype), t, normalize=False, **how),
+            lambda a, t, **how: fastnce.moco_loss(a / 4, held.to(a.dtype), kept.to(a.dtype), t, normalize=False, **how),
             {"a": z0} | temperature,
         ),
     }
