@@ -1,7 +1,8 @@
-"""A loss as one number by one operator, for backends that have a pair of functions for it.
+"""A loss as one number by one operator, for backends that have the functions for it.
 
     loss(ask: LossProblem) -> (loss, kept)                              kept: a tuple of tensors, empty ones where there is nothing
     gradients(ask, kept, upstream, wanted: LossWanted) -> list          the gradients in the order of LossWanted
+    without_launches()                                                  a context in which `loss` allocates alone: the operator's fake
 
 All arithmetic of a row is then theirs, so that a step is a handful of launches, where statistics, formulas and reduction are dozens.
 """
@@ -144,8 +145,9 @@ def _loss(*flat: Any) -> list[Tensor]:
 
 def _fake_loss(*flat: Any) -> list[Tensor]:
     args = _Arguments(*flat)
-    with backends.without_launches():
-        found, kept = _module(args.backend).loss(args.problem())
+    module = _module(args.backend)
+    with module.without_launches():
+        found, kept = module.loss(args.problem())
     return [found, *kept]
 
 

@@ -41,7 +41,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(
         triton_tiles, "tile", lambda kernel, rules, architecture, parts, depth: triton_tiles.TileShape(16, 16, depth_of(depth), 1, 1)
     )
-    monkeypatch.setattr(triton_tiles, "product", lambda architecture, parts: triton_tiles.TileShape(16, 16, 16, 1, 1))
+    monkeypatch.setattr(triton_tiles, "PRODUCTS", dict.fromkeys((1, 2), triton_tiles.TileShape(16, 16, 16, 1, 1)))
     monkeypatch.setattr(tiles, "DEPTHS", () if name == "long" else (16, 32, 64))
     monkeypatch.setattr(tiles, "LONGEST_HELD", 0 if name == "long" else 256)
     monkeypatch.setattr(tiles, "STEP", 16)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 from fastnce import arguments
@@ -35,13 +33,6 @@ def pick(where: str, name: str, problem: Problem) -> str:
         objections.append(f"  {candidate}: {'; '.join(reasons)}")
     asked = f"query {tuple(q.shape)} {str(q.dtype)[6:]} {q.device.type}" + (", and FASTNCE_BACKEND names it" if given else "")
     raise NotImplementedError(f"{where}: no backend for {asked}:\n" + "\n".join(objections))
-
-
-@contextmanager
-def without_launches() -> Iterator[None]:
-    """Host code of GPU kernels inside allocates its results and launches nothing: what an operator's fake needs."""
-    with triton.without_launches():
-        yield
 
 
 def keeps_output(name: str, problem: Problem) -> bool:

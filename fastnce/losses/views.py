@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,6 +13,7 @@ from fastnce import arguments, dense_small, fused, hints, relations, statistics
 from fastnce.formulas import Reduction, decoupled, l_in, l_out, reduced
 from fastnce.pairs import Pairs
 from fastnce.problem import Problem
+from fastnce.statistics import ContrastiveStats
 from fastnce.wide import shared as shared_uses
 
 
@@ -57,15 +60,8 @@ def nt_xent(
     Chen et al. 2020 (arXiv:2002.05709), eq. 1.
     """
     where = "nt_xent"
-    one = _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "out")
-    if fused.enough(one):
-        return one
-    problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
-    if (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
-        return loss
-    found = statistics.compute(where, problem, backend)
-    hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return reduced(l_out(found, one_positive=True), weight, reduction, problem.q) if one is None else one
+    values = partial(l_out, one_positive=True)
+    return _of_two_views(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "out", values)
 
 
 @arguments.without_return_stats
@@ -111,13 +107,7 @@ def dcl_loss(
     Yeh et al. 2021 (arXiv:2110.06848), eq. 6, without weights of positives.
     """
     where = "dcl_loss"
-    one = _fused(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "decoupled")
-    if fused.enough(one):
-        return one
-    problem, weight = _two_views(where, z0, z1, temperature, scale, normalize, reduction, weight)
-    found = statistics.compute(where, problem, backend)
-    hints.something_to_learn(where, found.lse_neg, found.n_pos)
-    return reduced(decoupled(found), weight, reduction, problem.q) if one is None else one
+    return _of_two_views(where, z0, z1, temperature, scale, normalize, reduction, weight, backend, "decoupled", decoupled)
 
 
 @arguments.without_return_stats
@@ -241,50 +231,44 @@ def sup_con(
     return reduced(values, weight, reduction, z) if one is None else one
 
 
-def _fused(
+def _of_two_views(
     where: str,
     z0: Tensor,
     z1: Tensor | None,
     temperature: float | Tensor | None,
     scale: float | Tensor | None,
     normalize: bool,
-    reduction: str,
+    reduction: Reduction,
     weight: Tensor | None,
     backend: str,
     formula: str,
-) -> Tensor | None:
-    """nt_xent and dcl_loss as one operator, which takes the two views as they are; None where no such operator serves."""
+    values: Callable[[ContrastiveStats], Tensor],
+) -> Tensor:
+    """nt_xent and dcl_loss: every row of z = [z0; z1] against all others. formula, values: the same one, by name and here."""
     statistics.check_backend(where, backend)
-    if z0 is z1 or not isinstance(z0, Tensor) or not fused.serves(backend, z0, reduction):
-        return None
+    same = z0 is z1
     z0, z1 = _checked_views(where, z0, z1, normalize)
     rows = z0.shape[0] * (1 if z1 is None else 2)
     weight = _checked_weight(where, z0, rows, normalize, reduction, weight)
-    ask = fused.ask(where, z0, None, Pairs(True, rows // 2), temperature, scale, normalize, formula, reduction, second=z1, weight=weight)
-    return fused.loss(where, ask, backend)
-
-
-def _two_views(
-    where: str,
-    z0: Tensor,
-    z1: Tensor | None,
-    temperature: float | Tensor | None,
-    scale: float | Tensor | None,
-    normalize: bool,
-    reduction: str,
-    weight: Tensor | None,
-) -> tuple[Problem, Tensor | None]:
-    """The problem of nt_xent and dcl_loss, every row of z = [z0; z1] against all others, and the weights of the rows."""
-    z0, z1 = _checked_views(where, z0, z1, normalize)
+    hints.temperature(where, temperature, scale, normalize)
+    pairs, one = Pairs(True, rows // 2), None
+    if not same and fused.serves(backend, z0, reduction):
+        # One operator takes the two views as they are.
+        ask = fused.ask(where, z0, None, pairs, temperature, scale, normalize, formula, reduction, second=z1, weight=weight)
+        one = fused.loss(where, ask, backend)
+        if fused.enough(one):
+            return one
     z, wide = z0, None
     if z1 is not None:
         z, (wide, other) = torch.cat([z0, z1]), shared_uses(z0, z1)
         wide = None if wide is None or other is None else torch.cat([wide, other])
-    rows = z.shape[0]
-    weight = _checked_weight(where, z, rows, normalize, reduction, weight)
-    hints.temperature(where, temperature, scale, normalize)
     scale = arguments.scale_of(where, temperature, scale, z)
-    return Problem(z, None, scale, None, Pairs(True, rows // 2), False, normalize, q_wide=wide), weight
+    problem = Problem(z, None, scale, None, pairs, False, normalize, q_wide=wide)
+    if formula == "out" and (loss := dense_small.mean_cross_entropy(problem, backend, reduction, weight)) is not None:
+        return loss
+    found = statistics.compute(where, problem, backend)
+    hints.something_to_learn(where, found.lse_neg, found.n_pos)
+    return reduced(values(found), weight, reduction, z) if one is None else one
 
 
 def _checked_views(where: str, z0: Tensor, z1: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor | None]:

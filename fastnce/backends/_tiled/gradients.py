@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastnce.backends._tiled.gemm import inner
 from fastnce.backends._tiled.moment import Moment
-from fastnce.backends._tiled.operands import LOG2E, Work
+from fastnce.backends._tiled.operands import Work
+from fastnce.precision import LOG2E
 from fastnce.problem import Gradients, Side, SideGrad, Wanted
 
 

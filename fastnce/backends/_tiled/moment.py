@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastnce.backends._tiled.operands import LOG2E
+from fastnce.precision import LOG2E
 from fastnce.problem import Problem, Side
 
 

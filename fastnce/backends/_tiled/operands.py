@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastnce.precision import compute_dtype, inverse_norms, valid_scale, vector_dtype
+from fastnce.precision import LOG2E, compute_dtype, inverse_norms, valid_scale, vector_dtype
 from fastnce.problem import Problem
-
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 
 # While |s| <= 40 nats, bias included, no running maximum is needed, and one exp2 serves row and column: exp(s), its sum over 2^31 terms and
 # exp(-lse) are normal float32 numbers. 20 nats are left for rows whose upstream gradient is smaller than the largest. Without a bias, 40

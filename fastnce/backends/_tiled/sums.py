@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastnce.backends._tiled.gemm import inner
-from fastnce.backends._tiled.operands import LN2, LOG2E, Work
-from fastnce.precision import vector_dtype
+from fastnce.backends._tiled.operands import Work
+from fastnce.precision import LN2, LOG2E, vector_dtype
 from fastnce.problem import Side
 
 

@@ -128,7 +128,7 @@ def products(
     first_of_rows: bool, first_of_columns: bool,
 ) -> None:  # fmt: skip
     """Both gradients in one launch: the programs of the rows of the block, then those of its columns."""
-    tile = tiles.product(architecture(view.x.tiles.device), view.parts)
+    tile = tiles.PRODUCTS[view.parts]
     wide = -(-view.depth // tile.columns)
     down = block.height // tile.rows * wide if for_rows is not None else 0
     across = block.width // tile.rows * wide if for_columns is not None else 0

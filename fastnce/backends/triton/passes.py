@@ -232,7 +232,7 @@ def empty_weights(work: Work, kept: bool) -> tuple[Weights, Tensor, tuple[int, i
     pair = tuple(new(side.padded) for side in sides) if paired else ()
     # Without columns the programs of the keys look at factors that are not bounded.
     of_keys = two or (work.keyed and not work.problem.normalize and not kept)
-    programs = (-(-work.x.padded // VECTOR_ROWS), -(-work.y.padded // VECTOR_ROWS) if of_keys else 0)
+    programs = (programs_of(work.x.padded), programs_of(work.y.padded) if of_keys else 0)
     partial = new((sum(programs), kernels_loss.SUMS.value), dtype=torch.float64)
     lift, center = slot(work, kernels_rows.LIFT), slot(work, kernels_rows.CENTER)
     kept_factor = new(work.x.padded) if kept else None

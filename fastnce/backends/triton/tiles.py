@@ -25,7 +25,7 @@ class TileShape(NamedTuple):
 ROWS = (8, 128)
 FINISH = {False: (8, 32), True: (8, 64)}
 
-# By parts of the operand: the products of a block's weights with rows.
+# By parts of the operand: the products of a block's weights with rows. A tile of the gradient, rows x columns, and sums in steps of depth.
 PRODUCTS = {1: TileShape(128, 128, 64, 8, 3), 2: TileShape(128, 64, 64, 8, 2)}
 
 # (kernel, how pairs are told apart, parts of the operand, padded D or 0 for long rows) -> tile. Parts: 1 float16, 2 float32 as a high and a
@@ -215,12 +215,6 @@ def tile(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> 
         raise ValueError("there are no positives where the output is kept")
     key = (kernel, rules, parts, held_depth(parts, depth))
     return TILES_OF[nearest(architecture)].get(key, TILES[key])
-
-
-def product(architecture: str, parts: int) -> TileShape:
-    """The tile of the products of a block's weights with rows: rows x columns of the gradient, sums in steps of depth."""
-    del architecture
-    return PRODUCTS[parts]
 
 
 def nearest(architecture: str) -> str:
