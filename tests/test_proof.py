@@ -509,7 +509,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(device: Path, tmp_path: Path, 
     log = tmp_path / "log"
     monkeypatch.setattr(proof, "check", slow_check(log, 600.0))
     with another_process(said):
-        while not log.exists():
+        while not (log.exists() and log.read_text()):
             time.sleep(0.01)
     monkeypatch.setattr(proof, "check", slow_check(log, 0.0))
     assert said() == ("triton", [])
