@@ -2,6 +2,7 @@
 
     python -m bench time memory [options]    time and memory of a step, in one result; or one of the two alone
     python -m bench accuracy [options]       errors against float64, and the accuracy contract
+    python -m bench host [options]           the host's time of a step, with kernels that do nothing
     python -m bench gpu [options] [part ...] the tests and measurements for a GPU; bench/gpu/run.sh lists the parts
     python -m bench page [options]           README, docs and figures from recorded results, or a page of one's own
 
@@ -32,7 +33,7 @@ from bench.record import OUT, ROOT, Cell
 from fastnce import backends, files
 
 PROGRAM = "python -m bench"
-COMMANDS = ("time", "memory", "accuracy", "gpu", "page")
+COMMANDS = ("time", "memory", "accuracy", "host", "gpu", "page")
 ROUNDS = {"cpu": 5, "cuda": 20}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MEASURES = ("time", "memory")
@@ -195,6 +196,10 @@ def main(arguments: list[str]) -> int:
         from bench import accuracy
 
         return accuracy.main(rest)
+    if command == "host":
+        from bench import host
+
+        return host.main(rest)
     if command == "page":
         from bench import page
 

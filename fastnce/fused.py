@@ -1,14 +1,15 @@
 """A loss as one number by one operator, for backends that have the functions for it.
 
-    loss(ask: LossProblem) -> (loss, kept)                              kept: a tuple of tensors, empty ones where there is nothing
+    loss(ask: LossProblem) -> (loss, kept)                              kept: a tensor, in whatever form the backend reads it
     gradients(ask, kept, upstream, wanted: LossWanted) -> list          the gradients in the order of LossWanted
-    without_launches()                                                  a context in which `loss` allocates alone: the operator's fake
+    fake_loss(ask)                                                      results of the same shapes as `loss`, for tensors without values
 
 All arithmetic of a row is then theirs, so that a step is a handful of launches, where statistics, formulas and reduction are dozens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -27,8 +28,6 @@ _PROBLEM = (
 )
 _TENSORS = 11  # of the arguments above, the first are tensors; the first seven take gradients
 _WANTED = len(LossWanted._fields)
-# As many as any backend keeps.
-_KEPT = 19
 
 
 class _Arguments(NamedTuple):
@@ -128,57 +127,83 @@ def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:
     if not hasattr(backends.BACKENDS[name], "loss"):
         return None
     frozen = torch.is_grad_enabled()  # as in autograd.statistics: the operator finds out whether keys have a gradient
-    found: Tensor = torch.ops.fastnce.loss(*_Arguments.of(ask._replace(problem=ask.problem._replace(frozen=frozen)), name))[0]
+    flat = _Arguments.of(ask._replace(problem=ask.problem._replace(frozen=frozen)), name)
+    if _between_nothing(flat[:_TENSORS]):
+        found: Tensor = _Loss.apply(_Here(frozen), *flat)[0]  # type: ignore[attr-defined]
+        return found
+    found = torch.ops.fastnce.loss(*flat)[0]
     return found
+
+
+class _Here(NamedTuple):
+    """What is below a derivative that is applied by hand: the backend. An operator costs as much of the host's time as two launches."""
+
+    backward_mode: bool
+
+    def __call__(self, *flat: Any) -> tuple[Tensor, Tensor]:
+        return _loss(*flat)
+
+
+def _between_nothing(tensors: Iterable[object]) -> bool:
+    """Whether plain tensors go straight to the backend: no compiler, tracer, transform, mode or kind of tensor wants to see an operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
 
 
 def _module(name: str) -> ModuleType:
     return backends.BACKENDS[name]
 
 
-def _loss(*flat: Any) -> list[Tensor]:
+def _loss(*flat: Any) -> tuple[Tensor, Tensor]:
     args = _Arguments(*flat)
     with no_autocast(args.q):
-        found, kept = _module(args.backend).loss(args.problem())
-    return [found, *kept]
+        found: tuple[Tensor, Tensor] = _module(args.backend).loss(args.problem())
+    return found
 
 
-def _fake_loss(*flat: Any) -> list[Tensor]:
+def _fake_loss(*flat: Any) -> tuple[Tensor, Tensor]:
     args = _Arguments(*flat)
-    module = _module(args.backend)
-    with module.without_launches():
-        found, kept = module.loss(args.problem())
-    return [found, *kept]
+    found: tuple[Tensor, Tensor] = _module(args.backend).fake_loss(args.problem())
+    return found
 
 
-def _gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    kept, wanted, args = given[:_KEPT], LossWanted(*given[_KEPT]), _Arguments(*given[_KEPT + 1 :])
+def _gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> list[Tensor | None]:
+    args = _Arguments(*flat)
     with no_autocast(args.q):
-        found = _module(args.backend).gradients(args.problem(), kept, upstream, wanted)
-    return tuple(args.q.new_empty(0) if g is None else g for g in found)
+        found: list[Tensor | None] = _module(args.backend).gradients(args.problem(), kept, upstream, LossWanted(*wanted))
+    return found
 
 
-def _fake_gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    wanted, args = given[_KEPT], _Arguments(*given[_KEPT + 1 :])
+def _all_gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(upstream.new_empty(0) if g is None else g for g in _gradients(upstream, *given))
+
+
+def _fake_gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> tuple[Tensor, ...]:
+    args = _Arguments(*flat)
     like = args.differentiable
-    return tuple(t.new_empty(t.shape) if want and t is not None else args.q.new_empty(0) for t, want in zip(like, wanted, strict=True))
+    return tuple(t.new_empty(t.shape) if want and t is not None else upstream.new_empty(0) for t, want in zip(like, wanted, strict=True))
 
 
 class _Loss(autograd.Derivative):
     @staticmethod
-    def forward(ctx: Any, below: autograd.Below, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, below: autograd.Below, *flat: Any) -> tuple[Tensor, Tensor]:
         args = _Arguments(*flat)
         if below.backward_mode:
             # Under a transform a level below may ask for the gradient of k, which this level does not see.
             alone = args.k is not None and not args.k.requires_grad and not torch._C._are_functorch_transforms_active()
             asked = any(t is not None and t.requires_grad for t in args.differentiable)
             args = args._replace(frozen=args.frozen and alone and asked)
-        found, *kept = below(*args)
+        found, kept = below(*args)
         ctx.set_materialize_grads(False)
         ctx.flags = args[_TENSORS:]
-        autograd.Derivative.keep(ctx, *flat[:_TENSORS], *kept)
-        ctx.mark_non_differentiable(*kept)
-        return found, *kept
+        autograd.Derivative.keep(ctx, *flat[:_TENSORS], kept)
+        ctx.mark_non_differentiable(kept)
+        return found, kept
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -186,17 +211,19 @@ class _Loss(autograd.Derivative):
         nothing = [None] * (len(ctx.needs_input_grad) - 1 - _WANTED)
         if grads[0] is None:
             return None, *[None] * _WANTED, *nothing
-        saved = autograd.Derivative.kept(ctx)
-        found = torch.ops.fastnce.loss_gradients(grads[0], *saved[_TENSORS:], wanted, *saved[:_TENSORS], *ctx.flags)
+        *tensors, kept = autograd.Derivative.kept(ctx)
+        # With create_graph the operator has a derivative, which raises.
+        here = not torch.is_grad_enabled() and _between_nothing((grads[0], kept, *tensors))
+        run = _gradients if here else torch.ops.fastnce.loss_gradients
+        found = run(grads[0], kept, wanted, *tensors, *ctx.flags)
         return None, *(g if want else None for g, want in zip(found, wanted, strict=True)), *nothing
 
 
-autograd.register("loss", f"({_PROBLEM}) -> Tensor[]", _loss, _fake_loss, _Loss)
+autograd.register("loss", f"({_PROBLEM}) -> (Tensor, Tensor)", _loss, _fake_loss, _Loss)
 autograd.register(
     "loss_gradients",
-    f"(Tensor upstream, {', '.join(f'Tensor kept{n}' for n in range(_KEPT))}, bool[{_WANTED}] wanted, {_PROBLEM}) -> "
-    f"({', '.join(['Tensor'] * _WANTED)})",
-    _gradients,
+    f"(Tensor upstream, Tensor kept, bool[{_WANTED}] wanted, {_PROBLEM}) -> ({', '.join(['Tensor'] * _WANTED)})",
+    _all_gradients,
     _fake_gradients,
     autograd.Gradients,
 )

@@ -180,6 +180,13 @@ class LossProblem(NamedTuple):
     weight: Tensor | None = None
     by_place: bool = False
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those that take gradients, in the order of LossWanted, then the ids of queries and keys."""
+        problem, pairs = self.problem, self.problem.pairs
+        ids = pairs.q_label, pairs.k_label, pairs.q_exclude, pairs.k_exclude
+        return problem.q, self.second, problem.k, self.partners, self.scale, problem.bias, self.weight, *ids
+
 
 class LossWanted(NamedTuple):
     """Which gradients of a LossProblem are asked for."""

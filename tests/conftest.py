@@ -6,6 +6,7 @@ There is one thread, so that many small products do not wait for each other on a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,21 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is allocated without a value holds nan, or a number far beyond any count, so that reading it before writing shows."""
+    """Memory that is allocated without a value holds nan, or a number far beyond any count, so that reading it before writing shows.
+    Bytes are all ones, which are nan as a float and -1 as an integer. Recorded allocations are not looked at."""
 
     def fill(empty: Any) -> Any:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
             new = empty(*args, **kwargs)
-            return new.fill_(torch.nan if new.is_floating_point() else 2**30)
+            if torch._C._len_torch_dispatch_stack():
+                return new
+            return new.fill_(torch.nan if new.is_floating_point() else 255 if new.dtype == torch.uint8 else 2**30)
 
         return filled
 
     monkeypatch.setattr(torch, "empty", fill(torch.empty))
     monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(torch, "empty_strided", fill(torch.empty_strided))
     monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
 
 
@@ -128,6 +133,14 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # The fixture that a backend needs where a test names it.
 NEEDS = {"cpu": "compiled", "cuda": "emulated_cuda", "triton": "interpreted_triton"}
+
+
+@pytest.fixture(autouse=True)
+def no_tapes() -> Iterator[None]:
+    """A test may change what a launch follows from. The tapes of one test are not played in the next one."""
+    yield
+    if losses := sys.modules.get("fastnce.backends.triton.losses"):
+        losses.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -64,13 +64,14 @@ def deterministic() -> Iterator[None]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched."""
     names: list[str] = []
-    launch = launches.launch
+    start = launches.Launch.start
 
-    def spy(kernel: Any, programs: int, *args: Any, **kwargs: Any) -> None:
-        names.append(kernel.fn.__name__)
-        launch(kernel, programs, *args, **kwargs)
+    def spy(one: launches.Launch) -> None:
+        if hasattr(one.kernel, "fn"):  # not a fill
+            names.append(one.kernel.fn.__name__)
+        start(one)
 
-    monkeypatch.setattr(launches, "launch", spy)
+    monkeypatch.setattr(launches.Launch, "start", spy)
     return names
 
 

@@ -262,7 +262,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as stopped:
         command.main(["pages"])
     assert stopped.value.code == 2
-    assert "unknown command 'pages'; choose from time, memory, accuracy, gpu, page" in capsys.readouterr().err
+    assert "unknown command 'pages'; choose from time, memory, accuracy, host, gpu, page" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- results

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from fastnce.backends._gpu import tiles
@@ -34,12 +38,31 @@ def of_gpu(device: torch.device) -> list[str]:
     return ["compute capability below 8.0"] if torch.cuda.get_device_capability(device) < (8, 0) else []
 
 
+class _Given(threading.local):
+    parts: int | None = None
+
+
+_given = _Given()
+
+
+@contextmanager
+def in_parts(count: int) -> Iterator[None]:
+    """Inside, float32 is held in so many parts whatever torch's switches say: backward reads what forward has made under them."""
+    before, _given.parts = _given.parts, count
+    try:
+        yield
+    finally:
+        _given.parts = before
+
+
 def parts(dtype: torch.dtype) -> int:
     """In how many float16 numbers an element is held: float32 takes two, unless torch may use TF32 for its products.
 
     All three of torch's switches show here; torch.get_float32_matmul_precision raises after the newest of them was used.
     """
-    return 2 if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32" else 1
+    if dtype != torch.float32:
+        return 1
+    return _given.parts or (1 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 2)
 
 
 def fits(problem: Problem) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 from torch import Tensor
 
 from fastnce.backends._gpu import gradients as statistics_gradients
@@ -12,7 +9,7 @@ from fastnce.backends._gpu import statistics
 from fastnce.backends.triton.limits import keeps_output, unsupported
 from fastnce.problem import Gradients, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
 
-__all__ = ["NAME", "backward", "forward", "gradients", "keeps_output", "loss", "unsupported", "without_launches"]
+__all__ = ["NAME", "backward", "forward", "fake_loss", "gradients", "keeps_output", "loss", "unsupported"]
 
 NAME = "triton"
 
@@ -31,27 +28,22 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
     return statistics_gradients.backward(problem, passes, grads, stats, wanted)
 
 
-def loss(ask: LossProblem) -> tuple[Tensor, Sequence[Tensor]]:
+def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     """A loss as one number, and what its gradient needs of it."""
     from fastnce.backends.triton import losses
 
     return losses.loss(ask)
 
 
-def gradients(ask: LossProblem, kept: Sequence[Tensor], upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
+def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
+    """The same for tensors without values: nothing is launched."""
+    from fastnce.backends.triton import losses
+
+    return losses.fake_loss(ask)
+
+
+def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
     """The gradients of `loss` in the order of LossWanted; None where not asked for."""
     from fastnce.backends.triton import losses
 
-    return losses.gradients(ask, losses.Kept(*kept), upstream, wanted)
-
-
-@contextmanager
-def without_launches() -> Iterator[None]:
-    """Inside, this thread allocates results and launches nothing."""
-    from fastnce.backends.triton import launches
-
-    before, launches.this_thread.launches = launches.this_thread.launches, False
-    try:
-        yield
-    finally:
-        launches.this_thread.launches = before
+    return losses.gradients(ask, kept, upstream, wanted)

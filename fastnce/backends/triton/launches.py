@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +20,73 @@ from fastnce.backends.triton import kernels, kernels_backward, kernels_rows, til
 GROUP = 8
 
 
-class _Launching(threading.local):
-    """Whether this thread launches kernels, or only allocates what they would fill."""
+class Launch(NamedTuple):
+    """A kernel, how many programs of it on a grid of one axis, its arguments in order, and what the compiler is told by keyword."""
 
-    launches = True
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def start(self) -> None:
+        self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+    def ordered(self) -> list[Any]:
+        """The arguments and the constants, in the order of their names in the kernel."""
+        return [*self.arguments, *(self.options[name] for name in self.kernel.arg_names[len(self.arguments) :])]
 
 
-this_thread = _Launching()
+class _Thread(threading.local):
+    """Who is handed the launches of this thread instead of the device."""
+
+    taker: Callable[[Launch], None] | None = None
+
+
+_this_thread = _Thread()
+
+
+@contextmanager
+def handed_to(taker: Callable[[Launch], None]) -> Iterator[None]:
+    """Inside, this thread launches nothing: `taker` is handed what would be launched."""
+    before, _this_thread.taker = _this_thread.taker, taker
+    try:
+        yield
+    finally:
+        _this_thread.taker = before
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any) -> None:
     """Run a kernel on a grid of one axis. Fusion is asked for, because Triton's default changes between versions."""
-    if programs > 0 and this_thread.launches:
-        kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants)
+    if programs > 0:
+        options = dict(constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        (_this_thread.taker or Launch.start)(Launch(kernel, programs, arguments, options))
+
+
+def compiled(launches: Sequence[Launch]) -> Sequence[Callable[..., None] | None]:
+    """The compiled kernels, which are called with all arguments in the order of their names; None for those that are interpreted.
+
+    Compilers run beside each other: most of their time they hold no lock of Python's.
+    """
+    from triton.runtime import _async_compile as side_by_side
+    from triton.runtime.jit import JITFunction
+
+    with ThreadPoolExecutor() as threads:
+        # An error is raised by result(). Otherwise the mode of Triton 3.6 would stay on behind it.
+        mode = side_by_side.AsyncCompileMode(threads, ignore_errors=True)
+        with mode if side_by_side.active_mode.get() is None else nullcontext():
+            found = [
+                one.kernel.warmup(*one.arguments, grid=(one.programs,), **one.options) if isinstance(one.kernel, JITFunction) else None
+                for one in launches
+            ]
+        kernels = [kernel.result() if isinstance(kernel, side_by_side.FutureKernel) else kernel for kernel in found]
+    return [None if kernel is None else kernel[(one.programs, 1, 1)] for one, kernel in zip(launches, kernels, strict=True)]
+
+
+def stream() -> Any:
+    """The current stream of the current device, as compiled kernels take it."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 def slot(work: Work, number: Any) -> Tensor:

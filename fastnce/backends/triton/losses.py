@@ -11,16 +11,17 @@ Keys without gradient let the forward pass keep the mean key, and the fourth lau
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastnce.backends._gpu import limits
 from fastnce.backends._gpu.gradients import Weights, from_output, over_tiles
 from fastnce.backends._gpu.host import Operand, Work, on_device
 from fastnce.backends._gpu.statistics import adds_in_memory, keep_output
 from fastnce.backends._gpu.statistics import over_tiles as sums_over_tiles
-from fastnce.backends.triton import kernels, kernels_loss, kernels_rows, launches, passes
+from fastnce.backends.triton import kernels, kernels_loss, kernels_rows, launches, passes, tape
 from fastnce.backends.triton.limits import keeps_output
 from fastnce.problem import LossProblem, LossWanted, Wanted
 
@@ -56,42 +57,161 @@ class Kept(NamedTuple):
     state: Tensor
 
 
-def loss(ask: LossProblem) -> tuple[Tensor, Kept]:
-    """The loss, float32, and what its gradient needs."""
+def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
+    """The loss, float32, and the memory that its gradient needs, (bytes / parts, parts): so many parts has an operand."""
+    ask = _contiguous(ask)
+    with on_device(ask.problem.q):
+        (found,), memory = _step(ask).loss.play(ask.tensors, ask.value)
+        assert found is not None
+        return found, memory.view(-1, limits.parts(ask.problem.q.dtype))
+
+
+def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
+    """The same for tensors without values: nothing is launched."""
+    with launches.handed_to(lambda _: None):
+        found, kept = _loss(_contiguous(ask))
+    parts = limits.parts(ask.problem.q.dtype)
+    return found, ask.problem.q.new_empty((tape.packed(kept)[1] // parts, parts), dtype=torch.uint8)
+
+
+def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
+    """The gradients that LossWanted names, in its order; None where not asked for."""
+    parts = kept.shape[1]
+    if parts != limits.parts(ask.problem.q.dtype):
+        with limits.in_parts(parts):
+            return gradients(ask, kept, upstream, wanted)
+    ask, memory = _contiguous(ask), kept.view(-1)
+    with on_device(ask.problem.q):
+        step = _step(ask)
+        key = _form_of_gradients(memory, upstream, wanted)
+        played = step.gradients.get(key)
+        if played is None:
+            (played,) = tape.ready([_record_gradients(ask, step.loss, memory, upstream, wanted)])
+            step.gradients[key] = played
+        found, _ = played.play((*ask.tensors, memory, upstream))
+        of_weights = _of_weights(ask, Kept(*step.loss.of(memory)), upstream) if wanted.weight else None
+        return [*found, of_weights]
+
+
+def _contiguous(ask: LossProblem) -> LossProblem:
+    """With numbers side by side in rows and in vectors. A copy cannot be recorded."""
+    if all(x is None or x.is_contiguous() for x in ask.tensors):
+        return ask
+
+    def rows(x: Tensor | None) -> Any:
+        return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+    def vector(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    problem, pairs = ask.problem, ask.problem.pairs
+    ids: dict[str, Any] = {name: vector(getattr(pairs, name)) for name in ("q_label", "k_label", "q_exclude", "k_exclude")}
+    problem = problem._replace(q=rows(problem.q), k=rows(problem.k), pairs=pairs._replace(**ids))
+    return ask._replace(problem=problem, second=rows(ask.second), partners=rows(ask.partners), weight=vector(ask.weight))
+
+
+# Tapes ----------------------------------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """The tapes of a loss and, by which of them are asked for, of its gradients."""
+
+    loss: tape.Tape
+    gradients: dict[tuple[Any, ...], tape.Tape]
+
+
+# The steps of the forms that were met last, the oldest first. There are few, so that lengths which never come again do not fill memory.
+_STEPS: dict[tuple[Any, ...], Step] = {}
+_MOST = 256
+
+
+def forget() -> None:
+    """Forget all tapes."""
+    _STEPS.clear()
+
+
+def _step(ask: LossProblem) -> Step:
+    p = ask.problem
+    key = (
+        p.q.device, limits.parts(p.q.dtype), torch.are_deterministic_algorithms_enabled(), p.pairs.exclude_self, p.pairs.offset,
+        p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean, ask.inverse, ask.formula, ask.value <= kernels.UNSHIFTED.value,
+        tape.form(ask.tensors),
+    )  # fmt: skip
+    found = _STEPS.get(key)
+    if found is None:
+        found = _recorded(ask)
+        while len(_STEPS) >= _MOST:
+            _STEPS.pop(next(iter(_STEPS)), None)
+        _STEPS[key] = found
+    return found
+
+
+def _recorded(ask: LossProblem) -> Step:
+    """The tapes of a loss and of all gradients that its tensors have, so that their kernels are compiled beside each other."""
+
+    def function() -> tuple[list[Tensor], Kept]:
+        found, kept = _loss(ask._replace(value=tape.Number(ask.value)))
+        return [found], kept
+
+    of_loss = tape.record(function, ask.tensors)
+    wanted = LossWanted(*(x is not None and x.requires_grad for x in ask.tensors[: len(LossWanted._fields)]))
+    if not any(wanted):
+        return Step(tape.ready([of_loss])[0], {})
+    new = ask.problem.q.new_empty
+    memory, upstream = new(of_loss.tape.sizes[0], dtype=torch.uint8), new((), dtype=torch.float32)
+    of_gradients = _record_gradients(ask, of_loss.tape, memory, upstream, wanted)
+    loss, gradients = tape.ready([of_loss, of_gradients])
+    return Step(loss, {_form_of_gradients(memory, upstream, wanted): gradients})
+
+
+def _form_of_gradients(memory: Tensor, upstream: Tensor, wanted: LossWanted) -> tuple[Any, ...]:
+    return *wanted, tape.form((memory, upstream))
+
+
+def _record_gradients(ask: LossProblem, loss: tape.Tape, memory: Tensor, upstream: Tensor, wanted: LossWanted) -> tape.Recording:
+    def function() -> tuple[list[Tensor | None], list[Tensor]]:
+        return _gradients(ask, Kept(*loss.of(memory)), upstream, wanted), []
+
+    return tape.record(function, (*ask.tensors, memory, upstream), memory)
+
+
+# What is recorded -----------------------------------------------------------------------------------------------------------------------
+
+
+def _loss(ask: LossProblem) -> tuple[Tensor, Kept]:
+    """The loss, and what its gradient needs."""
     problem = ask.problem
-    with on_device(problem.q):
-        # A scale that the host knows tells which of the two kernels is right. For one that only the device knows both are launched, and the
-        # loop of one of them is empty.
-        small = ask.scale is not None or not problem.normalize or ask.value <= kernels.UNSHIFTED.value
-        both = adds_in_memory(problem) and small
-        rows = not both or ask.scale is not None or not problem.normalize
-        work = passes.prepare(problem, unshifted=both, loss=ask)
-        kept_output = keeps_output(problem) and not work.in_tile
-        if kept_output:
-            output = keep_output(work)
-            sides = [output[0]]
-        else:
-            sides = sums_over_tiles(work, rows)
-        weights, partial, programs = passes.empty_weights(work, kept_output)
-        new, two = work.x.factor.new_empty, problem.two_sided
-        found = new((), dtype=torch.float32)
-        weight = None if ask.weight is None else ask.weight.contiguous()
-        weighted = weight is not None
-        values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ([work.x, work.y] if two else [work.x])]
-        half = 0.5 if two else 1.0
-        of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
-        own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
-        launches.launch(
-            kernels_loss.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
-            weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
-            weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
-            partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,
-            *passes.ends_of(work), half, of_columns, 1.0 / work.x.rows if ask.mean else 1.0, *programs,
-            WEIGHTED_MEAN=weighted and ask.mean, IN_TILE=work.in_tile, FORMULA=FORMULAS[ask.formula].value, KEPT=kept_output, COLUMNS=two,
-            SYMMETRIC=problem.symmetric, NORMALIZE=problem.normalize, BR=passes.VECTOR_ROWS, BP=passes.AT_A_TIME,
-        )  # fmt: skip
-        mean = passes.mean_key(work, output, own_neg) if kept_output else None
-        return found, _kept(work, weights, mean, values)
+    # A scale that the host knows tells which of the two kernels is right. For one that only the device knows both are launched, and the
+    # loop of one of them is empty.
+    small = ask.scale is not None or not problem.normalize or ask.value <= kernels.UNSHIFTED.value
+    both = adds_in_memory(problem) and small
+    rows = not both or ask.scale is not None or not problem.normalize
+    work = passes.prepare(problem, unshifted=both, loss=ask)
+    kept_output = keeps_output(problem) and not work.in_tile
+    if kept_output:
+        output = keep_output(work)
+        sides = [output[0]]
+    else:
+        sides = sums_over_tiles(work, rows)
+    weights, partial, programs = passes.empty_weights(work, kept_output)
+    new, two = work.x.factor.new_empty, problem.two_sided
+    found = new((), dtype=torch.float32)
+    weight, weighted = ask.weight, ask.weight is not None
+    values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ([work.x, work.y] if two else [work.x])]
+    half = 0.5 if two else 1.0
+    of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
+    own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
+    launches.launch(
+        kernels_loss.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
+        weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
+        weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
+        partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,
+        *passes.ends_of(work), half, of_columns, 1.0 / work.x.rows if ask.mean else 1.0, *programs,
+        WEIGHTED_MEAN=weighted and ask.mean, IN_TILE=work.in_tile, FORMULA=FORMULAS[ask.formula].value, KEPT=kept_output, COLUMNS=two,
+        SYMMETRIC=problem.symmetric, NORMALIZE=problem.normalize, BR=passes.VECTOR_ROWS, BP=passes.AT_A_TIME,
+    )  # fmt: skip
+    mean = passes.mean_key(work, output, own_neg) if kept_output else None
+    return found, _kept(work, weights, mean, values)
 
 
 def _or_none(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -131,27 +251,26 @@ def _whole(first: Tensor, second: Tensor, keyed: bool) -> Tensor:
     return first.as_strided(shape, first.stride())
 
 
-def gradients(ask: LossProblem, kept: Kept, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
-    """The gradients that LossWanted names, in its order; None where not asked for."""
+def _gradients(ask: LossProblem, kept: Kept, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
+    """The gradients of all but the weights."""
     problem = ask.problem
-    with on_device(problem.q):
-        work, weights = _again(ask, kept)
-        if kept.mean.numel():
-            found = from_output(kept.mean)
-        else:
-            over = Wanted(wanted.q or wanted.second, wanted.k, wanted.scale, False)
-            found = over_tiles(work, weights, over)
-        q, type_of_q, type_of_k = problem.q, *problem.gradient_dtypes
-        out = passes.Outputs(
-            q.new_empty(q.shape, dtype=type_of_q) if wanted.q else None,
-            torch.empty_like(ask.second, memory_format=torch.contiguous_format) if wanted.second and ask.second is not None else None,
-            problem.k.new_empty(problem.k.shape, dtype=type_of_k) if wanted.k and problem.k is not None else None,
-            ask.partners.new_empty(ask.partners.shape) if wanted.partners and ask.partners is not None else None,
-            torch.empty_like(ask.scale) if wanted.scale and ask.scale is not None else None,
-            torch.empty_like(problem.bias) if wanted.bias and problem.bias is not None else None,
-        )
-        passes.write(work, weights, found, out, upstream, ask.inverse)
-        return [*out, _of_weights(ask, kept, upstream) if wanted.weight else None]
+    work, weights = _again(ask, kept)
+    if kept.mean.numel():
+        found = from_output(kept.mean)
+    else:
+        over = Wanted(wanted.q or wanted.second, wanted.k, wanted.scale, False)
+        found = over_tiles(work, weights, over)
+    q, type_of_q, type_of_k = problem.q, *problem.gradient_dtypes
+    out = passes.Outputs(
+        q.new_empty(q.shape, dtype=type_of_q) if wanted.q else None,
+        torch.empty_like(ask.second, memory_format=torch.contiguous_format) if wanted.second and ask.second is not None else None,
+        problem.k.new_empty(problem.k.shape, dtype=type_of_k) if wanted.k and problem.k is not None else None,
+        ask.partners.new_empty(ask.partners.shape) if wanted.partners and ask.partners is not None else None,
+        torch.empty_like(ask.scale) if wanted.scale and ask.scale is not None else None,
+        torch.empty_like(problem.bias) if wanted.bias and problem.bias is not None else None,
+    )
+    passes.write(work, weights, found, out, upstream, ask.inverse)
+    return [*out]
 
 
 def _again(ask: LossProblem, kept: Kept) -> tuple[Work, Weights]:

@@ -1,0 +1,233 @@
+"""The launches of a function, recorded once for a form of its arguments, and played again with other tensors of that form.
+
+Shapes, strides, dtypes and flags decide what a function allocates and launches; its tensors only decide the addresses. Working this out
+takes Python longer than small kernels run. A tape holds the result: the compiled kernels, their arguments, and where memory goes into them.
+
+A function can be recorded if all that it does with tensors is to allocate them, to look at parts of them, and to launch kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnce.backends._gpu.host import up
+from fastnce.backends.triton import launches
+from fastnce.backends.triton.launches import Launch
+
+# Every tensor in a tape's memory starts at a multiple of this many bytes, as torch's own do on a GPU.
+ALIGNED = 512
+_NEW = frozenset(getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+
+
+class Number(float):
+    """A float among the arguments that differs from call to call."""
+
+
+class Like(NamedTuple):
+    """A tensor without its memory."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(x: Tensor) -> Like:
+        return Like(x.dtype, tuple(x.shape), x.stride())
+
+    def at(self, memory: Tensor, offset: int) -> Tensor:
+        """The tensor that lies so many bytes behind the start of another one."""
+        if memory.dtype != self.dtype:
+            memory = memory.view(self.dtype)
+        return memory.as_strided(self.size, self.stride, memory.storage_offset() + offset // self.dtype.itemsize)
+
+
+class Place(NamedTuple):
+    """An argument that differs from call to call: so many bytes behind a base. like: None for a number."""
+
+    argument: int
+    base: int
+    offset: int
+    like: Like | None
+
+
+class Call(NamedTuple):
+    """One launch. Arguments that have a place are None here.
+
+    arguments  all of them, constants too, in the order of their names
+    run        the compiled kernel, None where kernels are interpreted
+    """
+
+    launch: Launch
+    arguments: list[Any]
+    places: list[Place]
+    run: Callable[..., None] | None
+
+    def with_tensors(self, bases: Sequence[Any]) -> Launch:
+        arguments = list(self.launch.arguments)
+        for argument, base, offset, like in self.places:
+            arguments[argument] = bases[base] if like is None else like.at(bases[base], offset)
+        return self.launch._replace(arguments=tuple(arguments))
+
+
+def packed(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where tensors go that share one memory, in bytes, and how long it is. Empty ones take nothing."""
+    places, size = [], 0
+    for x in tensors:
+        places.append(size)
+        size += up(x.numel() * x.element_size(), ALIGNED)
+    return places, size
+
+
+class Tape(NamedTuple):
+    """A recorded function: what it allocates, and what it launches.
+
+    results  what it returns
+    kept     what it keeps, and where in the memory that holds it
+    sizes    bytes of that memory, and of the memory for all else
+
+    Places count through these bases: the tensors that it is given, the number, its results, the two memories.
+    """
+
+    device: torch.device
+    results: list[Like | None]
+    kept: list[tuple[int, Like]]
+    sizes: tuple[int, int]
+    calls: tuple[Call, ...]
+
+    def play(self, given: Sequence[Tensor | None], number: float = 0.0) -> tuple[list[Tensor | None], Tensor]:
+        """What the function returns, and the memory with what it keeps."""
+        device = self.device
+        results = [None if x is None else torch.empty_strided(x.size, x.stride, dtype=x.dtype, device=device) for x in self.results]
+        kept, other = (torch.empty(size, dtype=torch.uint8, device=device) for size in self.sizes)
+        tensors = *given, number, *results, kept, other
+        addresses: list[Any] = [x.data_ptr() if isinstance(x, Tensor) else x for x in tensors]
+        stream = launches.stream() if self.calls and self.calls[-1].run is not None else None
+        for call in self.calls:
+            if call.run is None:
+                call.with_tensors(tensors).start()
+                continue
+            arguments = call.arguments.copy()
+            for argument, base, offset, _ in call.places:
+                arguments[argument] = addresses[base] + offset
+            call.run(*arguments, stream=stream)
+        return results, kept
+
+    def of(self, memory: Tensor) -> list[Tensor]:
+        """The tensors that are kept in this memory."""
+        return [like.at(memory, offset) for offset, like in self.kept]
+
+
+# Recording ------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Zero:
+    """torch's own fill, in the place of a kernel."""
+
+    arg_names = ("x",)
+    __name__ = "zero"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        return Tensor.zero_
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operation of torch: new tensors, zeros, which are one launch, views, and no other."""
+
+    def __init__(self, seen: list[Launch]) -> None:
+        super().__init__()
+        self.seen = seen
+        self.new: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        kind = func.overloadpacket
+        if kind in _NEW or kind == torch.ops.aten.new_zeros:
+            self.new.append(found)
+            if kind not in _NEW:
+                self.seen.append(Launch(_Zero(), 1, (found,), {}))
+        elif not func.is_view:
+            raise RuntimeError(f"fastnce: {func} cannot be recorded")
+        return found
+
+
+class Recording(NamedTuple):
+    """A tape that has no calls yet, and its launches, each with the places of its arguments."""
+
+    tape: Tape
+    launches: list[tuple[Launch, list[Place]]]
+
+
+def record(
+    function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor]]], given: Sequence[Tensor | None], memory: Tensor | None = None
+) -> Recording:
+    """Record a function that returns (results, tensors to keep). Nothing is launched.
+
+    given: the tensors that it reads. memory: the one of them in which an earlier tape has kept something.
+    """
+    seen: list[Launch] = []
+    with launches.handed_to(seen.append), _Watch(seen) as watch:
+        results, kept = function()
+    first = len(given) + 1
+    bases = {_storage(x): (first + n, 0) for n, x in enumerate(results) if x is not None}
+    kept_at, kept_size = packed(kept)
+    bases |= {_storage(x): (first + len(results), at) for x, at in zip(kept, kept_at, strict=True) if x.numel()}
+    others = [x for x in watch.new if x.numel() and _storage(x) not in bases]
+    other_at, other_size = packed(others)
+    bases |= {_storage(x): (first + len(results) + 1, at) for x, at in zip(others, other_at, strict=True)}
+    own = {x.data_ptr(): n for n, x in reversed(list(enumerate(given))) if x is not None}
+
+    def place(argument: int, x: Tensor | Number) -> Place:
+        if isinstance(x, Number):
+            return Place(argument, len(given), 0, None)
+        address, storage = x.data_ptr(), _storage(x)
+        if storage in bases:
+            base, start = bases[storage]
+            return Place(argument, base, start + address - storage, Like.of(x))
+        if address in own:
+            return Place(argument, own[address], 0, Like.of(x))
+        if memory is None or storage != _storage(memory):
+            raise RuntimeError("fastnce: a kernel is given memory that is neither new nor an argument's")
+        return Place(argument, own[memory.data_ptr()], address - memory.data_ptr(), Like.of(x))
+
+    device = next(x.device for x in given if x is not None)
+    like = [None if x is None else Like.of(x) for x in results]
+    tape = Tape(device, like, [(at, Like.of(x)) for x, at in zip(kept, kept_at, strict=True)], (kept_size, other_size), ())
+    return Recording(tape, [(one, [place(n, x) for n, x in enumerate(one.arguments) if isinstance(x, Tensor | Number)]) for one in seen])
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def ready(recordings: Sequence[Recording]) -> list[Tape]:
+    """Tapes that can be played. The kernels of all of them are compiled beside each other."""
+    runs = iter(launches.compiled([one for recording in recordings for one, _ in recording.launches]))
+    tapes = []
+    for tape, seen in recordings:
+        calls = []
+        for one, places in seen:
+            # A number must not keep its first value, nor an argument its first tensor.
+            fixed = tuple(None if isinstance(x, Tensor | Number) else x for x in one.arguments)
+            run, ordered = next(runs), one.ordered()[len(fixed) :]
+            calls.append(Call(one._replace(arguments=fixed), [*fixed, *ordered], places, run))
+        tapes.append(tape._replace(calls=tuple(calls)))
+    return tapes
+
+
+# Which tape ------------------------------------------------------------------------------------------------------------------------------
+
+
+def form(given: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All of some tensors that a recording depends on. Addresses count by their last bits, for which kernels are compiled, and by which of
+    them are equal."""
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    present = [address for address in addresses if address]
+    equal = () if len(set(present)) == len(present) else tuple(map(addresses.index, addresses))
+    return equal, *[
+        None if x is None else (x.shape, x.stride(), x.dtype, address % 16) for x, address in zip(given, addresses, strict=True)
+    ]

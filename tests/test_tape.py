@@ -1,0 +1,206 @@
+"""Tapes of launches: played with other tensors they do what was recorded, and whatever a recording depends on has a tape of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fused import CASES, random, run
+from test_triton import family  # noqa: F401  a fixture
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastnce
+from fastnce.backends import triton
+from fastnce.backends.triton import losses, tape
+from fastnce.problem import LossProblem, LossWanted
+
+pytestmark = pytest.mark.usefixtures("poisoned", "interpreted_triton")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[LossProblem]:
+    """What the backend is asked."""
+    seen: list[LossProblem] = []
+
+    def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
+        seen.append(ask)
+        return losses.loss(ask)
+
+    monkeypatch.setattr(triton, "loss", loss)
+    return seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_tensors_of_the_form(name: str, asked: list[LossProblem]) -> None:
+    """One recording serves them, bit for bit as if nothing had been recorded."""
+    loss, tensors = CASES[name]
+    others = {key: x.flip(0) * 1.1 if x.dim() else x * 1.1 for key, x in tensors.items()}
+    run((loss, tensors), torch.float32, "triton")
+    recorded = [(step.loss, dict(step.gradients)) for step in losses._STEPS.values()]
+    run((loss, others), torch.float32, "triton")
+    assert len(recorded) == 1 and [(step.loss, step.gradients) for step in losses._STEPS.values()] == recorded
+
+    ask, upstream = losses._contiguous(asked[-1]), torch.tensor(0.37)
+    wanted = LossWanted(*(x is not None and x.requires_grad for x in ask.tensors[: len(LossWanted._fields)]))
+    assert any(wanted)
+    found, memory = losses.loss(ask)
+    plain, kept = losses._loss(ask)
+    assert torch.equal(found, plain)
+    for mine, other in zip(losses.gradients(ask, memory, upstream, wanted), losses._gradients(ask, kept, upstream, wanted), strict=False):
+        assert (mine is None and other is None) or (mine is not None and other is not None and torch.equal(mine, other))
+
+
+def close(found: Tensor, *asked: Tensor, true: Tensor) -> None:
+    assert torch.allclose(found, true, rtol=1e-5)
+    mine, other = (torch.autograd.grad(value, asked) for value in (found, true))
+    for a, b in zip(mine, other, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [random(*shape, seed=n).float().requires_grad_() for n, shape in enumerate(shapes)]
+
+
+def test_a_number_is_no_form() -> None:
+    """A temperature that changes from step to step, up to where other kernels are right."""
+    q, k = leaves((37, 20), (37, 20))
+    for temperature in (0.1, 0.2, 0.05):
+        close(fastnce.nt_xent(q, k, temperature, backend="triton"), q, k, true=fastnce.nt_xent(q, k, temperature, backend="reference"))
+    assert len(losses._STEPS) == 1
+    close(fastnce.nt_xent(q, k, 0.01, backend="triton"), q, k, true=fastnce.nt_xent(q, k, 0.01, backend="reference"))
+    assert len(losses._STEPS) == 2
+
+
+def views(base: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Queries and keys of one shape, in memory of several forms."""
+    a, b = base[:37, :20], base[37:74, :20]
+    return {
+        "apart": (a.contiguous(), b.contiguous()),
+        "parts of one tensor": (a, b),
+        "the same": (a, a),
+        "the same memory": (a, base[:37, :20]),
+        "overlapping": (a, base[1:38, :20]),
+        "not aligned": (base[:37, 1:21], base[37:74, 3:23]),
+        "columns": (base.t()[:20, :37].t(), base.t()[:20, 37:74].t()),
+        "lines": (base[:37, 4:24], base[37:74, 4:24]),
+        "expanded": (a, base[:1, :20].expand(37, 20)),
+    }
+
+
+FORMS = tuple(views(torch.zeros(80, 40)))
+
+
+def test_every_form_is_told_apart() -> None:
+    """One after the other, forwards and backwards: a tape of another form would read other memory."""
+    base = random(80, 40).float().requires_grad_()
+    losses_of: list[Callable[..., Tensor]] = [
+        lambda q, k, backend: fastnce.info_nce(q, k, scale=9.0, backend=backend),
+        lambda q, k, backend: fastnce.clip_loss(q, k, 9.0, backend=backend),
+    ]
+    for form in (*FORMS, *FORMS[::-1]):
+        for loss in losses_of:
+            q, k = views(base)[form]
+            close(loss(q, k, "triton"), base, true=loss(q, k, "reference"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("before", ["ieee", "tf32"])
+@pytest.mark.parametrize("columns", [20, 50])
+def test_precision_that_changes_before_backward(before: str, kept: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward reads what forward has left in the precision of forward: rows that are short, and rows that are long in one of the two."""
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(losses, "KEPT_BYTES", (32 << 20) if kept else 0)
+    after, found = {"ieee": "tf32", "tf32": "ieee"}[before], []
+    for then in (before, after):
+        monkeypatch.setattr(matmul, "fp32_precision", before)
+        q, k = leaves((37, columns), (37, columns))
+        loss = fastnce.info_nce(q, k, temperature=0.1, backend="triton")
+        monkeypatch.setattr(matmul, "fp32_precision", then)
+        found.append(torch.autograd.grad(loss, (q, k)))
+        losses.forget()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_memory_that_has_been_elsewhere() -> None:
+    """What is kept for backward may come back at another address (offloading, checkpoints), and may be read twice."""
+    q, k = leaves((37, 20), (37, 20))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+        loss = fastnce.nt_xent(q, k, 0.1, backend="triton")
+    true = torch.autograd.grad(fastnce.nt_xent(q, k, 0.1, backend="reference"), (q, k))
+    for _ in range(2):
+        for mine, other in zip(torch.autograd.grad(loss, (q, k), retain_graph=True), true, strict=True):
+            assert torch.allclose(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_lengths_that_never_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_MOST", 2)
+    for rows in (3, 4, 5, 4):
+        z = random(rows, 20).float()
+        fastnce.nt_xent(z, z.flip(1), 0.1, backend="triton")
+    assert len(losses._STEPS) == 2
+
+
+class Seen(TorchDispatchMode):
+    names: list[str]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_operators() -> None:
+    """Nothing else does: without a mode the backend is called without them."""
+    q, k = leaves((37, 20), (37, 20))
+    seen = Seen()
+    seen.names = []
+    with seen:
+        fastnce.info_nce(q, k, temperature=0.1, backend="triton").backward()
+    assert {"fastnce.loss.default", "fastnce.loss_gradients.default"} <= set(seen.names)
+    with torch.profiler.profile() as profile:
+        fastnce.info_nce(q, k, temperature=0.1, backend="triton").backward()
+    assert not [event.name for event in profile.events() or [] if "fastnce::" in event.name]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: ([x + 1], []),
+        lambda x: ([x.contiguous()], []),
+        lambda x: ([torch.ones(3)], []),
+    ],
+    ids=["arithmetic", "a copy", "numbers"],
+)
+def test_operations_cannot_be_recorded(function: Callable[[Tensor], Any]) -> None:
+    x = torch.zeros(4, 6)[:, ::2]
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        tape.record(lambda: function(x), [x])
+
+
+def test_memory_of_nobody_cannot_be_recorded() -> None:
+    from fastnce.backends.triton import kernels_rows, launches
+
+    x, hidden = torch.zeros(4), torch.zeros(4)
+
+    def function() -> tuple[list[Tensor], list[Tensor]]:
+        launches.launch(kernels_rows.finish, 1, x, hidden)
+        return [], []
+
+    with pytest.raises(RuntimeError, match="neither new nor an argument's"):
+        tape.record(function, [x])
+
+
+def test_compiled_kernels_are_called_directly(tmp_path: Path) -> None:
+    """In a process where kernels are compiled: see direct_calls.py."""
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "tests/direct_calls.py"], cwd=root, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
