@@ -31,7 +31,7 @@ def statistics(problem: Problem, backend: str) -> list[Side]:
     """The differentiable statistics of a problem on a named backend: rows, then columns where two_sided."""
     # `frozen` here: a gradient may be asked for. The operator finds out whether it is that of q alone.
     arguments = Arguments.of(problem._replace(frozen=torch.is_grad_enabled()), backend)
-    flat = torch.ops.fastnce.forward(*arguments)
+    flat = call("forward", *arguments)
     return [Side(*run) for run in sides(flat, problem, len(flat) // (2 if problem.two_sided else 1))]
 
 
@@ -40,20 +40,55 @@ def hardest(problem: Problem, count: int) -> list[tuple[Tensor, Tensor]]:
 
     Every problem has the name of a backend among its arguments; this operator does not read it.
     """
-    flat = torch.ops.fastnce.hardest(count, *Arguments.of(problem, "torch"))
+    flat = call("hardest", count, *Arguments.of(problem, "torch"))
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def wide(x: Tensor) -> Tensor:
     """A stand-in for x (wide.py): a number expanded to its shape, in the inner precision. Its gradient, cast to the dtype of x, is x's."""
-    found: Tensor = torch.ops.fastnce.wide(x)
+    found: Tensor = call("wide", x)
     return found
 
 
 def listed_logits(arguments: Listed) -> Tensor:
     """The differentiable logits of listed.forward."""
-    s: Tensor = torch.ops.fastnce.listed(*arguments)[0]
+    s: Tensor = call("listed", *arguments)[0]
     return s
+
+
+# The way to an operator ------------------------------------------------------------------------------------------------------------------
+
+
+class _Registered(NamedTuple):
+    run: Callable[..., Any]
+    derivative: type[Derivative]
+
+
+_REGISTERED: dict[str, _Registered] = {}
+
+
+def call(name: str, *args: Any) -> Any:
+    """An operator's results. Where nothing would see the operator it is left out: torch's dispatcher takes as much of the host's time for
+    so many arguments as several launches do."""
+    if torch.compiler.is_compiling() or not _unseen(args):
+        return getattr(torch.ops.fastnce, name)(*args)
+    run, derivative = _REGISTERED[name]
+    return derivative.apply(Directly(run), *args) if torch.is_grad_enabled() else run(*args)  # type: ignore[attr-defined]
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
+
+
+def _unseen(args: tuple[Any, ...]) -> bool:
+    """Whether the arguments would go straight to the implementation: no tracer, transform, mode or kind of tensor wants an operator."""
+    return (
+        not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # batched gradients
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and _PLAIN.issuperset(map(type, args))
+    )
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------------------------
@@ -79,6 +114,16 @@ class Below(NamedTuple):
             torch._C._AutoDispatchBelowAutograd(),
         ):
             return self.operator.redispatch(self.keys & torch._C._after_autograd_keyset, *args)
+
+
+class Directly(NamedTuple):
+    """The rest of a call without dispatch: the implementation."""
+
+    run: Callable[..., Any]
+    backward_mode: bool = True
+
+    def __call__(self, *args: Any) -> Any:
+        return self.run(*args)
 
 
 class Derivative(_SingleLevelFunction):
@@ -115,7 +160,7 @@ class Derivative(_SingleLevelFunction):
 
 class _Statistics(Derivative):
     @staticmethod
-    def forward(ctx: Any, below: Below, *flat: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, below: Below | Directly, *flat: Any) -> tuple[Tensor, ...]:
         args = Arguments(*flat)
         if below.backward_mode:
             # Under a transform a level below may ask for the gradient of k, which this level does not see.
@@ -137,7 +182,7 @@ class _Statistics(Derivative):
         differentiable = [g for i, g in enumerate(grads) if i % ctx.per_side < DIFFERENTIABLE]
         wanted = list(ctx.needs_input_grad[1:5])
         request = Request(differentiable, vectors, wanted, Arguments(*tensors, *ctx.flags))
-        found = torch.ops.fastnce.backward(*request.flat())
+        found = call("backward", *request.flat())
         given = [g if wanted[i] else None for i, g in enumerate(found)] + [None] * (len(ctx.needs_input_grad) - 1 - len(found))
         for feature, wide in enumerate(WIDE):
             if tensors[wide] is not None:
@@ -149,7 +194,7 @@ class _Wide(Derivative):
     """Derivative of an operator that returns x, or a stand-in for it: the gradient is passed on in the dtype of x."""
 
     @staticmethod
-    def forward(ctx: Any, below: Below, x: Tensor) -> Tensor:
+    def forward(ctx: Any, below: Below | Directly, x: Tensor) -> Tensor:
         ctx.dtype = x.dtype
         return below(x)
 
@@ -160,7 +205,7 @@ class _Wide(Derivative):
 
 class _Listed(Derivative):
     @staticmethod
-    def forward(ctx: Any, below: Below, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, below: Below | Directly, *flat: Any) -> tuple[Tensor, Tensor]:
         s, r = below(*flat)
         ctx.flags = flat[-1:]
         Derivative.keep(ctx, s, r, *flat[:-1])
@@ -172,7 +217,7 @@ class _Listed(Derivative):
         s, r, *tensors = Derivative.kept(ctx)
         arguments = Listed(*tensors, *ctx.flags)
         wanted = [ctx.needs_input_grad[n] for n in (1, 2, 4)]
-        found = torch.ops.fastnce.listed_backward(grad, s, r, wanted, *arguments)
+        found = call("listed_backward", grad, s, r, wanted, *arguments)
         dq, dkeys, dscale = (g if want else None for g, want in zip(found, wanted, strict=True))
         dq, dq_wide = (dq, None) if arguments.q_wide is None else (None, dq)
         dkeys, dkeys_wide = (dkeys, None) if arguments.keys_wide is None else (None, dkeys)
@@ -183,7 +228,7 @@ class _Undifferentiated(Derivative):
     """Derivative of an operator whose results have no gradient: indices, and numbers that are looked up by them."""
 
     @staticmethod
-    def forward(ctx: Any, below: Below, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, below: Below | Directly, *args: Any) -> tuple[Tensor, ...]:
         found = tuple(below(*args))
         ctx.mark_non_differentiable(*found)
         return found
@@ -197,7 +242,7 @@ class Gradients(Derivative):
     """Derivative of an operator that returns gradients: it raises."""
 
     @staticmethod
-    def forward(ctx: Any, below: Below, *args: Any) -> Any:
+    def forward(ctx: Any, below: Below | Directly, *args: Any) -> Any:
         Derivative.keep(ctx, *(x if isinstance(x, Tensor) else None for x in args))
         return below(*args)
 
@@ -348,6 +393,7 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], derivative: type[Derivative]) -> None:
     """A new operator fastnce::name: its implementation, its fake, its derivative."""
+    _REGISTERED[name] = _Registered(run, derivative)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastnce, name)
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -9,7 +9,6 @@ All arithmetic of a row is then theirs, so that a step is a handful of launches,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard
 
@@ -128,31 +127,8 @@ def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:
         return None
     frozen = torch.is_grad_enabled()  # as in autograd.statistics: the operator finds out whether keys have a gradient
     flat = _Arguments.of(ask._replace(problem=ask.problem._replace(frozen=frozen)), name)
-    if _between_nothing(flat[:_TENSORS]):
-        found: Tensor = _Loss.apply(_Here(frozen), *flat)[0]  # type: ignore[attr-defined]
-        return found
-    found = torch.ops.fastnce.loss(*flat)[0]
+    found: Tensor = autograd.call("loss", *flat)[0]
     return found
-
-
-class _Here(NamedTuple):
-    """What is below a derivative that is applied by hand: the backend. An operator costs as much of the host's time as two launches."""
-
-    backward_mode: bool
-
-    def __call__(self, *flat: Any) -> tuple[Tensor, Tensor]:
-        return _loss(*flat)
-
-
-def _between_nothing(tensors: Iterable[object]) -> bool:
-    """Whether plain tensors go straight to the backend: no compiler, tracer, transform, mode or kind of tensor wants to see an operator."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
-    )
 
 
 def _module(name: str) -> ModuleType:
@@ -172,15 +148,11 @@ def _fake_loss(*flat: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> list[Tensor | None]:
+def _gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> tuple[Tensor, ...]:
     args = _Arguments(*flat)
     with no_autocast(args.q):
-        found: list[Tensor | None] = _module(args.backend).gradients(args.problem(), kept, upstream, LossWanted(*wanted))
-    return found
-
-
-def _all_gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    return tuple(upstream.new_empty(0) if g is None else g for g in _gradients(upstream, *given))
+        found = _module(args.backend).gradients(args.problem(), kept, upstream, LossWanted(*wanted))
+    return tuple(upstream.new_empty(0) if g is None else g for g in found)
 
 
 def _fake_gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> tuple[Tensor, ...]:
@@ -191,7 +163,7 @@ def _fake_gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: A
 
 class _Loss(autograd.Derivative):
     @staticmethod
-    def forward(ctx: Any, below: autograd.Below, *flat: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, below: autograd.Below | autograd.Directly, *flat: Any) -> tuple[Tensor, Tensor]:
         args = _Arguments(*flat)
         if below.backward_mode:
             # Under a transform a level below may ask for the gradient of k, which this level does not see.
@@ -212,10 +184,7 @@ class _Loss(autograd.Derivative):
         if grads[0] is None:
             return None, *[None] * _WANTED, *nothing
         *tensors, kept = autograd.Derivative.kept(ctx)
-        # With create_graph the operator has a derivative, which raises.
-        here = not torch.is_grad_enabled() and _between_nothing((grads[0], kept, *tensors))
-        run = _gradients if here else torch.ops.fastnce.loss_gradients
-        found = run(grads[0], kept, wanted, *tensors, *ctx.flags)
+        found = autograd.call("loss_gradients", grads[0], kept, wanted, *tensors, *ctx.flags)
         return None, *(g if want else None for g, want in zip(found, wanted, strict=True)), *nothing
 
 
@@ -223,7 +192,7 @@ autograd.register("loss", f"({_PROBLEM}) -> (Tensor, Tensor)", _loss, _fake_loss
 autograd.register(
     "loss_gradients",
     f"(Tensor upstream, Tensor kept, bool[{_WANTED}] wanted, {_PROBLEM}) -> ({', '.join(['Tensor'] * _WANTED)})",
-    _all_gradients,
+    _gradients,
     _fake_gradients,
     autograd.Gradients,
 )

@@ -14,7 +14,6 @@ import torch
 from test_fused import CASES, random, run
 from test_triton import family  # noqa: F401  a fixture
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnce
 from fastnce.backends import triton
@@ -145,27 +144,6 @@ def test_lengths_that_never_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
         z = random(rows, 20).float()
         fastnce.nt_xent(z, z.flip(1), 0.1, backend="triton")
     assert len(losses._STEPS) == 2
-
-
-class Seen(TorchDispatchMode):
-    names: list[str]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_mode_sees_operators() -> None:
-    """Nothing else does: without a mode the backend is called without them."""
-    q, k = leaves((37, 20), (37, 20))
-    seen = Seen()
-    seen.names = []
-    with seen:
-        fastnce.info_nce(q, k, temperature=0.1, backend="triton").backward()
-    assert {"fastnce.loss.default", "fastnce.loss_gradients.default"} <= set(seen.names)
-    with torch.profiler.profile() as profile:
-        fastnce.info_nce(q, k, temperature=0.1, backend="triton").backward()
-    assert not [event.name for event in profile.events() or [] if "fastnce::" in event.name]
 
 
 @pytest.mark.parametrize(
