@@ -36,8 +36,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[LossProblem]:
     return seen
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_other_tensors_of_the_form(name: str, asked: list[LossProblem]) -> None:
+QUICK = ("nt_xent", "info_nce, weights", "clip_loss, captions", "moco_loss")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_other_tensors_of_the_form(name: str, asked: list[LossProblem], monkeypatch: pytest.MonkeyPatch) -> None:
     """One recording serves them, bit for bit as if nothing had been recorded."""
     loss, tensors = CASES[name]
     others = {key: x.flip(0) * 1.1 if x.dim() else x * 1.1 for key, x in tensors.items()}
@@ -46,14 +49,16 @@ def test_other_tensors_of_the_form(name: str, asked: list[LossProblem]) -> None:
     run((loss, others), torch.float32, "triton")
     assert len(recorded) == 1 and [(step.loss, step.gradients) for step in losses._STEPS.values()] == recorded
 
-    ask, upstream = losses._contiguous(asked[-1]), torch.tensor(0.37)
+    upstream = torch.tensor(0.37)
+    ask = losses._contiguous(asked[-1])
     wanted = LossWanted(*(x is not None and x.requires_grad for x in ask.tensors[: len(LossWanted._fields)]))
     assert any(wanted)
-    found, memory = losses.loss(ask)
-    plain, kept = losses._loss(ask)
-    assert torch.equal(found, plain)
-    for mine, other in zip(losses.gradients(ask, memory, upstream, wanted), losses._gradients(ask, kept, upstream, wanted), strict=False):
-        assert (mine is None and other is None) or (mine is not None and other is not None and torch.equal(mine, other))
+    results = []
+    for apart in (False, True):
+        monkeypatch.setattr(tape, "APART", apart)
+        value, memory = losses.loss(ask)
+        results.append([value, *(g for g in losses.gradients(ask, memory, upstream, wanted) if g is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def close(found: Tensor, *asked: Tensor, true: Tensor) -> None:
@@ -159,6 +164,13 @@ def test_operations_cannot_be_recorded(function: Callable[[Tensor], Any]) -> Non
     x = torch.zeros(4, 6)[:, ::2]
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         tape.record(lambda: function(x), [x])
+
+
+def test_results_have_memory_of_their_own() -> None:
+    x = torch.zeros(4)
+    for function in (lambda: ([x[:2]], []), lambda: ([x.new_empty(4)[:2]], []), lambda: ([], [x.new_empty(4)] * 2)):
+        with pytest.raises(RuntimeError, match="share memory, or are not new"):
+            tape.record(function, [x])
 
 
 def test_memory_of_nobody_cannot_be_recorded() -> None:

@@ -61,9 +61,9 @@ def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     """The loss, float32, and the memory that its gradient needs, (bytes / parts, parts): so many parts has an operand."""
     ask = _contiguous(ask)
     with on_device(ask.problem.q):
-        (found,), memory = _step(ask).loss.play(ask.tensors, ask.value)
-        assert found is not None
-        return found, memory.view(-1, limits.parts(ask.problem.q.dtype))
+        found, memory = _apart(ask) if tape.APART else _step(ask).loss.play(ask.tensors, ask.value)
+        assert found[0] is not None
+        return found[0], memory.view(-1, limits.parts(ask.problem.q.dtype))
 
 
 def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
@@ -83,14 +83,20 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
     ask, memory = _contiguous(ask), kept.view(-1)
     with on_device(ask.problem.q):
         step = _step(ask)
-        key = _form_of_gradients(memory, upstream, wanted)
-        played = step.gradients.get(key)
-        if played is None:
-            (played,) = tape.ready([_record_gradients(ask, step.loss, memory, upstream, wanted)])
-            step.gradients[key] = played
-        found, _ = played.play((*ask.tensors, memory, upstream))
-        of_weights = _of_weights(ask, Kept(*step.loss.of(memory)), upstream) if wanted.weight else None
-        return [*found, of_weights]
+        if tape.APART:
+            found = _gradients(ask, Kept(*(x.clone() for x in step.loss.of(memory))), upstream, wanted)
+        else:
+            found, _ = _tape_of_gradients(ask, step, memory, upstream, wanted).play((*ask.tensors, memory, upstream))
+        return [*found, _of_weights(ask, Kept(*step.loss.of(memory)), upstream) if wanted.weight else None]
+
+
+def _apart(ask: LossProblem) -> tuple[list[Tensor], Tensor]:
+    """What the tape of a loss plays, without the tape: see tape.APART."""
+    found, kept = _loss(ask)
+    memory = ask.problem.q.new_empty(tape.packed(kept)[1], dtype=torch.uint8)
+    for mine, x in zip(_step(ask).loss.of(memory), kept, strict=True):
+        mine.copy_(x)
+    return [found], memory
 
 
 def _contiguous(ask: LossProblem) -> LossProblem:
@@ -166,6 +172,15 @@ def _recorded(ask: LossProblem) -> Step:
 
 def _form_of_gradients(memory: Tensor, upstream: Tensor, wanted: LossWanted) -> tuple[Any, ...]:
     return *wanted, tape.form((memory, upstream))
+
+
+def _tape_of_gradients(ask: LossProblem, step: Step, memory: Tensor, upstream: Tensor, wanted: LossWanted) -> tape.Tape:
+    key = _form_of_gradients(memory, upstream, wanted)
+    found = step.gradients.get(key)
+    if found is None:
+        (found,) = tape.ready([_record_gradients(ask, step.loss, memory, upstream, wanted)])
+        step.gradients[key] = found
+    return found
 
 
 def _record_gradients(ask: LossProblem, loss: tape.Tape, memory: Tensor, upstream: Tensor, wanted: LossWanted) -> tape.Recording:

@@ -8,6 +8,7 @@ A function can be recorded if all that it does with tensors is to allocate them,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from fastnce.backends.triton.launches import Launch
 
 # Every tensor in a tape's memory starts at a multiple of this many bytes, as torch's own do on a GPU.
 ALIGNED = 512
+# Under this switch of torch's the driver gives every tensor memory of its own, so that a sanitizer sees its end. Tensors that share the
+# memory of a tape would hide theirs: then no tape is played.
+APART = os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
 _NEW = frozenset(getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 
 
@@ -172,6 +176,7 @@ def record(
     seen: list[Launch] = []
     with launches.handed_to(seen.append), _Watch(seen) as watch:
         results, kept = function()
+    _own_memory([x for x in (*results, *kept) if x is not None and x.numel()], watch.new)
     first = len(given) + 1
     bases = {_storage(x): (first + n, 0) for n, x in enumerate(results) if x is not None}
     kept_at, kept_size = packed(kept)
@@ -202,6 +207,14 @@ def record(
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
+
+
+def _own_memory(tensors: list[Tensor], new: list[Tensor]) -> None:
+    """Each of them must be new, and alone in its memory: a tape makes memory for each."""
+    storages, made = [_storage(x) for x in tensors], {_storage(x) for x in new}
+    whole = all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in tensors)
+    if not (whole and len(set(storages)) == len(storages) and made >= set(storages)):
+        raise RuntimeError("fastnce: results that share memory, or are not new, cannot be recorded")
 
 
 def ready(recordings: Sequence[Recording]) -> list[Tape]:
