@@ -12,9 +12,10 @@ from fastnce.backends._gpu import statistics
 from fastnce.backends.triton.limits import keeps_output, unsupported
 from fastnce.problem import Gradients, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
 
-__all__ = ["NAME", "backward", "forward", "gradients", "keeps_output", "loss", "unsupported", "without_launches"]
+__all__ = ["NAME", "ROUNDED", "backward", "forward", "gradients", "keeps_output", "loss", "unsupported", "without_launches"]
 
 NAME = "triton"
+ROUNDED = True  # see Problem.rounded
 
 
 def forward(problem: Problem) -> list[Side]:

@@ -155,7 +155,7 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     views, new = work.views(), work.x.factor.new_empty
     vectors = []
     for view in views:
-        kinds = [vector_dtype(work.x.factor)] * 3 + [torch.int64] + [vector_dtype(work.x.factor)] * 2
+        kinds = [_of_vectors(work)] * 3 + [torch.int64] + [vector_dtype(work.x.factor)] * 2
         vectors.append([new(view.x.rows, dtype=kind) for kind in kinds])
     programs = [programs_of(view.x.rows) for view in views]
     given = [*sums_of(sides[0]), *(sums_of(sides[1]) if len(sides) == 2 else [None] * 4)]
@@ -167,6 +167,10 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     )  # fmt: skip
     found = [Side(*side) for side in vectors]
     return found if output is None else [found[0]._replace(own_pos=mean_key(work, output, found[0].own_neg))]
+
+
+def _of_vectors(work: Work) -> torch.dtype:
+    return torch.float32 if work.problem.rounded else vector_dtype(work.x.factor)
 
 
 def mean_key(work: Work, output: tuple[Sums, Tensor, Tensor], own_neg: Tensor) -> Tensor:
