@@ -137,6 +137,10 @@ STATISTICS: dict[str, dict[str, Any]] = {
     },
     "the keys are the queries": {"k": None, "q_labels": LABELS},
     "dot products": {"offset": 0, "two_sided": True, "normalize": False},
+    "metrics": {"offset": 0, "metrics": True},
+    "metrics from a threshold": {"offset": 0, "metrics": True, "threshold": WEIGHT},
+    "metrics of both sides": {"offset": 0, "metrics": True, "two_sided": True},
+    "metrics with labels": {"offset": 0, "q_labels": LABELS, "k_labels": LABELS, "two_sided": True, "metrics": True},
 }  # fmt: skip
 
 

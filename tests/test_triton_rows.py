@@ -11,6 +11,7 @@ from interpreter import Checked
 from problems import PROBLEMS, Call
 from torch import Tensor
 
+from fastnce import contrastive_stats
 from fastnce.backends._gpu import statistics
 from fastnce.backends._gpu.host import View
 from fastnce.backends.triton import kernels_rows, passes
@@ -77,6 +78,28 @@ def test_statistics_and_coefficients(p: Call, rounded: bool) -> None:
         other = weights.pair[-1][j] if problem.symmetric or problem.two_sided else torch.zeros_like(one)
         # Of either end a float32 number is stored.
         assert ((one.double() + other - exact.pair.double()).abs() <= 4 * contract.U * torch.maximum(one.abs(), other.abs())).all()
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold"), [(p, False) for p in SOME] + [(p, True) for p in SOME if not (p.symmetric or p.two_sided)], ids=str
+)
+def test_metrics_are_exact_where_logits_are(p: Call, threshold: bool) -> None:
+    """Small whole numbers and a power of two as scale: no logit is rounded, many are equal, and every count is that of a dense sort. Of
+    equal columns the first is the hardest. The bias is larger than any of them: nothing cancels."""
+    sides = torch.randint(-2, 3, (2, max(p.m, p.n), p.d), generator=torch.Generator().manual_seed(0))
+    q, k = sides[0, : p.m], None if p.symmetric else sides[1, : p.n]
+    call = p.call() | {"normalize": False, "scale": 0.5, "bias": 128.0, "metrics": True}
+    if threshold:  # every other one of a vector
+        call["threshold"] = (torch.arange(2 * p.m) % 8 / 4 + 127)[::2]
+    with Checked(arguments=True) as checked:
+        found = contrastive_stats(q.float(), None if k is None else k.float(), backend="triton", **call)
+    assert not checked.races
+    dense = contrastive_stats(q.double(), None if k is None else k.double(), backend="reference", **call)
+    for mine, exact in [(found, dense), (found.columns, dense.columns)][: 2 if p.two_sided else 1]:
+        for name in ("rank", "ties", "hardest"):
+            assert torch.equal(getattr(mine, name), getattr(exact, name)), name
+        for name in ("hardest_logit", "pos_max"):
+            agree(getattr(mine, name), getattr(exact, name), 4 * contract.U)
 
 
 def test_ids_are_equal_where_they_were() -> None:
