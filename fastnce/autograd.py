@@ -354,10 +354,12 @@ def _fake_forward(*flat: Any) -> list[Tensor]:
     problem, out = args.problem(), []
     output = backends.keeps_output(args.backend, problem)
     for x in (args.q, args.q if args.k is None else args.k)[: 2 if args.two_sided else 1]:
-        vector = x.new_empty(x.shape[0], dtype=vector_dtype(x))
+        own = vector = x.new_empty(x.shape[0], dtype=vector_dtype(x))
+        if backends.rounds(args.backend, problem):
+            vector = vector.to(compute_dtype(x.dtype))
         count = x.new_empty(x.shape[0], dtype=torch.int64)
-        own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else vector
-        kinds = (vector, vector, vector, count, vector, own_pos) + ((count, count, count, vector, vector) if args.metrics else ())
+        own_pos = x.new_empty((x.shape[0], x.shape[1] + 1), dtype=torch.float32) if output else own
+        kinds = (vector, vector, vector, count, own, own_pos) + ((count, count, count, vector, vector) if args.metrics else ())
         out += [torch.empty_like(kind) for kind in kinds]
     return out
 

@@ -30,6 +30,7 @@ class Problem(NamedTuple):
     threshold  (M,) logits that rank counts from; None: the row's own best positive
     frozen     q will be asked for its gradient and k will not (MoCo's queue)
     q_wide     stand-in for q, of its shape and in the inner precision: dq is not rounded and goes there (wide.shared); k_wide the same
+    rounded    the vectors of Side will be rounded to the compute dtype: a backend that sets ROUNDED returns them so
     """
 
     q: Tensor
@@ -44,6 +45,7 @@ class Problem(NamedTuple):
     frozen: bool = False
     q_wide: Tensor | None = None
     k_wide: Tensor | None = None
+    rounded: bool = False
 
     @property
     def keys(self) -> Tensor:
@@ -80,7 +82,7 @@ class Problem(NamedTuple):
 
 
 class Side(NamedTuple):
-    """Statistics of the rows (or of the columns): vectors of length M (or N), in vector_dtype where not integer.
+    """Statistics of the rows (or of the columns): vectors of length M (or N), in vector_dtype where not integer (see Problem.rounded).
 
     lse_neg, lse_pos  log-sum-exp over negatives, over positives; -inf where there are none
     pos               mean logit of the positives, 0 where there are none

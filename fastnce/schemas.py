@@ -13,7 +13,7 @@ from fastnce.problem import DIFFERENTIABLE, WITHOUT_METRICS, Problem, Side, Side
 PROBLEM = (
     "Tensor q, Tensor? k, Tensor scale, Tensor? bias, Tensor? q_label, Tensor? k_label, Tensor? q_exclude, Tensor? k_exclude, "
     "Tensor? mask, Tensor? threshold, Tensor? q_wide, Tensor? k_wide, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
-    "bool metrics, bool frozen, str backend"
+    "bool metrics, bool frozen, bool rounded, str backend"
 )
 TENSORS = 12  # of the arguments above, the first are tensors
 WIDE = (10, 11)  # q_wide and k_wide, which take the gradients of q and k
@@ -46,18 +46,19 @@ class Arguments(NamedTuple):
     normalize: bool
     metrics: bool
     frozen: bool
+    rounded: bool
     backend: str
 
     @staticmethod
     def of(problem: Problem, backend: str) -> Arguments:
         p, rules = problem, problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude, rules.mask)
-        flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen)
+        flags = (rules.exclude_self, p.two_sided, p.normalize, p.metrics, p.frozen, p.rounded)
         return Arguments(p.q, p.k, p.scale, p.bias, *ids, p.threshold, p.q_wide, p.k_wide, rules.offset, *flags, backend)
 
     def problem(self) -> Problem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude, self.mask)
-        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen, self.q_wide, self.k_wide)
+        flags = (self.two_sided, self.normalize, self.metrics, self.threshold, self.frozen, self.q_wide, self.k_wide, self.rounded)
         return Problem(self.q, self.k, self.scale, self.bias, rules, *flags)
 
     @property

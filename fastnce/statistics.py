@@ -144,7 +144,7 @@ def contrastive_stats(
     scale = arguments.scalar(where, "scale", scale, q)
     bias = None if bias is None else arguments.scalar(where, "bias", bias, q, positive=False)
     q_wide, k_wide = (None, None) if k is None else shared(q, k)
-    problem = Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold, q_wide=q_wide, k_wide=k_wide)
+    problem = Problem(q, k, scale, bias, pairs, two_sided, normalize, metrics, threshold, q_wide=q_wide, k_wide=k_wide, rounded=True)
     found = compute(where, problem, backend)
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     remedy = "; offset, labels or positive_mask say which pairs are positive" if offset is q_label is mask is None else ""
@@ -158,7 +158,7 @@ def check_backend(where: str, name: str) -> None:
 
 
 def compute(where: str, problem: Problem, backend: str) -> ContrastiveStats:
-    """Statistics of a checked problem, in vector_dtype. Messages begin with `where`."""
+    """Statistics of a checked problem, in vector_dtype, or where it says `rounded` in the compute dtype. Messages begin with `where`."""
     pairs = problem.pairs
     if pairs.mask is not None and 0 in pairs.mask.shape:  # the check of the mask has seen that there is no pair either
         pairs = pairs._replace(mask=None)

@@ -180,10 +180,14 @@ def problems() -> Iterator[Problem]:
         yield ask(k=k, pairs=Pairs(offset=0), two_sided=True)  # clip_loss
         yield ask(k=k, pairs=Pairs(), two_sided=False, frozen=True)  # moco_loss
         yield ask(k=k, pairs=Pairs(q_exclude=ids, k_exclude=ids), two_sided=False, frozen=True)
-        yield ask(k=k, pairs=Pairs(offset=0, **both_ids), two_sided=True, metrics=True)
-        yield ask(k=k, pairs=Pairs(offset=0, **both_ids, mask=mask), two_sided=True)
+        yield ask(k=k, pairs=Pairs(offset=0, **both_ids), two_sided=True, metrics=True, rounded=True)  # contrastive_stats
+        yield ask(k=k, pairs=Pairs(offset=0, **both_ids, mask=mask), two_sided=True, metrics=True)
         if d == LENGTHS[1]:
             yield ask(k=None, pairs=Pairs(exclude_self=True, q_label=ids), two_sided=False)  # sup_con
+            biased = functools.partial(ask, k=k, bias=torch.tensor(1.0), two_sided=False, rounded=True)
+            yield biased(pairs=Pairs(offset=0))
+            yield biased(pairs=Pairs(offset=0), metrics=True)  # retrieval
+            yield biased(pairs=Pairs(offset=0), metrics=True, normalize=False, threshold=torch.zeros(ROWS))
 
 
 def losses() -> Iterator[tuple[LossProblem, LossWanted]]:

@@ -139,8 +139,8 @@ NEEDS = {"cpu": "compiled", "cuda": "emulated_cuda", "triton": "interpreted_trit
 def no_tapes() -> Iterator[None]:
     """A test may change what a launch follows from. The tapes of one test are not played in the next one."""
     yield
-    if losses := sys.modules.get("fastnce.backends.triton.losses"):
-        losses.forget()
+    if tape := sys.modules.get("fastnce.backends.triton.tape"):
+        tape.forget()
 
 
 @pytest.fixture(autouse=True)

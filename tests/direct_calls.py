@@ -20,9 +20,11 @@ from pretended_gpu import Launched, pretend
 from torch import Tensor
 
 from fastnce import fused
-from fastnce.backends.triton import losses, tape
+from fastnce.backends.triton import losses, statistics, tape
 from fastnce.pairs import Pairs
-from fastnce.problem import LossProblem, LossWanted
+from fastnce.problem import WITHOUT_METRICS, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
+
+METRICS = Side._fields[WITHOUT_METRICS:]
 
 
 @contextmanager
@@ -75,6 +77,19 @@ def asked(name: str, q: Tensor, k: Tensor) -> LossProblem:
     return fused.ask(name, q, k, Pairs(False, 0), scale, None, False, "out", "sum", two_sided=True, weight=torch.rand(len(q)))
 
 
+def of_statistics(launches: list[Launched]) -> int:
+    """Both directions of a problem that asks for all there is."""
+    q, k, scale, bias = torch.randn(200, 48), torch.randn(160, 48), torch.tensor(9.0), torch.tensor(0.5)
+    problem = Problem(q, k, scale, bias, Pairs(False, 3), True, True, metrics=True)
+    stats = [side._replace(**dict.fromkeys(METRICS)) for side in statistics.forward(problem)]
+    grads = [SideGrad(*torch.ones(3, len(side.pos), dtype=side.pos.dtype)) for side in stats]
+    statistics.backward(problem, grads, stats, Wanted(True, True, True, True))
+    forward, backward = statistics._TAPES.held.values()
+    of_problem = q, k, scale, bias, None, None, None, None, None, None
+    given = *of_problem, *(x for side in (*grads, *stats) for x in side)
+    return compared(launches, forward, of_problem, 0.0) + compared(launches, backward, given, 0.0)
+
+
 def main() -> int:
     launches = pretend()
     compilers: set[int] = set()
@@ -90,7 +105,7 @@ def main() -> int:
             q, k = (torch.randn(200, 48, requires_grad=True) for _ in range(2))
             ask = asked(name, q, k)
             _, kept = losses.loss(ask)
-            (step,) = losses._STEPS.values()
+            (step,) = losses._STEPS.held.values()
             (of_gradients,) = step.gradients.values()  # recorded, and compiled, with the loss
             wanted = LossWanted(*(x is not None and x.requires_grad for x in ask.tensors[:7]))
             upstream = torch.ones(())
@@ -99,7 +114,8 @@ def main() -> int:
             assert len(launches) > before and list(step.gradients.values()) == [of_gradients]
             count += compared(launches, step.loss, ask.tensors, 3.0)
             count += compared(launches, of_gradients, (*ask.tensors, kept.view(-1), upstream), 0.0)
-            losses.forget()
+            tape.forget()
+        count += of_statistics(launches)
     print(f"triton {triton.__version__}: {count} launches as by Triton itself, compiled by {len(compilers)} threads")
     assert len(compilers) > 1 and threading.get_ident() not in compilers
     return 0

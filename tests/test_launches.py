@@ -124,20 +124,45 @@ def test_long_rows_are_eight_launches_and_two_a_block(name: str, rows: int, colu
     assert not any(operation == "aten::cat" for operation, _ in found.operations)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_statistics_are_fifteen_launches_at_most(bias: bool, step: Counted) -> None:
-    """Gradients of two of the three vectors: no zeros are made for the third, nor for the numbers without a gradient."""
-    q, k, scale = leaf(N, 128), leaf(N, 128), torch.tensor(10.0, requires_grad=True)
-    offset = torch.tensor(1.0, requires_grad=True) if bias else None
-    upstream = [torch.ones(N), torch.ones(N)]
+GENERAL = 15  # launches of a step that is no single number
+STATISTICS: dict[str, dict[str, Any]] = {
+    "rows": {"offset": 0},
+    "both sides": {"offset": 0, "two_sided": True},
+    "labels and ids": {
+        "offset": 0, "q_labels": LABELS, "k_labels": LABELS, "q_exclude_ids": LABELS + 1, "k_exclude_ids": LABELS, "two_sided": True,
+    },
+    "the keys are the queries": {"k": None, "q_labels": LABELS},
+    "dot products": {"offset": 0, "two_sided": True, "normalize": False},
+    "metrics": {"offset": 0, "metrics": True},
+    "metrics from a threshold": {"offset": 0, "metrics": True, "threshold": WEIGHT},
+    "metrics of both sides": {"offset": 0, "metrics": True, "two_sided": True},
+    "metrics with labels": {"offset": 0, "q_labels": LABELS, "k_labels": LABELS, "two_sided": True, "metrics": True},
+}  # fmt: skip
+
+
+def step_of_statistics(how: dict[str, Any], of_tensors: bool) -> Callable[[], None]:
+    """Forward and backward, with gradients of two of the three vectors of each side. of_tensors: scale and bias are tensors."""
+    q, given = leaf(N, 128), {"k": leaf(N, 128), "scale": 10.0, "bias": 1.0} | how
+    if of_tensors:
+        given |= {name: torch.tensor(given[name], requires_grad=True) for name in ("scale", "bias")}
+    asked = [q, *(given[name] for name in ("k", "scale", "bias") if isinstance(given[name], Tensor))]
+    upstream = [torch.ones(N) for _ in range(4)]
 
     def call() -> None:
-        found = fastnce.contrastive_stats(q, k, scale=scale, bias=offset, offset=0, backend="triton")
-        torch.autograd.grad([found.lse_neg, found.pos], [x for x in (q, k, scale, offset) if x is not None], upstream)
+        found = fastnce.contrastive_stats(q, **given, backend="triton")
+        vectors = [v for side in (found, found.columns) if side is not None for v in (side.lse_neg, side.pos)]
+        torch.autograd.grad(vectors, asked, upstream[: len(vectors)])
 
-    found = step(call)
-    assert 0 < found.count <= 15, found
-    assert {name for name, _ in found.operations} <= {"aten::copy_"}, found  # to float32 and back
+    return call
+
+
+@pytest.mark.parametrize("of_tensors", [False, True])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_are_fifteen_launches_at_most(name: str, of_tensors: bool, step: Counted) -> None:
+    """No zeros are made for vectors without a gradient, and no number is rounded by a launch of its own."""
+    found = step(step_of_statistics(STATISTICS[name], of_tensors))
+    assert 0 < found.count <= GENERAL, found
+    assert {operation for operation, _ in found.operations} <= {"aten::fill_", "aten::zero_"}, found  # a scale and a bias that are floats
 
 
 @pytest.mark.parametrize("rows", [N, 65536])

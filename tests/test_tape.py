@@ -18,6 +18,7 @@ from torch import Tensor
 import fastnce
 from fastnce.backends import triton
 from fastnce.backends.triton import losses, tape
+from fastnce.backends.triton import statistics as triton_statistics
 from fastnce.problem import LossProblem, LossWanted
 
 pytestmark = pytest.mark.usefixtures("poisoned", "interpreted_triton")
@@ -45,9 +46,9 @@ def test_other_tensors_of_the_form(name: str, asked: list[LossProblem], monkeypa
     loss, tensors = CASES[name]
     others = {key: x.flip(0) * 1.1 if x.dim() else x * 1.1 for key, x in tensors.items()}
     run((loss, tensors), torch.float32, "triton")
-    recorded = [(step.loss, dict(step.gradients)) for step in losses._STEPS.values()]
+    recorded = [(step.loss, dict(step.gradients)) for step in losses._STEPS.held.values()]
     run((loss, others), torch.float32, "triton")
-    assert len(recorded) == 1 and [(step.loss, step.gradients) for step in losses._STEPS.values()] == recorded
+    assert len(recorded) == 1 and [(step.loss, step.gradients) for step in losses._STEPS.held.values()] == recorded
 
     upstream = torch.tensor(0.37)
     ask = losses._contiguous(asked[-1])
@@ -59,6 +60,40 @@ def test_other_tensors_of_the_form(name: str, asked: list[LossProblem], monkeypa
         value, memory = losses.loss(ask)
         results.append([value, *(g for g in losses.gradients(ask, memory, upstream, wanted) if g is not None)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+MASK = random(37, 45) > 0
+# Arguments of contrastive_stats beside query, key, scale and bias.
+ASKED: dict[str, dict[str, Any]] = {
+    "queue": {},
+    "aligned": {"offset": 0},
+    "both sides": {"offset": 3, "two_sided": True, "metrics": True},
+    "thresholds": {"offset": 0, "metrics": True, "threshold": random(37).float()},
+    "labels": {"q_labels": torch.arange(37) % 5, "k_labels": torch.arange(45) % 7, "metrics": True},
+    "mask": {"positive_mask": MASK, "normalize": False},
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_statistics_of_other_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One recording of each direction serves them, bit for bit as if nothing had been recorded."""
+
+    def statistics(seed: int) -> list[Tensor]:
+        q, k = (random(rows, 20, seed=seed + n).float().requires_grad_() for n, rows in enumerate((37, 45)))
+        scale, bias = (torch.tensor(x + seed, requires_grad=True) for x in (3.0, 0.5))
+        found = fastnce.contrastive_stats(q, k, scale=scale, bias=bias, backend="triton", **ASKED[name])
+        sides = [found, *([found.columns] if found.columns is not None else [])]
+        vectors = [x for side in sides for x in side if isinstance(x, Tensor)]
+        learned = [x for x in vectors if x.requires_grad]
+        upstream = [random(len(x), seed=7 + n).to(x.dtype) for n, x in enumerate(learned)]
+        return [x.detach() for x in vectors] + list(torch.autograd.grad(learned, (q, k, scale, bias), upstream))
+
+    statistics(0)
+    recorded = list(triton_statistics._TAPES.held.values())
+    found = statistics(10)
+    assert len(recorded) == 2 and list(triton_statistics._TAPES.held.values()) == recorded
+    monkeypatch.setattr(tape, "APART", True)
+    assert all(torch.equal(a, b) for a, b in zip(found, statistics(10), strict=True))
 
 
 def close(found: Tensor, *asked: Tensor, true: Tensor) -> None:
@@ -77,9 +112,9 @@ def test_a_number_is_no_form() -> None:
     q, k = leaves((37, 20), (37, 20))
     for temperature in (0.1, 0.2, 0.05):
         close(fastnce.nt_xent(q, k, temperature, backend="triton"), q, k, true=fastnce.nt_xent(q, k, temperature, backend="reference"))
-    assert len(losses._STEPS) == 1
+    assert len(losses._STEPS.held) == 1
     close(fastnce.nt_xent(q, k, 0.01, backend="triton"), q, k, true=fastnce.nt_xent(q, k, 0.01, backend="reference"))
-    assert len(losses._STEPS) == 2
+    assert len(losses._STEPS.held) == 2
 
 
 def views(base: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -128,7 +163,7 @@ def test_precision_that_changes_before_backward(before: str, kept: bool, columns
         loss = fastnce.info_nce(q, k, temperature=0.1, backend="triton")
         monkeypatch.setattr(matmul, "fp32_precision", then)
         found.append(torch.autograd.grad(loss, (q, k)))
-        losses.forget()
+        tape.forget()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -144,11 +179,11 @@ def test_memory_that_has_been_elsewhere() -> None:
 
 
 def test_lengths_that_never_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_MOST", 2)
+    monkeypatch.setattr(tape.Recent, "most", 2)
     for rows in (3, 4, 5, 4):
         z = random(rows, 20).float()
         fastnce.nt_xent(z, z.flip(1), 0.1, backend="triton")
-    assert len(losses._STEPS) == 2
+    assert len(losses._STEPS.held) == 2
 
 
 @pytest.mark.parametrize(

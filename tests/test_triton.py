@@ -22,10 +22,10 @@ import fastnce
 from fastnce import contrastive_stats, precision
 from fastnce.backends import triton as backend
 from fastnce.backends._gpu import host, tiles
-from fastnce.backends.triton import kernels_rows, launches
+from fastnce.backends.triton import kernels_retrieval, kernels_rows, launches
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.pairs import Pairs
-from fastnce.problem import Problem, SideGrad, Wanted
+from fastnce.problem import TIE, Problem, SideGrad, Wanted
 from train_ref.truth import contract
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -372,6 +372,7 @@ def test_the_host_reads_no_value_and_keeps_to_its_memory(name: str, d: int, monk
 
 def test_constants_that_device_code_cannot_import() -> None:
     assert kernels_rows.EPS.value == precision.EPS and kernels_rows.LARGEST.value == precision.LARGEST
+    assert kernels_retrieval.TIE.value == TIE[torch.float32]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])

@@ -11,6 +11,7 @@ from interpreter import Checked
 from problems import PROBLEMS, Call
 from torch import Tensor
 
+from fastnce import contrastive_stats
 from fastnce.backends._gpu import statistics
 from fastnce.backends._gpu.host import View
 from fastnce.backends.triton import kernels_rows, passes
@@ -23,9 +24,9 @@ KINDS = ("in-batch", "clip:", "clip captions:", "simclr:", "supcon:", "not norma
 SOME = [p for p in PROBLEMS if p.why.startswith(KINDS)]
 
 
-def problem_of(p: Call) -> Problem:
+def problem_of(p: Call, rounded: bool = False) -> Problem:
     q, k, scale, bias = p.tensors(torch.float32)
-    return Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, **p.rules()), p.two_sided, p.normalize)
+    return Problem(q, k, scale, bias, Pairs(p.exclude_self, p.offset, **p.rules()), p.two_sided, p.normalize, rounded=rounded)
 
 
 def agree(found: Tensor, expected: Tensor, rtol: float) -> None:
@@ -38,21 +39,28 @@ def close(view: View, sums: Any) -> Any:
     return row_oracle.close(sums.sums, sums.n_pos, *unshifted, t, view.ends(), view.work.problem.bias)
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("p", SOME, ids=str)
-def test_statistics_and_coefficients(p: Call) -> None:
-    problem, generator = problem_of(p), torch.Generator().manual_seed(0)
+def test_statistics_and_coefficients(p: Call, rounded: bool) -> None:
+    problem, generator = problem_of(p, rounded), torch.Generator().manual_seed(0)
+    dtype = torch.float32 if rounded else torch.float64
     with Checked(arguments=True) as checked:
         work = passes.prepare(problem, unshifted=statistics.adds_in_memory(problem))
         sides = statistics.over_tiles(work)
         stats = passes.statistics(work, sides, None)
-        for view, side, found in zip(work.views(), sides, stats, strict=True):
-            for a, b in zip(found[:6], close(view, side)[:6], strict=True):
-                agree(a, b, 1e-13)
-        grads = [SideGrad(*torch.randn(3, len(side.pos), generator=generator, dtype=torch.float64) * 1e-3) for side in stats]
+        precise = [close(view, side) for view, side in zip(work.views(), sides, strict=True)]
+        for found, expected in zip(stats, precise, strict=True):
+            assert all(vector.dtype == dtype for vector in found[:3])
+            for a, b in zip(found[:6], expected[:6], strict=True):
+                agree(a, b, contract.U if a.dtype == torch.float32 else 1e-13)
+        grads = [SideGrad(*(torch.randn(3, len(side.pos), generator=generator, dtype=torch.float64) * 1e-3).to(dtype)) for side in stats]
         weights = passes.coefficients(work, grads, stats, False)
     assert not checked.races
     factors = [work.x.factor, work.y.factor]
-    exact = row_oracle.coefficients(grads, stats, factors, problem.bias, work.aligned(), work.in_tile, problem.symmetric)
+    grads = [SideGrad(*(g.double() for g in grad)) for grad in grads]  # type: ignore[union-attr]
+    if work.in_tile:  # the kernel reads the mean of several positives
+        precise = [side._replace(pos=found.pos.double()) for side, found in zip(precise, stats, strict=True)]
+    exact = row_oracle.coefficients(grads, precise, factors, problem.bias, work.aligned(), work.in_tile, problem.symmetric)
     lift, center, due, moment = exact.scalars
     # A power of two. The bound of normalised rows' factors, 2^-8, may be above the largest one.
     assert weights.lift.log2().frac() == 0 and (weights.lift <= lift if p.normalize else weights.lift == lift)
@@ -70,6 +78,28 @@ def test_statistics_and_coefficients(p: Call) -> None:
         other = weights.pair[-1][j] if problem.symmetric or problem.two_sided else torch.zeros_like(one)
         # Of either end a float32 number is stored.
         assert ((one.double() + other - exact.pair.double()).abs() <= 4 * contract.U * torch.maximum(one.abs(), other.abs())).all()
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold"), [(p, False) for p in SOME] + [(p, True) for p in SOME if not (p.symmetric or p.two_sided)], ids=str
+)
+def test_metrics_are_exact_where_logits_are(p: Call, threshold: bool) -> None:
+    """Small whole numbers and a power of two as scale: no logit is rounded, many are equal, and every count is that of a dense sort. Of
+    equal columns the first is the hardest. The bias is larger than any of them: nothing cancels."""
+    sides = torch.randint(-2, 3, (2, max(p.m, p.n), p.d), generator=torch.Generator().manual_seed(0))
+    q, k = sides[0, : p.m], None if p.symmetric else sides[1, : p.n]
+    call = p.call() | {"normalize": False, "scale": 0.5, "bias": 128.0, "metrics": True}
+    if threshold:  # every other one of a vector
+        call["threshold"] = (torch.arange(2 * p.m) % 8 / 4 + 127)[::2]
+    with Checked(arguments=True) as checked:
+        found = contrastive_stats(q.float(), None if k is None else k.float(), backend="triton", **call)
+    assert not checked.races
+    dense = contrastive_stats(q.double(), None if k is None else k.double(), backend="reference", **call)
+    for mine, exact in [(found, dense), (found.columns, dense.columns)][: 2 if p.two_sided else 1]:
+        for name in ("rank", "ties", "hardest"):
+            assert torch.equal(getattr(mine, name), getattr(exact, name)), name
+        for name in ("hardest_logit", "pos_max"):
+            agree(getattr(mine, name), getattr(exact, name), 4 * contract.U)
 
 
 def test_ids_are_equal_where_they_were() -> None:

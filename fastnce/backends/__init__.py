@@ -38,3 +38,8 @@ def pick(where: str, name: str, problem: Problem) -> str:
 def keeps_output(name: str, problem: Problem) -> bool:
     """Whether this backend answers the problem with the mean key in own_pos, see Side. One without a function of this name never does."""
     return getattr(BACKENDS[name], "keeps_output", lambda _: False)(problem)
+
+
+def rounds(name: str, problem: Problem) -> bool:
+    """Whether this backend returns the vectors of Side in the compute dtype."""
+    return problem.rounded and getattr(BACKENDS[name], "ROUNDED", False)

@@ -3,7 +3,6 @@
     limits.py       problems that the kernels can run
     tiles.py        sizes of operands and launches
     host.py         operands, and the arguments that every launch over tiles has
-    rows.py         passes over single rows, and arithmetic with one number per row
     statistics.py   forward
     gradients.py    backward
 
@@ -14,9 +13,8 @@ Each backend brings a module of launch functions, here `kernels`:
     forward_rows(view, walk, always, sums, count)                   "rows"
     forward_output(view, walk, sums, out, moment, lift)             "output"
     forward_both(view, walk, row_sums, column_sums)                 "both"
-    retrieval(view, walk, bounds, largest, counts)                  "retrieval"
     backward_rows(view, walk, row, column, center, rows, columns, dx, moment)                                                "gradient"
     weights_block(view, tile, row, column, center, columns, row0, column0, down, across, pitch, for_rows, for_columns, moment)  "block"
 
-and passes over single rows: prepare, aligned, finish. Where the CUDA library is loaded, its own passes serve both backends (rows.py).
+and passes over single rows: prepare, statistics, with_metrics, coefficients, finish.
 """

@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Work, on_device, up
-from fastnce.precision import LN2, LOG2E, vector_dtype
+from fastnce.backends._gpu.host import Sums, UnshiftedSums, Work, on_device, up
 from fastnce.problem import Problem, Side
 
 
@@ -20,7 +19,7 @@ def forward(problem: Problem, kernels: ModuleType) -> list[Side]:
             sides = kernels.statistics(work, [(kept := keep_output(work))[0]], kept)
         else:
             sides = kernels.statistics(work, over_tiles(work), None)
-        return [_with_metrics(view, side) for view, side in zip(work.views(), sides, strict=True)] if problem.metrics else sides
+        return kernels.with_metrics(work, sides) if problem.metrics else sides
 
 
 def adds_in_memory(problem: Problem) -> bool:
@@ -66,36 +65,3 @@ def keep_output(work: Work) -> tuple[Sums, Tensor, Tensor]:
     out, moment = new((walk.splits, view.x.padded, view.depth), dtype=torch.float32), new((walk.splits, rows), dtype=torch.float32)
     work.kernels.forward_output(view, walk, sums, out, moment)
     return Sums(walk.splits, sums, None, None), out, moment
-
-
-def nats(t: Tensor, bias: Tensor | None) -> Tensor:
-    s = t * LN2
-    return s if bias is None else s + bias
-
-
-def _with_metrics(view: View, side: Side) -> Side:
-    """With ranks and hardest negatives, which take passes of their own over the tiles."""
-    problem = view.work.problem
-    # Aligned pairs are looked for in the tiles too, because the same product gives equal rows the same bits.
-    view = view._replace(work=view.work._replace(in_tile=True))
-    best = torch.zeros_like(side.pos)
-    if problem.threshold is None:
-        # The best positive must be known before the negatives above it are counted. The kernel passes over a positive that is nan; the mean
-        # of the positives tells.
-        best = _retrieve(view, best, best)[0][1].masked_fill(side.pos.isnan(), torch.nan)
-    (hardest_logit, best), (rank, ties), hardest = _retrieve(view, *problem.tied(best, LOG2E))
-    pos_max = nats(best.masked_fill(side.pos.isnan(), torch.nan), problem.bias)
-    logits = {"hardest_logit": nats(hardest_logit, problem.bias), "pos_max": pos_max}
-    return side._replace(rank=rank, ties=ties, hardest=hardest, **logits)
-
-
-def _retrieve(view: View, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(2, rows) largest t of negatives and of positives; (2, rows) negatives above `high`, and from `low` to it; column of the largest."""
-    walk, rows = view.walk("retrieval"), view.x.rows
-    largest = view.x.tiles.new_empty((2, walk.splits, rows), dtype=torch.float32)
-    counts = torch.empty((3, walk.splits, rows), dtype=torch.int32, device=largest.device)
-    view.work.kernels.retrieval(view, walk, torch.stack([low, high]).to(torch.float32), largest, counts)
-    best, split = largest.max(1)
-    # Of equal splits max() takes the first, as the kernel takes the first of equal columns.
-    hardest = counts[2].gather(0, split[:1])[0]
-    return best.to(vector_dtype(best)), counts[:2].sum(1), hardest.to(torch.int64)

@@ -11,11 +11,12 @@ from fastnce.backends._gpu.gradients import Found, Weights
 from fastnce.backends._gpu.host import NONE, Operand, Raw, Sums, View, Work, aligned
 from fastnce.backends._gpu.statistics import unshifted_sums
 from fastnce.backends.cuda.launches import backward_rows, forward_both, forward_rows, products, retrieval, tile, weights_block
+from fastnce.precision import LN2, LOG2E, vector_dtype
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 __all__ = [
-    "backward_rows", "coefficients", "finish", "forward_both", "forward_rows", "keeps_output", "prepare", "products", "retrieval",
-    "statistics", "tile", "weights_block",
+    "backward_rows", "coefficients", "finish", "forward_both", "forward_rows", "keeps_output", "prepare", "products", "statistics", "tile",
+    "weights_block", "with_metrics",
 ]  # fmt: skip
 
 
@@ -79,6 +80,43 @@ def _side(view: View, side: Sums) -> Side:
     given = (side.sums, side.n_pos, *unshifted, view.work.t, starts, view.work.problem.bias)
     torch.ops.fastnce_cuda.statistics(*given, lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
     return Side(lse_neg, lse_pos, pos, n_pos, own_neg, own_pos)
+
+
+def with_metrics(work: Work, sides: list[Side]) -> list[Side]:
+    """The statistics of every side, and its ranks and hardest negatives, which take passes of their own over the tiles."""
+    # Aligned pairs are looked for in the tiles too, because the same product gives equal rows the same bits.
+    views = work._replace(in_tile=True).views()
+    return [_with_metrics(view, side) for view, side in zip(views, sides, strict=True)]
+
+
+def _with_metrics(view: View, side: Side) -> Side:
+    problem = view.work.problem
+    best = torch.zeros_like(side.pos)
+    if problem.threshold is None:
+        # The best positive must be known before the negatives above it are counted. The kernel passes over a positive that is nan; the mean
+        # of the positives tells.
+        best = _retrieve(view, best, best)[0][1].masked_fill(side.pos.isnan(), torch.nan)
+    (hardest_logit, best), (rank, ties), hardest = _retrieve(view, *problem.tied(best, LOG2E))
+    pos_max = _nats(best.masked_fill(side.pos.isnan(), torch.nan), problem.bias)
+    logits = {"hardest_logit": _nats(hardest_logit, problem.bias), "pos_max": pos_max}
+    return side._replace(rank=rank, ties=ties, hardest=hardest, **logits)
+
+
+def _nats(t: Tensor, bias: Tensor | None) -> Tensor:
+    s = t * LN2
+    return s if bias is None else s + bias
+
+
+def _retrieve(view: View, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(2, rows) largest t of negatives and of positives; (2, rows) negatives above `high`, and from `low` to it; column of the largest."""
+    walk, rows = view.walk("retrieval"), view.x.rows
+    largest = view.x.tiles.new_empty((2, walk.splits, rows), dtype=torch.float32)
+    counts = torch.empty((3, walk.splits, rows), dtype=torch.int32, device=largest.device)
+    retrieval(view, walk, torch.stack([low, high]).to(torch.float32), largest, counts)
+    best, split = largest.max(1)
+    # Of equal splits max() takes the first, as the kernel takes the first of equal columns.
+    hardest = counts[2].gather(0, split[:1])[0]
+    return best.to(vector_dtype(best)), counts[:2].sum(1), hardest.to(torch.int64)
 
 
 def coefficients(work: Work, grads: list[SideGrad], stats: list[Side], kept: bool) -> Weights:

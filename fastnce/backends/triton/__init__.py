@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastnce.backends._gpu import gradients as statistics_gradients
-from fastnce.backends._gpu import statistics
 from fastnce.backends.triton.limits import keeps_output, unsupported
 from fastnce.problem import Gradients, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
 
-__all__ = ["NAME", "backward", "forward", "fake_loss", "gradients", "keeps_output", "loss", "unsupported"]
+__all__ = ["NAME", "ROUNDED", "backward", "fake_loss", "forward", "gradients", "keeps_output", "loss", "unsupported"]
 
 NAME = "triton"
+ROUNDED = True  # see Problem.rounded
 
 
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
-    from fastnce.backends.triton import passes
+    from fastnce.backends.triton import statistics
 
-    return statistics.forward(problem, passes)
+    return statistics.forward(problem)
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
-    from fastnce.backends.triton import passes
+    from fastnce.backends.triton import statistics
 
-    return statistics_gradients.backward(problem, passes, grads, stats, wanted)
+    return statistics.backward(problem, grads, stats, wanted)
 
 
 def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:

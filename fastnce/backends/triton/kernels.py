@@ -1,4 +1,4 @@
-"""Device code over tiles of logits: row and column statistics, ranks. The lines of docs/math.md, in base 2 and without the bias:
+"""Device code over tiles of logits: row and column statistics. The lines of docs/math.md, in base 2 and without the bias:
 
     x~_i       row i of q times a power of two, in float16 (float32 in a high and a low half), padded with zeros. bfloat16 fits exactly
     t_ij       = alpha_i beta_j <x~_i, y~_j>,   alpha_i = log2(e) scale a_i,  beta_j = a_j,  a = 1 / |x~|
@@ -123,7 +123,7 @@ def swap(turned, a, b):
 
 
 @triton.jit
-def _own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
+def own_rows(X, i0, A, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):
     """The program's own rows, loaded once for all tiles. Where rows are longer than a tile holds, the result is not used."""
     if DP:
         x, x_low = operand(X, i0, 0, DP, PARTS, BM, DP)
@@ -261,7 +261,7 @@ def forward_rows(
     lo = split * per_split
     hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
     hi = tl.where((tl.load(bound) <= UNSHIFTED) & (always == 0), lo, hi)
-    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
+    x, x_low = own_rows(X, i0, A, PARTS, DP, BM)
     top = tl.full([BM], -float("inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if IN_TILE:
@@ -347,7 +347,7 @@ def forward_both(
     hi = tl.minimum(lo + per_split, steps)
     unshifted = tl.load(bound) <= UNSHIFTED
     hi = tl.where(unshifted, hi, lo)
-    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
+    x, x_low = own_rows(X, i0, A, PARTS, DP, BM)
     total = tl.zeros([BM], tl.float32)
     if IN_TILE:
         total_pos = tl.zeros([BM], tl.float32)
@@ -389,59 +389,3 @@ def forward_both(
         _add(row_sum + rows + i, total_pos, inside)
         _add(row_sum + 2 * rows + i, pos, inside)
         _add(row_count + i, n_pos, inside)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def retrieval(
-    X, Y, A, B, scale, bounds, largest, counts,
-    q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
-    rows, columns, own, up, down, depth, splits, per_split,
-    IN_TILE: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Ranks, ties and the hardest negative of every row. A t that is nan is never the largest, and is not <= a bound.
-
-    bounds    (2, rows): low, high; neither is nan
-    largest   (2, splits, rows): largest t of the negatives, of the positives
-    counts    (3, splits, rows) int32: number of negatives that are not t <= high; of those with low <= t <= high; column of the largest
-    """
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    i0 = block * BM
-    i = i0 + tl.arange(0, BM)
-    inside = i < rows
-    alpha = tl.load(A + i) * (valid(scale) * LOG2E)
-    lo = split * per_split
-    hi = tl.minimum(lo + per_split, tl.cdiv(columns, BN))
-    x, x_low = _own_rows(X, i0, A, PARTS, DP, BM)
-    low = tl.load(bounds + i, mask=inside, other=0.0)
-    high = tl.load(bounds + rows + i, mask=inside, other=0.0)
-    best = tl.full([BM], -float("inf"), tl.float32)
-    best_pos = tl.full([BM], -float("inf"), tl.float32)
-    above = tl.zeros([BM], tl.int32)
-    ties = tl.zeros([BM], tl.int32)
-    where = tl.full([BM], -1, tl.int32)
-    for tile in range(lo, hi):
-        j0 = tile * BN
-        j = j0 + tl.arange(0, BN)
-        t = logits(x, x_low, X, Y, i0, j0, depth, PARTS, DP, BM, BN, BD) * tl.load(B + j)[None, :] * alpha[:, None]
-        positive, negative = classes(
-            i, j, q_label, k_label, q_exclude, k_exclude, mask, mask_rows, mask_columns, mask_row, mask_column,
-            rows, columns, own, up, down, IN_TILE,
-        )  # fmt: skip
-        if IN_TILE:
-            best_pos = tl.maximum(best_pos, tl.max(tl.where(positive, t, -float("inf")), 1))
-        t = tl.where(negative, t, -float("inf"))
-        below = t <= high[:, None]
-        above += tl.sum(tl.where(below, 0, 1), 1)
-        ties += tl.sum((below & (t >= low[:, None])).to(tl.int32), 1)
-        t = tl.where(t == t, t, -float("inf"))
-        highest, at = tl.max(t, 1, return_indices=True)
-        where = tl.where(highest > best, j0 + at, where)
-        best = tl.maximum(best, highest)
-    place = split.to(tl.int64) * rows + i
-    field = splits.to(tl.int64) * rows
-    tl.store(largest + place, best, mask=inside)
-    tl.store(largest + field + place, best_pos, mask=inside)
-    tl.store(counts + place, above, mask=inside)
-    tl.store(counts + field + place, ties, mask=inside)
-    tl.store(counts + 2 * field + place, where, mask=inside)

@@ -268,11 +268,11 @@ def _gradients_of_rows(
     # 0 where a row has no negative, or no positive, whatever came down. None: no gradient came down.
     negative, positive, mean = none, none, none
     if dlse_neg is not None:
-        negative = tl.where(no_negative, 0.0, tl.load(dlse_neg + i, mask=inside, other=0.0))
+        negative = tl.where(no_negative, 0.0, tl.load(dlse_neg + i, mask=inside, other=0.0).to(tl.float64))
     if dlse_pos is not None:
-        positive = tl.where(no_positive, 0.0, tl.load(dlse_pos + i, mask=inside, other=0.0))
+        positive = tl.where(no_positive, 0.0, tl.load(dlse_pos + i, mask=inside, other=0.0).to(tl.float64))
     if dpos is not None:
-        mean = tl.where(no_positive, 0.0, tl.load(dpos + i, mask=inside, other=0.0))
+        mean = tl.where(no_positive, 0.0, tl.load(dpos + i, mask=inside, other=0.0).to(tl.float64))
     n = tl.load(n_pos + i, mask=inside, other=0)
     neg2 = tl.load(own_neg + i, mask=inside, other=0.0)
     pos2 = neg2
@@ -281,12 +281,15 @@ def _gradients_of_rows(
     neg2 = tl.where(no_negative, -float("inf"), neg2)
     pos2 = tl.where(no_positive, -float("inf"), pos2)
     _store_weights(vectors, pair, kept, i, padded, neg2, pos2, n, negative, positive, mean, inside, peak, BR, IN_TILE, KEPT)
-    offset = none
-    if bias is not None:
-        offset += tl.load(bias).to(tl.float64)
-    t = (tl.load(pos + i, mask=inside, other=0.0) - offset) * LOG2E
     aligned = none
-    if not IN_TILE:
+    if IN_TILE or KEPT:
+        # Around this t sums are taken: any that is near will do.
+        offset = none
+        if bias is not None:
+            offset += tl.load(bias).to(tl.float64)
+        t = (tl.load(pos + i, mask=inside, other=0.0).to(tl.float64) - offset) * LOG2E
+    else:
+        t = tl.load(own_pos + i, mask=inside, other=0.0)
         aligned = tl.where(inside & (n > 0), positive + mean, 0.0)
     _store_partial(
         partial, program, none, none, tl.where(inside, t, 0.0) if OF_ROWS else none, tl.where(inside, negative + positive + mean, 0.0),

@@ -118,9 +118,10 @@ def _side(
     if bias is not None:
         offset += tl.load(bias).to(tl.float64)
     mean = tl.where(n == 0, 0.0, total / tl.maximum(n, 1).to(tl.float64) * LN2 + offset)
-    tl.store(lse_neg + i, neg2 * LN2 + offset, mask=inside)
-    tl.store(lse_pos + i, tl.where(n == 0, -float("inf"), tl.where(n == 1, mean, pos2 * LN2 + offset)), mask=inside)
-    tl.store(pos + i, mean, mask=inside)
+    of_vectors = lse_neg.dtype.element_ty
+    tl.store(lse_neg + i, (neg2 * LN2 + offset).to(of_vectors), mask=inside)
+    tl.store(lse_pos + i, tl.where(n == 0, -float("inf"), tl.where(n == 1, mean, pos2 * LN2 + offset)).to(of_vectors), mask=inside)
+    tl.store(pos + i, mean.to(of_vectors), mask=inside)
     tl.store(n_pos + i, n.to(tl.int64), mask=inside)
     tl.store(own_neg + i, neg2, mask=inside)
     tl.store(own_pos + i, pos2, mask=inside)

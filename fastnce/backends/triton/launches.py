@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnce.backends._gpu.gradients import Block, Pass, Weights
 from fastnce.backends._gpu.host import Sums, UnshiftedSums, View, Walk, Work
-from fastnce.backends.triton import kernels, kernels_backward, kernels_rows, tiles
+from fastnce.backends.triton import kernels, kernels_backward, kernels_retrieval, kernels_rows, tiles
 
 # Consecutive programs of the block kernel share this many rows of tiles.
 GROUP = 8
@@ -145,10 +145,24 @@ def forward_both(view: View, walk: Walk, row_sums: UnshiftedSums, column_sums: U
     )  # fmt: skip
 
 
-def retrieval(view: View, walk: Walk, bounds: Tensor, largest: Tensor, counts: Tensor) -> None:
+class Ranks(NamedTuple):
+    """What the passes for the metrics read and leave of one side, see kernels_retrieval.py."""
+
+    pos: Tensor  # (rows,)
+    positives: Tensor  # (splits, rows)
+    negatives: Tensor  # (splits, rows)
+    counts: Tensor  # (3, splits, rows)
+
+
+def retrieval(views: list[View], walks: list[Walk], ranks: list[Ranks], count: bool) -> None:
+    """Both sides in one launch. count: not the best positives alone."""
+    view, walk, last, problem = views[0], walks[0], walks[-1], views[0].work.problem
+    columns = ranks[1] if len(ranks) == 2 else [None] * 4
+    threshold = None if problem.threshold is None else problem.threshold.contiguous()
     launch(
-        kernels.retrieval, walk.programs, *_operands(view), bounds, largest, counts,
-        *view.content(), *view.sizes(), view.depth, walk.splits, walk.per_split, **_form(view), **_tile(walk.tile),
+        kernels_retrieval.retrieval, sum(walk.programs for walk in walks), *_operands(view), problem.bias, threshold,
+        *ranks[0], *columns, *view.content(), *view.sizes(), view.depth, walk.splits, walk.per_split, last.splits, last.per_split,
+        walk.programs, COUNT=count, COLUMNS=len(views) == 2, NORMALIZE=problem.normalize, **_form(view), **_tile(walk.tile),
     )  # fmt: skip
 
 

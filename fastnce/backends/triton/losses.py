@@ -126,14 +126,7 @@ class Step(NamedTuple):
     gradients: dict[tuple[Any, ...], tape.Tape]
 
 
-# The steps of the forms that were met last, the oldest first. There are few, so that lengths which never come again do not fill memory.
-_STEPS: dict[tuple[Any, ...], Step] = {}
-_MOST = 256
-
-
-def forget() -> None:
-    """Forget all tapes."""
-    _STEPS.clear()
+_STEPS: tape.Recent[Step] = tape.Recent()
 
 
 def _step(ask: LossProblem) -> Step:
@@ -143,13 +136,7 @@ def _step(ask: LossProblem) -> Step:
         p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean, ask.inverse, ask.formula, ask.value <= kernels.UNSHIFTED.value,
         tape.form(ask.tensors),
     )  # fmt: skip
-    found = _STEPS.get(key)
-    if found is None:
-        found = _recorded(ask)
-        while len(_STEPS) >= _MOST:
-            _STEPS.pop(next(iter(_STEPS)), None)
-        _STEPS[key] = found
-    return found
+    return _STEPS.of(key, lambda: _recorded(ask))
 
 
 def _recorded(ask: LossProblem) -> Step:
@@ -187,7 +174,7 @@ def _record_gradients(ask: LossProblem, loss: tape.Tape, memory: Tensor, upstrea
     def function() -> tuple[list[Tensor | None], list[Tensor]]:
         return _gradients(ask, Kept(*loss.of(memory)), upstream, wanted), []
 
-    return tape.record(function, (*ask.tensors, memory, upstream), memory)
+    return tape.record(function, (*ask.tensors, memory, upstream))
 
 
 # What is recorded -----------------------------------------------------------------------------------------------------------------------

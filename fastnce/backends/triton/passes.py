@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnce.backends._gpu.gradients import Found, Weights
 from fastnce.backends._gpu.host import Operand, Raw, Sums, Work, aligned
 from fastnce.backends._gpu.statistics import unshifted_sums
-from fastnce.backends.triton import kernels_loss, kernels_rows, kernels_statistics, launches
+from fastnce.backends.triton import kernels_loss, kernels_retrieval, kernels_rows, kernels_statistics, launches
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.backends.triton.launches import (
     backward_rows,
@@ -19,7 +19,6 @@ from fastnce.backends.triton.launches import (
     forward_output,
     forward_rows,
     products,
-    retrieval,
     slot,
     tile,
     weights_block,
@@ -30,7 +29,7 @@ from fastnce.problem import Gradients, LossProblem, Problem, Side, SideGrad, Wan
 
 __all__ = [
     "backward_rows", "coefficients", "finish", "forward_both", "forward_output", "forward_rows", "keeps_output", "prepare", "products",
-    "retrieval", "statistics", "tile", "weights_block",
+    "statistics", "tile", "weights_block", "with_metrics",
 ]  # fmt: skip
 
 # Rows per program of the arithmetic with one number per row, and programs whose sums the last one adds up at a time: rows of several sums,
@@ -155,7 +154,7 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     views, new = work.views(), work.x.factor.new_empty
     vectors = []
     for view in views:
-        kinds = [vector_dtype(work.x.factor)] * 3 + [torch.int64] + [vector_dtype(work.x.factor)] * 2
+        kinds = [_of_vectors(work)] * 3 + [torch.int64] + [vector_dtype(work.x.factor)] * 2
         vectors.append([new(view.x.rows, dtype=kind) for kind in kinds])
     programs = [programs_of(view.x.rows) for view in views]
     given = [*sums_of(sides[0]), *(sums_of(sides[1]) if len(sides) == 2 else [None] * 4)]
@@ -167,6 +166,32 @@ def statistics(work: Work, sides: list[Sums], output: tuple[Sums, Tensor, Tensor
     )  # fmt: skip
     found = [Side(*side) for side in vectors]
     return found if output is None else [found[0]._replace(own_pos=mean_key(work, output, found[0].own_neg))]
+
+
+def _of_vectors(work: Work) -> torch.dtype:
+    return torch.float32 if work.problem.rounded else vector_dtype(work.x.factor)
+
+
+def with_metrics(work: Work, sides: list[Side]) -> list[Side]:
+    """The statistics of every side, and its ranks, hardest negatives and best positives."""
+    # Aligned pairs are looked for in the tiles too, because the same product gives equal rows the same bits.
+    views, new, problem = work._replace(in_tile=True).views(), work.x.factor.new_empty, work.problem
+    walks, ranks, vectors = [view.walk("retrieval") for view in views], [], []
+    for view, walk, side in zip(views, walks, sides, strict=True):
+        by_split = (walk.splits, view.x.rows)
+        ranks.append(launches.Ranks(side.pos, new(by_split), new(by_split), new((3, *by_split), dtype=torch.int32)))
+        vectors.append([new(view.x.rows, dtype=kind) for kind in [torch.int64] * 3 + [_of_vectors(work)] * 2])
+    if problem.threshold is None:
+        launches.retrieval(views, walks, ranks, count=False)
+    launches.retrieval(views, walks, ranks, count=True)
+    programs, two = [programs_of(view.x.rows) for view in views], len(views) == 2
+    launches.launch(
+        kernels_retrieval.metrics, sum(programs), *ranks[0], *(ranks[1] if two else [None] * 4), problem.bias, *vectors[0],
+        *(vectors[1] if two else [None] * 5), work.x.rows, work.y.rows, walks[0].splits, walks[-1].splits, programs[0],
+        COLUMNS=two, BR=VECTOR_ROWS,
+    )  # fmt: skip
+    of_metrics = ("rank", "ties", "hardest", "hardest_logit", "pos_max")
+    return [side._replace(**dict(zip(of_metrics, found, strict=True))) for side, found in zip(sides, vectors, strict=True)]
 
 
 def mean_key(work: Work, output: tuple[Sums, Tensor, Tensor], own_neg: Tensor) -> Tensor:

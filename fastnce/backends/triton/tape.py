@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -166,13 +166,8 @@ class Recording(NamedTuple):
     launches: list[tuple[Launch, list[Place]]]
 
 
-def record(
-    function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor]]], given: Sequence[Tensor | None], memory: Tensor | None = None
-) -> Recording:
-    """Record a function that returns (results, tensors to keep). Nothing is launched.
-
-    given: the tensors that it reads. memory: the one of them in which an earlier tape has kept something.
-    """
+def record(function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor]]], given: Sequence[Tensor | None]) -> Recording:
+    """Record a function that reads the given tensors and returns (results, tensors to keep). Nothing is launched."""
     seen: list[Launch] = []
     with launches.handed_to(seen.append), _Watch(seen) as watch:
         results, kept = function()
@@ -189,15 +184,20 @@ def record(
     def place(argument: int, x: Tensor | Number) -> Place:
         if isinstance(x, Number):
             return Place(argument, len(given), 0, None)
+        if x.numel() == 0:
+            return Place(argument, first + len(results) + 1, 0, Like.of(x))
         address, storage = x.data_ptr(), _storage(x)
         if storage in bases:
             base, start = bases[storage]
             return Place(argument, base, start + address - storage, Like.of(x))
         if address in own:
             return Place(argument, own[address], 0, Like.of(x))
-        if memory is None or storage != _storage(memory):
+        around = [n for n, y in enumerate(given) if y is not None and y.data_ptr() < address < y.data_ptr() + _extent(y)]
+        if len(around) != 1:
             raise RuntimeError("fastnce: a kernel is given memory that is neither new nor an argument's")
-        return Place(argument, own[memory.data_ptr()], address - memory.data_ptr(), Like.of(x))
+        whole = given[around[0]]
+        assert whole is not None
+        return Place(argument, around[0], address - whole.data_ptr(), Like.of(x))
 
     device = next(x.device for x in given if x is not None)
     like = [None if x is None else Like.of(x) for x in results]
@@ -207,6 +207,11 @@ def record(
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from its first to its last number."""
+    return x.element_size() * (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)))
 
 
 def _own_memory(tensors: list[Tensor], new: list[Tensor]) -> None:
@@ -233,6 +238,35 @@ def ready(recordings: Sequence[Recording]) -> list[Tape]:
 
 
 # Which tape ------------------------------------------------------------------------------------------------------------------------------
+
+
+Held = TypeVar("Held")
+_ALL: list[Recent[Any]] = []
+
+
+class Recent(Generic[Held]):
+    """What was made for the keys that were met last. There are few, so that lengths which never come again do not fill memory."""
+
+    most = 256
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[Any, ...], Held] = {}
+        _ALL.append(self)
+
+    def of(self, key: tuple[Any, ...], make: Callable[[], Held]) -> Held:
+        found = self.held.get(key)
+        if found is None:
+            found = make()
+            while len(self.held) >= self.most:
+                self.held.pop(next(iter(self.held)), None)
+            self.held[key] = found
+        return found
+
+
+def forget() -> None:
+    """Forget all of them."""
+    for recent in _ALL:
+        recent.held.clear()
 
 
 def form(given: Sequence[Tensor | None]) -> tuple[Any, ...]:

@@ -112,10 +112,18 @@ TILES: dict[tuple[str, str, int, int], TileShape] = {
     ("gradient", "mask", 2, 128): TileShape(32, 32, 128, 4, 2),
     ("block", "mask", 1, 0): TileShape(64, 64, 64, 8, 3),
     ("block", "mask", 2, 0): TileShape(64, 64, 64, 8, 2),
+    ("retrieval", "mask", 1, 64): TileShape(64, 32, 64, 4, 3),
+    ("retrieval", "mask", 1, 128): TileShape(64, 32, 128, 4, 2),
+    ("retrieval", "mask", 1, 256): TileShape(32, 32, 256, 4, 2),
+    ("retrieval", "mask", 1, 0): TileShape(64, 32, 64, 4, 3),
+    ("retrieval", "mask", 2, 64): TileShape(32, 32, 64, 4, 2),
+    ("retrieval", "mask", 2, 128): TileShape(32, 32, 128, 4, 2),
+    ("retrieval", "mask", 2, 0): TileShape(32, 32, 64, 4, 2),
 }
 # Where an architecture wants another one than the table's, which is for sm_90.
 TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
     "sm_80": {
+        ("retrieval", "ids", 1, 128): TileShape(64, 32, 128, 4, 2),
         ("rows", "index", 1, 64): TileShape(128, 128, 64, 8, 3),
         ("rows", "index", 1, 128): TileShape(128, 128, 128, 8, 2),
         ("rows", "index", 1, 256): TileShape(64, 64, 256, 4, 1),
@@ -208,8 +216,8 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
 
 def tile(kernel: str, rules: str, architecture: str, parts: int, depth: int) -> TileShape:
     """The tile of a kernel. rules: pairs are told apart by "index", by "ids", or by a "mask"."""
-    if kernel == "retrieval":
-        # Ranks are asked for now and then: one tile, whatever the rules.
+    if kernel == "retrieval" and rules == "index":
+        # Ranks are asked for now and then: aligned pairs are found as those of labels are.
         rules = "ids"
     elif kernel == "output" and rules == "mask":
         raise ValueError("there are no positives where the output is kept")
