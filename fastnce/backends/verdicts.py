@@ -26,13 +26,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastnce import files
 from fastnce.backends import proof
-from fastnce.backends.proof import Variant
+from fastnce.backends.proof import Asked
+from fastnce.backends.trial import Variant
 from fastnce.compiled import find
 
 DEVICES: tuple[str, ...] = ("cuda",)  # types of device on which "auto" wants a proof; torch has AMD's GPUs under this name too
@@ -55,25 +56,24 @@ _CHOSEN: dict[tuple[object, ...], str] = {}
 _SAID: set[str] = set()
 
 
-def choose(able: tuple[str, ...], kind: str, index: int | None, columns: int, fields: tuple[Any, ...]) -> str:
-    """The first backend that is right on this device, "" without one. Dynamo calls it while it traces, and keeps the answer.
+def known(device: torch.device, asked: Asked) -> str | None:
+    """The answer of `choose` to an earlier call that asked the same."""
+    return _CHOSEN.get((device, asked, proof.settings(asked[0])))
 
-    able            backends without objection, in the order of preference
-    kind, index     the device
-    columns, fields as proof.variant has them
+
+def choose(able: tuple[str, ...], device: torch.device, asked: Asked) -> str:
+    """The first backend that is right for all calls that ask the same on this device, "" without one.
+
+    able: backends without objection, in the order of preference.
     """
-    of = proof.completed(columns, *fields)
-    key = (able, kind, index, of)
-    found = _CHOSEN.get(key)
-    return _first_use(key, able, _device(kind, index), columns, of) if found is None else found
+    settings = proof.settings(asked[0])
+    return _first_use((device, asked, settings), able, device, asked[1], proof.completed(*settings, *asked))
 
 
-# As for backends/cuda: torch.compiler.assume_constant_result does the same, but importing it takes a second.
+# Dynamo calls both while it traces, and keeps their answers. torch.compiler.assume_constant_result does the same, but importing it takes a
+# second.
+known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _device(kind: str, index: int | None) -> torch.device:
-    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 def devices() -> list[torch.device]:
@@ -93,7 +93,8 @@ def _first_use(key: tuple[object, ...], able: tuple[str, ...], device: torch.dev
         else:
             chosen = name
             break
-    taken = repr(chosen or "torch")
+    # A loss is then made from statistics, whose kernels have a proof of their own.
+    taken = repr(chosen) if chosen else "a loss from statistics" if of.loss else "'torch'"
     if refused:
         _say(
             f"fastnce: {'; '.join(refused)}. backend='auto' takes {taken} there. `python -m fastnce check` looks again; FASTNCE_BACKEND or "
