@@ -418,7 +418,7 @@ def test_a_loss_that_is_wrong_is_made_from_statistics(fault: str, pair: list[str
     assert re.match(
         r"fastnce: 'triton' is wrong on cpu for .*, loss out, number\+second: .* takes a loss from statistics there\. ", lines[0]
     )
-    assert [why == "" for why, _ in recorded(device).values()] == [False, True]
+    assert [why == "" for why, *_ in recorded(device).values()] == [False, True]
     torch.testing.assert_close(found, stepped(pair, "torch")[1], rtol=1e-5, atol=1e-7)
 
 
@@ -665,6 +665,37 @@ def test_the_end_of_the_process_is_the_verdict(code: str, why: str, device: Path
     assert list(recorded(device).values())[0][0] == why
 
 
+def test_a_hang_is_believed_for_an_hour(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process, and the other ones of a job, do not wait for it again; a process of tomorrow looks again. This one does not."""
+    with monkeypatch.context() as hanging:
+        hanging.setattr(verdicts, "_in_a_process", IN_A_PROCESS)
+        hanging.setattr(verdicts, "CHILD", "import time; time.sleep(60)")
+        hanging.setattr(verdicts, "LIMIT", 0.2)
+        assert said()[0] == "torch"
+    verdicts.forget()
+    name, (line,) = said()
+    assert name == "torch" and "did not end within 0.2 s" in line
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3601.0)
+    assert said() == ("torch", [])
+    verdicts.forget()
+    assert said() == ("triton", [])
+    assert [why for why, *_ in recorded(device).values()] == [""]
+
+
+@pytest.mark.parametrize("text", ["all CUDA-capable devices are busy or unavailable", "CUDA-capable device(s) is/are busy or unavailable"])
+@pytest.mark.parametrize("code", ["print(json.dumps([{!r}, 0.0]))", "sys.exit({!r})"], ids=["answer", "status"])
+def test_a_gpu_that_no_other_process_may_have(code: str, text: str, device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In exclusive mode: the backend is checked in this process."""
+    checks = []
+    monkeypatch.setattr(verdicts, "_in_a_process", IN_A_PROCESS)
+    monkeypatch.setattr(verdicts, "CHILD", "import json, sys; " + code.format(f"RuntimeError: CUDA error: {text}\n"))
+    check = proof.check
+    monkeypatch.setattr(proof, "check", lambda *given: (checks.append(given), check(*given))[1])
+    assert said() == ("triton", []) and len(checks) == 1
+    assert [why for why, *_ in recorded(device).values()] == [""]
+
+
 def test_the_first_check_of_a_device_is_a_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped kernels by Triton's own interpreter, from the choice of "auto" on; the second variant is checked here."""
     pytest.importorskip("interpreter")
@@ -674,7 +705,7 @@ def test_the_first_check_of_a_device_is_a_process(cache: Path, monkeypatch: pyte
     monkeypatch.setattr(verdicts, "_here", lambda *_: pytest.fail("checked in this process"))
     assert said() == ("triton", [])
     monkeypatch.setattr(verdicts, "_in_a_process", lambda *_: pytest.fail("checked in another process"))
-    monkeypatch.setattr(verdicts, "_here", lambda *_: ("", True))
+    monkeypatch.setattr(verdicts, "_here", lambda *_: ("", verdicts.FOR_GOOD))
     assert said(problem(torch.float16)) == ("triton", [])
 
 
@@ -687,7 +718,7 @@ def test_a_damaged_file_is_written_anew(content: str, device: Path) -> None:
     (path,) = device.glob("proof-*.json")
     whole = json.loads(path.read_text())
     if content == "good":  # the right device, and no text where the fault belongs
-        content = json.dumps(whole | {"verdicts": dict.fromkeys(whole["verdicts"], [None, 1.0])})
+        content = json.dumps(whole | {"verdicts": dict.fromkeys(whole["verdicts"], [None, 1.0, 1e12])})
     path.write_bytes(content.encode("latin-1"))
     verdicts.forget()
     assert said() == ("triton", [])
