@@ -1,6 +1,6 @@
 """`python -m fastnce`: versions, device, every backend and the reasons against it, the one that "auto" takes, and a self-test.
 
-`python -m fastnce check` puts the GPU backends to their proof ahead of the first use: some 370 variants of the kernels, minutes.
+`python -m fastnce check` puts the GPU backends to their proof ahead of the first use: some 570 variants of the kernels, minutes.
 `python -m fastnce build-cpu` compiles the kernels of backend="cpu" into the user's cache: seconds, a C++ compiler and ninja.
 `python -m fastnce build-cuda` compiles the CUDA kernels there: minutes, and nvcc too; no GPU. --arch chooses what for.
 """
@@ -161,7 +161,7 @@ def _check(arguments: Sequence[str]) -> int:
             if reasons := backends.BACKENDS[name].unsupported(_problem(str(device))):
                 print(f"{'no':<9}{'':>8}  {name}: {'; '.join(reasons)}")
                 continue
-            for variant, columns in proof.ahead():
+            for variant, columns in proof.ahead(losses=hasattr(backends.BACKENDS[name], "loss")):
                 found = verdicts.check(name, device, columns, variant)
                 seen, wrong = seen + 1, wrong + bool(found.why)
                 why = f"\n{'':>19}{found.why}" if found.why else ""

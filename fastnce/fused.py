@@ -80,8 +80,7 @@ def serves(backend: str, like: Tensor, reduction: str) -> bool:
     """Whether a backend of this name may have the pair of functions, and the loss is one that they make."""
     if reduction not in ("mean", "sum"):
         return False
-    names = (backend,) if backend != "auto" else backends.AUTO if like.is_cuda else ()
-    return any(hasattr(backends.BACKENDS.get(name), "loss") for name in names)
+    return backends.may_have_loss(backend, like.device.type)
 
 
 def ask(
@@ -119,11 +118,8 @@ def loss(where: str, ask: LossProblem, backend: str) -> Tensor | None:
     q, k = ask.problem.q, ask.problem.k
     if q.numel() == 0 or (k is not None and k.numel() == 0):
         return None
-    like = ask.problem._replace(q=q[:, 0] if q.dim() == 3 else q)
-    if ask.by_place:  # the kernels compare labels then: any will do to pick a backend
-        like = like._replace(pairs=like.pairs._replace(q_label=q.new_empty(len(q), dtype=torch.int64)))
-    name = backends.pick(where, backend, like)
-    if not hasattr(backends.BACKENDS[name], "loss"):
+    name = backends.pick_loss(where, backend, ask)
+    if not name:
         return None
     frozen = torch.is_grad_enabled()  # as in autograd.statistics: the operator finds out whether keys have a gradient
     flat = _Arguments.of(ask._replace(problem=ask.problem._replace(frozen=frozen)), name)

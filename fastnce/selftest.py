@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnce import losses
-from fastnce.backends.proof import relative
+from fastnce.backends.trial import relative
 
 # float32 rounding reaches 7e-7 here. Matrix products in TF32 show as 4e-5 or more, one lost row of a gradient as 1e-3 or more.
 LIMIT = 1e-5

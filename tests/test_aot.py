@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -153,6 +154,37 @@ def test_every_kernel_that_the_backend_launches_is_recorded() -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(Path(aot.__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=True)
     assert launched and set(done.stdout.split()) == launched
+
+
+def kernels_ahead() -> None:
+    """Print the losses ahead, in one format and class of D, whose kernels are all compiled for variants before; then how many there are."""
+    from fastnce.backends import proof, proof_losses
+
+    known: set[str] = set()
+
+    def launch(of: proof.Variant, columns: int) -> None:
+        with torch.no_grad():
+            for case in (proof_losses.cases if of.loss else proof._cases)(aot.backend, of, columns, torch.device("cpu"), 40):
+                case.answers(aot.backend)
+
+    for of, columns in proof.ahead(losses=True):
+        if (of.dtype, of.parts, columns) == ("float32", 2, 64):
+            torch.use_deterministic_algorithms(of.deterministic)
+            kernels = {repr(one) for one in aot.record(functools.partial(launch, of, columns), "sm_90")}
+            if of.loss and kernels <= known:
+                print(of)
+            known |= kernels
+    print(len(known), "kernels")
+
+
+@pytest.mark.slow
+def test_every_loss_ahead_has_a_kernel_of_its_own() -> None:
+    """`python -m fastnce check` asks for no form of a loss of which everything is compiled already."""
+    code = "import test_aot; test_aot.kernels_ahead()"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=True)
+    assert re.fullmatch(r"\d+ kernels\n", done.stdout)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,15 @@ def test_strides(name: str, family: str) -> None:  # noqa: F811
     torch.testing.assert_close(calls[name](lambda x: x), calls[name](Tensor.contiguous), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "info_nce", "clip_loss, captions", "sup_con", "moco_loss", "dcl_loss"])
+def test_a_row_that_is_no_number_makes_the_loss_none(name: str, family: str) -> None:  # noqa: F811
+    loss, tensors = CASES[name]
+    first = tensors["a"].clone()
+    first[3, 2] = torch.nan
+    found = run((loss, tensors | {"a": first}), torch.float32, "triton")
+    assert found[0].isnan() and found[1][3].isnan().all()
+
+
 def test_logits_far_below_any_exponential(family: str) -> None:  # noqa: F811
     z = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.01], [0.0, 1.0, 0.0]])
     for reduction in ("mean", "none"):

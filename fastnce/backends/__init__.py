@@ -6,7 +6,8 @@ from types import ModuleType
 
 from fastnce import arguments
 from fastnce.backends import cpu, cuda, proof, reference, torch_tiles, triton, verdicts
-from fastnce.problem import Problem
+from fastnce.backends._gpu import limits
+from fastnce.problem import LossProblem, Problem
 
 # The fastest first. "auto" goes through AUTO. A backend is importable everywhere, and looks for what it needs in unsupported().
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (triton, cuda, cpu, torch_tiles, reference)}
@@ -21,10 +22,9 @@ def pick(where: str, name: str, problem: Problem) -> str:
     """
     arguments.backend(where, name, BACKENDS)
     q, given = problem.q, arguments.backend_of_environment(where, BACKENDS) if name == "auto" else ""
-    if name == "auto" and not given and q.device.type in verdicts.DEVICES:
-        able = tuple(candidate for candidate in PROVEN if not BACKENDS[candidate].unsupported(problem))
-        if able and (chosen := verdicts.choose(able, q.device.type, q.device.index, *proof.variant(problem))):
-            return chosen
+    proven = name == "auto" and not given and q.device.type in verdicts.DEVICES
+    if proven and (chosen := _proven(problem, proof.asked(problem), loss=False)):
+        return chosen
     objections = []
     for candidate in (given,) if given else [c for c in AUTO if c not in PROVEN] if name == "auto" else (name,):
         reasons = BACKENDS[candidate].unsupported(problem)
@@ -33,6 +33,33 @@ def pick(where: str, name: str, problem: Problem) -> str:
         objections.append(f"  {candidate}: {'; '.join(reasons)}")
     asked = f"query {tuple(q.shape)} {str(q.dtype)[6:]} {q.device.type}" + (", and FASTNCE_BACKEND names it" if given else "")
     raise NotImplementedError(f"{where}: no backend for {asked}:\n" + "\n".join(objections))
+
+
+def may_have_loss(name: str, device: str) -> bool:
+    """Whether a backend of this name may have the pair of functions of fused.py. "auto" takes such backends on a GPU alone."""
+    names = (name,) if name != "auto" else PROVEN if device in verdicts.DEVICES else ()
+    return any(hasattr(BACKENDS.get(one), "loss") for one in names)
+
+
+def pick_loss(where: str, name: str, ask: LossProblem) -> str:
+    """The name of the backend to make a loss by its pair of functions; "" where a loss is made from statistics. Raises as pick does."""
+    problem = ask.problem
+    if name == "auto" and problem.q.device.type in verdicts.DEVICES and not arguments.backend_of_environment(where, BACKENDS):
+        return _proven(problem, proof.asked_of_loss(ask), loss=True)
+    chosen = pick(where, name, problem)
+    return chosen if hasattr(BACKENDS[chosen], "loss") else ""
+
+
+def _proven(problem: Problem, asked: proof.Asked, loss: bool) -> str:
+    """The first of PROVEN without objection that is right on this device, "" without one. A later call looks the answer up."""
+    q, keys = problem.q, problem.keys
+    if max(q.shape[0], keys.shape[0]) > limits.LARGEST:  # the one objection that may differ between calls that ask the same
+        return ""
+    chosen = verdicts.known(q.device, asked)
+    if chosen is None:
+        names = [name for name in PROVEN if not loss or hasattr(BACKENDS[name], "loss")]
+        chosen = verdicts.choose(tuple(name for name in names if not BACKENDS[name].unsupported(problem)), q.device, asked)
+    return chosen
 
 
 def keeps_output(name: str, problem: Problem) -> bool:

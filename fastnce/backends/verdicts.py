@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,27 +27,33 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastnce import files
 from fastnce.backends import proof
-from fastnce.backends.proof import Variant
+from fastnce.backends.proof import Asked
+from fastnce.backends.trial import Variant
 from fastnce.compiled import find
 
 DEVICES: tuple[str, ...] = ("cuda",)  # types of device on which "auto" wants a proof; torch has AMD's GPUs under this name too
 # A process that has not ended after this time hangs: it imports torch, which may come from a slow disk, and compiles some ten kernels.
 LIMIT = 300.0  # seconds
+# For how many seconds later processes believe a verdict. A hang may be the machine's: in the hour after it the other processes of a job do
+# not wait for it once more, and tomorrow's look again.
+FOR_GOOD, AN_HOUR, NOT_AT_ALL = math.inf, 3600.0, 0.0
+# A second process on a GPU in exclusive mode is told this by every version of CUDA.
+BUSY = "busy or unavailable"
 CHILD = "import os, sys; sys.path[:] = sys.argv[2].split(os.pathsep); from fastnce.backends import verdicts; verdicts.child(sys.argv[1])"
 
 
 class Verdict(NamedTuple):
-    """why: the fault of the backend, "" where it is right. kept: whether later processes shall find it."""
+    """why: the fault of the backend, "" where it is right. until: when later processes look again, on the clock of time.time()."""
 
     why: str
     seconds: float
-    kept: bool = True
+    until: float = FOR_GOOD
 
 
 _LOCK = threading.Lock()
@@ -55,25 +62,24 @@ _CHOSEN: dict[tuple[object, ...], str] = {}
 _SAID: set[str] = set()
 
 
-def choose(able: tuple[str, ...], kind: str, index: int | None, columns: int, fields: tuple[Any, ...]) -> str:
-    """The first backend that is right on this device, "" without one. Dynamo calls it while it traces, and keeps the answer.
+def known(device: torch.device, asked: Asked) -> str | None:
+    """The answer of `choose` to an earlier call that asked the same."""
+    return _CHOSEN.get((device, asked, proof.settings(asked[0])))
 
-    able            backends without objection, in the order of preference
-    kind, index     the device
-    columns, fields as proof.variant has them
+
+def choose(able: tuple[str, ...], device: torch.device, asked: Asked) -> str:
+    """The first backend that is right for all calls that ask the same on this device, "" without one.
+
+    able: backends without objection, in the order of preference.
     """
-    of = proof.completed(columns, *fields)
-    key = (able, kind, index, of)
-    found = _CHOSEN.get(key)
-    return _first_use(key, able, _device(kind, index), columns, of) if found is None else found
+    settings = proof.settings(asked[0])
+    return _first_use((device, asked, settings), able, device, asked[1], proof.completed(*settings, *asked))
 
 
-# As for backends/cuda: torch.compiler.assume_constant_result does the same, but importing it takes a second.
+# Dynamo calls both while it traces, and keeps their answers. torch.compiler.assume_constant_result does the same, but importing it takes a
+# second.
+known._dynamo_marked_constant = True  # type: ignore[attr-defined]
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _device(kind: str, index: int | None) -> torch.device:
-    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 def devices() -> list[torch.device]:
@@ -93,7 +99,8 @@ def _first_use(key: tuple[object, ...], able: tuple[str, ...], device: torch.dev
         else:
             chosen = name
             break
-    taken = repr(chosen or "torch")
+    # A loss is then made from statistics, whose kernels have a proof of their own.
+    taken = repr(chosen) if chosen else "a loss from statistics" if of.loss else "'torch'"
     if refused:
         _say(
             f"fastnce: {'; '.join(refused)}. backend='auto' takes {taken} there. `python -m fastnce check` looks again; FASTNCE_BACKEND or "
@@ -150,28 +157,29 @@ def check(name: str, device: torch.device, columns: int, of: Variant) -> Verdict
 
 
 def checked(record: Record, name: str, device: torch.device, columns: int, of: Variant) -> Verdict:
-    """The verdict of a check, in this process only where the record has a sound variant of this backend."""
-    start = time.monotonic()
-    run = _here if record.trusts(name) else _in_a_process
-    why, kept = run(name, device, columns, of, proof.ROWS)
-    return Verdict(why, time.monotonic() - start, kept)
+    """The verdict of a check: by another process, unless the record has a sound variant of this backend or the GPU admits no second one."""
+    start, given = time.monotonic(), (name, device, columns, of, proof.ROWS)
+    why, lasting = (_here if record.trusts(name) else _in_a_process)(*given)
+    if BUSY in why:
+        why, lasting = _here(*given)
+    return Verdict(why, time.monotonic() - start, time.time() + lasting)
 
 
 def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _here(name: str, device: torch.device, columns: int, of: Variant, rows: int) -> tuple[str, bool]:
-    """(The fault, whether it is the backend's own): full memory, or an error of torch's operations, may be gone at the next start."""
+def _here(name: str, device: torch.device, columns: int, of: Variant, rows: int) -> tuple[str, float]:
+    """(The fault, for how long it is believed): full memory, or an error of torch's operations, may be gone at the next start."""
     backend = importlib.import_module(f"fastnce.backends.{name}")
     with ThreadPoolExecutor(1) as thread:
         try:
-            return thread.submit(proof.check, backend, of, columns, device, rows).result(), True
+            return thread.submit(proof.check, backend, of, columns, device, rows).result(), FOR_GOOD
         except Exception as error:
-            return f"{type(error).__name__}: {error}", False
+            return f"{type(error).__name__}: {error}", NOT_AT_ALL
 
 
-def _in_a_process(name: str, device: torch.device, columns: int, of: Variant, rows: int) -> tuple[str, bool]:
+def _in_a_process(name: str, device: torch.device, columns: int, of: Variant, rows: int) -> tuple[str, float]:
     """The same by a process of its own. Its end, whatever it is, is the verdict."""
     request = json.dumps([name, str(device), columns, of, rows])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as err:
@@ -179,11 +187,11 @@ def _in_a_process(name: str, device: torch.device, columns: int, of: Variant, ro
             command = [sys.executable, "-c", CHILD, request, os.pathsep.join(path for path in sys.path if isinstance(path, str))]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
         except OSError as error:
-            return f"no process could be started to check it: {error}", False
+            return f"no process could be started to check it: {error}", NOT_AT_ALL
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            return f"the process that checked it did not end within {LIMIT:g} s", True
+            return f"the process that checked it did not end within {LIMIT:g} s", AN_HOUR
         finally:
             _end(process)
         out.seek(0)
@@ -191,10 +199,10 @@ def _in_a_process(name: str, device: torch.device, columns: int, of: Variant, ro
         answer, said = out.read().splitlines()[-1:], err.read().strip().splitlines()[-1:]
     if status == 0 and answer:
         with contextlib.suppress(ValueError):
-            why, kept = json.loads(answer[0])
-            return str(why), bool(kept)
+            why, lasting = json.loads(answer[0])
+            return str(why), float(lasting)
     how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    return f"the process that checked it {how}" + "".join(f": {line}" for line in said), True
+    return f"the process that checked it {how}" + "".join(f": {line}" for line in said), FOR_GOOD
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -268,8 +276,8 @@ class Record(NamedTuple):
         """Into memory, and where it can be into the file. The caller holds the lock."""
         line = f"{name}: {of}"
         _KNOWN[self.digest, line] = verdict
-        if verdict.kept and self.path is not None:
-            lines = {known: [one.why, one.seconds] for known, one in (self.read() | {line: verdict}).items()}
+        if verdict.until > time.time() and self.path is not None:
+            lines = self.read() | {line: verdict}
             with contextlib.suppress(OSError):
                 files.write(self.path, json.dumps({"of": self.about, "verdicts": lines}, indent=1) + "\n")
         return verdict
@@ -279,12 +287,13 @@ class Record(NamedTuple):
         return any(digest == self.digest and line.startswith(f"{name}: ") and not verdict.why for (digest, line), verdict in _KNOWN.items())
 
     def read(self) -> dict[str, Verdict]:
-        """The verdicts of the file. A file that is not there, not ours, or damaged has none, and is written anew."""
+        """The verdicts of the file that still hold. A file that is not there, not ours, or damaged has none, and is written anew."""
         try:
             found = json.loads(self.path.read_text()) if self.path else {}
             if found["of"] != self.about:
                 return {}
-            return {line: Verdict(_text(why), float(seconds)) for line, (why, seconds) in found["verdicts"].items()}
+            every = {line: Verdict(_text(why), float(seconds), float(until)) for line, (why, seconds, until) in found["verdicts"].items()}
+            return {line: one for line, one in every.items() if one.until > time.time()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
