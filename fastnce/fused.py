@@ -1,4 +1,4 @@
-"""A loss as one number by one operator, for backends that have the functions for it.
+"""A loss as one number, or as one of each row, by one operator, for backends that have the functions for it.
 
     loss(ask: LossProblem) -> (loss, kept)                              kept: a tensor, in whatever form the backend reads it
     gradients(ask, kept, upstream, wanted: LossWanted) -> list          the gradients in the order of LossWanted
@@ -23,7 +23,7 @@ from fastnce.problem import LossProblem, LossWanted, Problem
 _PROBLEM = (
     "Tensor q, Tensor? second, Tensor? k, Tensor? partners, Tensor? scale, Tensor? bias, Tensor? weight, Tensor? q_label, Tensor? k_label, "
     "Tensor? q_exclude, Tensor? k_exclude, float value, bool inverse, SymInt? offset, bool exclude_self, bool two_sided, bool normalize, "
-    "bool frozen, bool by_place, bool mean, str formula, str backend"
+    "bool frozen, bool by_place, bool by_row, bool mean, str formula, str backend"
 )
 _TENSORS = 11  # of the arguments above, the first are tensors; the first seven take gradients
 _WANTED = len(LossWanted._fields)
@@ -51,6 +51,7 @@ class _Arguments(NamedTuple):
     normalize: bool
     frozen: bool
     by_place: bool
+    by_row: bool
     mean: bool
     formula: str
     backend: str
@@ -59,7 +60,7 @@ class _Arguments(NamedTuple):
     def of(ask: LossProblem, backend: str) -> _Arguments:
         p, rules = ask.problem, ask.problem.pairs
         ids = (rules.q_label, rules.k_label, rules.q_exclude, rules.k_exclude)
-        flags = (rules.exclude_self, p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean)
+        flags = (rules.exclude_self, p.two_sided, p.normalize, p.frozen, ask.by_place, ask.by_row, ask.mean)
         tensors = (p.q, ask.second, p.k, ask.partners, ask.scale, p.bias, ask.weight, *ids)
         return _Arguments(*tensors, ask.value, ask.inverse, rules.offset, *flags, ask.formula, backend)
 
@@ -72,14 +73,12 @@ class _Arguments(NamedTuple):
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude)
         placeholder = self.q.new_empty((), dtype=torch.float32)
         problem = Problem(self.q, self.k, placeholder, self.bias, rules, self.two_sided, self.normalize, frozen=self.frozen)
-        more = (self.second, self.partners, self.scale, self.value, self.inverse, self.weight, self.by_place)
+        more = (self.second, self.partners, self.scale, self.value, self.inverse, self.weight, self.by_place, self.by_row)
         return LossProblem(problem, self.formula, self.mean, *more)
 
 
-def serves(backend: str, like: Tensor, reduction: str) -> bool:
-    """Whether a backend of this name may have the pair of functions, and the loss is one that they make."""
-    if reduction not in ("mean", "sum"):
-        return False
+def serves(backend: str, like: Tensor) -> bool:
+    """Whether a backend of this name may have the pair of functions."""
     return backends.may_have_loss(backend, like.device.type)
 
 
@@ -105,7 +104,8 @@ def ask(
     """The question, from the arguments of a public function. A scale that is a float stays one, which is a launch less."""
     tensor, value, inverse = arguments.scale_given(where, temperature, scale, q, called)
     problem = Problem(q, k, q.new_empty((), dtype=torch.float32), bias, pairs, two_sided, normalize)
-    return LossProblem(problem, formula, reduction == "mean", second, partners, tensor, value, inverse, weight, by_place)
+    mean, by_row = reduction == "mean", reduction == "none"
+    return LossProblem(problem, formula, mean, second, partners, tensor, value, inverse, weight, by_place, by_row)
 
 
 def enough(one: Tensor | None) -> TypeGuard[Tensor]:

@@ -156,10 +156,11 @@ class Wanted(NamedTuple):
 
 
 class LossProblem(NamedTuple):
-    """A loss as one number, for a backend that makes it and its gradient in a handful of launches.
+    """A loss as one number, or as one of each row, for a backend that makes it and its gradient in a handful of launches.
 
         loss = c sum_i weight_i value_i        c: 1 / rows or 1 / sum(weight) if mean, else 1
                                                two_sided: half of that, and half of the same of the columns
+        loss_i = weight_i value_i              by_row. two_sided: value_i is the mean of those of row and column i
 
     problem    its rules and shapes; its scale is a placeholder. q may be (examples, views, D), whose rows are taken view by view, and
                labels of one side may be fewer than its rows: row i has label i % len(labels)
@@ -181,6 +182,7 @@ class LossProblem(NamedTuple):
     inverse: bool = False
     weight: Tensor | None = None
     by_place: bool = False
+    by_row: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -191,7 +191,7 @@ def problems() -> Iterator[Problem]:
 
 
 def losses() -> Iterator[tuple[LossProblem, LossWanted]]:
-    """Losses as one number, in the forms that a training step has: a temperature that is a number, and one that is a tensor."""
+    """Losses in the forms that a training step has: one number or one of each row, a temperature that is a number or a tensor."""
     ids = torch.zeros(ROWS, dtype=torch.int64)
     for dtype, d in itertools.product((torch.bfloat16, torch.float32), (LENGTHS[1], LENGTHS[3])):
         q, k = torch.zeros(2, ROWS, d, dtype=dtype)
@@ -210,17 +210,21 @@ def losses() -> Iterator[tuple[LossProblem, LossWanted]]:
                 keys = problem.k is not None and not problem.frozen
                 wanted = LossWanted(True, "second" in more, keys, False, scale is not None, False, False)
                 yield LossProblem(problem, formula, True, **how, **more), wanted
+                if scale is not None:
+                    yield LossProblem(problem, formula, False, **how, **more, by_row=True), wanted
         yield LossProblem(simclr, "decoupled", True, second=k, value=10.0), LossWanted(True, True, False, False, False, False, False)
         yield LossProblem(supcon, "in", True, value=10.0), LossWanted(True, False, False, False, False, False, False)
+        yield LossProblem(supcon, "in", False, value=10.0, by_row=True), LossWanted(True, False, False, False, False, False, False)
+        weighted = LossProblem(simclr, "decoupled", False, second=k, value=10.0, weight=torch.zeros(2 * ROWS), by_row=True)
+        yield weighted, LossWanted(True, True, False, False, False, False, False)
 
 
 def shipped(arch: str) -> None:
     """Forward and backward of all of them, where the host code believes to be on this architecture."""
     with mock.patch.object(launches, "architecture", return_value=arch):
-        upstream = torch.ones(())
         for ask, asked in losses():
-            _, kept = backend.loss(ask)
-            backend.gradients(ask, kept, upstream, asked)
+            found, kept = backend.loss(ask)
+            backend.gradients(ask, kept, torch.ones_like(found), asked)
         for problem in problems():
             stats = backend.forward(problem)
             grads = [SideGrad(side.lse_neg, side.lse_pos, side.pos) for side in stats]

@@ -28,6 +28,8 @@ FREE = frozenset(
         "split", "squeeze", "t", "to", "transpose", "unbind", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view",
     )
 )  # fmt: skip
+# Launches of a step that is no single number.
+GENERAL = 15
 # Operands above this many bytes are made again in backward.
 KEPT_BYTES = 32 << 20
 
@@ -78,30 +80,32 @@ def leaf(*shape: int) -> Tensor:
 N = 512
 LABELS = torch.arange(N) % 9
 WEIGHT = torch.rand(N, generator=torch.Generator().manual_seed(0))
-
-
-# The last argument is the temperature, or the scale where a loss takes one. It is a leaf: no operation of a test stands before the loss.
-LOSSES: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
-    "info_nce": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, backend="triton"),
-    "info_nce, sum": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, reduction="sum", backend="triton"),
-    "info_nce, weights": lambda q, k, t: fastnce.info_nce(q, k, temperature=t, weight=WEIGHT, backend="triton"),
-    "nt_xent": lambda q, k, t: fastnce.nt_xent(q, k, temperature=t, backend="triton"),
-    "clip_loss": lambda q, k, t: fastnce.clip_loss(q, k, t, backend="triton"),
-    "sup_con": lambda q, k, t: fastnce.sup_con(q, LABELS[: len(q)], temperature=t, backend="triton"),
-    "sup_con, views": lambda q, k, t: fastnce.sup_con(q.view(-1, 2, q.shape[1]), temperature=t, backend="triton"),
-    "sup_con, labelled views": lambda q, k, t: fastnce.sup_con(q.view(N // 2, 2, -1), LABELS[: N // 2], temperature=t, backend="triton"),
-    "moco_loss": lambda q, k, t: fastnce.moco_loss(q, k.detach()[: len(q)], k.detach(), t, backend="triton"),
-    "dcl_loss": lambda q, k, t: fastnce.dcl_loss(q, k, temperature=t, backend="triton"),
+TRITON: dict[str, Any] = {"backend": "triton"}
+# The third argument is the temperature, or the scale where a loss takes one. It is a leaf: no operation of a test stands before the loss.
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "info_nce": lambda q, k, t, **how: fastnce.info_nce(q, k, temperature=t, **TRITON, **how),
+    "info_nce, sum": lambda q, k, t, **how: fastnce.info_nce(q, k, temperature=t, reduction="sum", **TRITON, **how),
+    "info_nce, weights": lambda q, k, t, **how: fastnce.info_nce(q, k, temperature=t, weight=WEIGHT, **TRITON, **how),
+    "nt_xent": lambda q, k, t, **how: fastnce.nt_xent(q, k, temperature=t, **TRITON, **how),
+    "clip_loss": lambda q, k, t, **how: fastnce.clip_loss(q, k, t, **TRITON, **how),
+    "sup_con": lambda q, k, t, **how: fastnce.sup_con(q, LABELS[: len(q)], temperature=t, **TRITON, **how),
+    "sup_con, views": lambda q, k, t, **how: fastnce.sup_con(q.view(-1, 2, q.shape[1]), temperature=t, **TRITON, **how),
+    "sup_con, labelled views": lambda q, k, t, **how: fastnce.sup_con(
+        q.view(N // 2, 2, -1), LABELS[: N // 2], temperature=t, **TRITON, **how
+    ),
+    "moco_loss": lambda q, k, t, **how: fastnce.moco_loss(q, k.detach()[: len(q)], k.detach(), t, **TRITON, **how),
+    "dcl_loss": lambda q, k, t, **how: fastnce.dcl_loss(q, k, temperature=t, **TRITON, **how),
 }
 
 
-def step_of(name: str, given: float | Tensor, rows: int, columns: int) -> Callable[[], None]:
+def step_of(name: str, given: float | Tensor, rows: int, columns: int, **how: Any) -> Callable[[], None]:
     """Forward and backward, with the gradients of all features, and of the temperature where it is a tensor."""
-    q, k, upstream = leaf(rows, columns), leaf(rows, columns), torch.ones(())
+    q, k, one = leaf(rows, columns), leaf(rows, columns), torch.ones(())
 
     def call() -> None:
         asked = [x for x in (q, k, given) if isinstance(x, Tensor)]
-        torch.autograd.grad(LOSSES[name](q, k, given), asked, upstream, allow_unused=True)
+        loss = LOSSES[name](q, k, given, **how)
+        torch.autograd.grad(loss, asked, one.expand(loss.shape), allow_unused=True)
 
     return call
 
@@ -114,6 +118,16 @@ def test_a_step_of_a_loss_is_six_launches_at_most(name: str, of_tensor: bool, st
     assert 0 < found.count <= 6 and not found.operations, found
 
 
+@pytest.mark.parametrize("of_tensor", [False, True])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "info_nce, sum"])
+def test_values_of_rows_are_fifteen_launches_at_most(name: str, of_tensor: bool, step: Counted) -> None:
+    """Beside the kernels: weights, two sides added, an upstream gradient of equal numbers, and one cast to float32."""
+    given = torch.tensor(0.1, requires_grad=True) if of_tensor else 0.1
+    found = step(step_of(name, given, N, 128, reduction="none"))
+    assert 0 < found.count <= GENERAL, found
+    assert {operation for operation, _ in found.operations} <= {"aten::mul", "aten::add", "aten::copy_"}, found
+
+
 @pytest.mark.parametrize("name", ["info_nce", "nt_xent", "clip_loss", "sup_con", "moco_loss", "dcl_loss"])
 @pytest.mark.parametrize(("rows", "columns"), [(N, 1024), (6000, 320)])
 def test_long_rows_are_eight_launches_and_two_a_block(name: str, rows: int, columns: int, step: Counted, monkeypatch: Any) -> None:
@@ -124,7 +138,6 @@ def test_long_rows_are_eight_launches_and_two_a_block(name: str, rows: int, colu
     assert not any(operation == "aten::cat" for operation, _ in found.operations)
 
 
-GENERAL = 15  # launches of a step that is no single number
 STATISTICS: dict[str, dict[str, Any]] = {
     "rows": {"offset": 0},
     "both sides": {"offset": 0, "two_sided": True},

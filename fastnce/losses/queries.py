@@ -133,7 +133,7 @@ def info_nce(
 
     one: Tensor | None = None
     once = negatives is None or (negatives.keys is not positive_key and negatives.keys is not query)
-    if none is None and query is not positive_key and once and fused.serves(backend, query, reduction):
+    if none is None and query is not positive_key and once and fused.serves(backend, query):
         ask = None
         if use_batch and negatives is None:
             rules = Pairs(False, 0, *label, *exclude)
@@ -264,7 +264,7 @@ def clip_loss(
     pairs = Pairs(False, 0 if paired else None, *label, *exclude)
     q_wide, k_wide = shared_uses(image, text)
     one: Tensor | None = None
-    if q_wide is None and (paired or weight is None) and fused.serves(backend, image, reduction):
+    if q_wide is None and (paired or weight is None) and fused.serves(backend, image):
         ask = fused.ask(
             where,
             image,
@@ -358,7 +358,7 @@ def moco_loss(
     weight = arguments.weights(where, weight, q.shape[0], q)
     hints.temperature(where, temperature, scale, normalize)
     one: Tensor | None = None
-    if q is not k and q is not negatives and k is not negatives and fused.serves(backend, q, reduction):
+    if q is not k and q is not negatives and k is not negatives and fused.serves(backend, q):
         ask = fused.ask(where, q, negatives, Pairs(), temperature, scale, normalize, "out", reduction, partners=k, weight=weight)
         one = fused.loss(where, ask, backend)
         if fused.enough(one):

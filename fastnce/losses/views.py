@@ -189,7 +189,7 @@ def sup_con(
     weight = arguments.weights(where, weight, anchors, features, examples)
     hints.temperature(where, temperature, scale, normalize)
     one: Tensor | None = None
-    if mask is None and views == "all" and no_positive == "zero" and fused.serves(backend, features, reduction):
+    if mask is None and views == "all" and no_positive == "zero" and fused.serves(backend, features):
         own = relations.with_own_labels(labels) if labels is not None and unlabelled == "own_views" else labels
         rules = Pairs(exclude_self=True, q_label=own)
         ask = fused.ask(
@@ -252,7 +252,7 @@ def _of_two_views(
     weight = _checked_weight(where, z0, rows, normalize, reduction, weight)
     hints.temperature(where, temperature, scale, normalize)
     pairs, one = Pairs(True, rows // 2), None
-    if not same and fused.serves(backend, z0, reduction):
+    if not same and fused.serves(backend, z0):
         # One operator takes the two views as they are.
         ask = fused.ask(where, z0, None, pairs, temperature, scale, normalize, formula, reduction, second=z1, weight=weight)
         one = fused.loss(where, ask, backend)

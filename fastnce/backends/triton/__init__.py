@@ -28,7 +28,7 @@ def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted:
 
 
 def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
-    """A loss as one number, and what its gradient needs of it."""
+    """A loss, one number or one of each row, and what its gradient needs of it."""
     from fastnce.backends.triton import losses
 
     return losses.loss(ask)

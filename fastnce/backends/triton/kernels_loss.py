@@ -171,13 +171,25 @@ def _formula(own_neg, own_pos, total, n_pos, FORMULA: tl.constexpr, SEVERAL: tl.
 
 @triton.jit
 def _loss_of_rows(
-    sums, count, both, both_count, t, weight, values, vectors, pair, kept, logs, i, rows, padded, splits, pairs, first, second, constant,
+    sums, count, both, both_count, t, weight, values, vectors, pair, kept, known, i, rows, padded, splits, pairs, first, second, constant,
     peak, partial, program, OF_ROWS: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     inside = i < rows
-    own_neg, own_pos, total, n_pos = row_sums(
-        sums, count, both, both_count, t, i, rows, splits, pairs, first, second, inside, IN_TILE, BR
-    )  # fmt: skip
+    step = rows.to(tl.int64)
+    if sums is None and both is None:
+        own_neg = tl.load(known + i, mask=inside, other=0.0)
+        own_pos = tl.load(known + step + i, mask=inside, other=0.0)
+        total = tl.load(known + 2 * step + i, mask=inside, other=0.0)
+        n_pos = tl.load(known + 3 * step + i, mask=inside, other=0.0).to(tl.int32)
+    else:
+        own_neg, own_pos, total, n_pos = row_sums(
+            sums, count, both, both_count, t, i, rows, splits, pairs, first, second, inside, IN_TILE, BR
+        )  # fmt: skip
+        if known is not None:
+            tl.store(known + i, own_neg, mask=inside)
+            tl.store(known + step + i, own_pos, mask=inside)
+            tl.store(known + 2 * step + i, total, mask=inside)
+            tl.store(known + 3 * step + i, n_pos.to(tl.float64), mask=inside)
     value, of_neg, of_lse, of_mean = _formula(own_neg, own_pos, total, n_pos, FORMULA, IN_TILE)
     c = tl.zeros([BR], tl.float64) + 1.0
     if weight is not None:
@@ -186,8 +198,6 @@ def _loss_of_rows(
     c = c * constant
     if values is not None:
         tl.store(values + i, value * constant, mask=inside)
-    if KEPT:
-        tl.store(logs + i, own_neg, mask=inside)
     negative, positive, mean = of_neg * c, of_lse * c, of_mean * c
     _store_weights(vectors, pair, kept, i, padded, own_neg, own_pos, n_pos, negative, positive, mean, inside, peak, BR, IN_TILE, KEPT)
     mean_t = total / tl.maximum(n_pos, 1).to(tl.float64)
@@ -209,8 +219,8 @@ def _loss_of_rows(
 )  # fmt: skip
 def close(
     sums, count, both, both_count, column_sums, column_count, column_both, column_both_count, t, weight, factor, column_factor,
-    loss, values, column_values, vectors, column_vectors, pair, column_pair, kept, own_neg, slots, scalars, partial, state,
-    rows, columns, padded, column_padded, splits, column_splits, pairs, first, second, column_first, constant, column_constant, over,
+    loss, values, column_values, vectors, column_vectors, pair, column_pair, kept, known, column_known, slots, scalars, partial,
+    state, rows, columns, padded, column_padded, splits, column_splits, pairs, first, second, column_first, constant, column_constant, over,
     programs, column_programs,
     WEIGHTED_MEAN: tl.constexpr, IN_TILE: tl.constexpr, FORMULA: tl.constexpr, KEPT: tl.constexpr, COLUMNS: tl.constexpr,
     SYMMETRIC: tl.constexpr, NORMALIZE: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
@@ -220,7 +230,8 @@ def close(
         loss = over * (sum_i constant weight_i value_i + the same of the columns)        over: 1 / sum of the weights if WEIGHTED_MEAN
 
     values          (rows,) float64 or None: constant * value of the rows
-    own_neg         (rows,) float64, KEPT only: log2 of the sum of the negatives
+    known           (4, rows) float64 or None: log2 of the sum of the negatives, of the positives, sum of t over the positives, and their
+                    number. It is written, or where no sums are given read
     vectors, pair   see _store_weights;  column_*: the same of the columns, COLUMNS only
     scalars, slots  for the launches of backward
     """
@@ -228,7 +239,7 @@ def close(
     if program < programs:
         i = program * BR + tl.arange(0, BR)
         _loss_of_rows(
-            sums, count, both, both_count, t, weight, values, vectors, pair, kept, own_neg, i, rows, padded, splits, pairs, first, second,
+            sums, count, both, both_count, t, weight, values, vectors, pair, kept, known, i, rows, padded, splits, pairs, first, second,
             constant, state + PEAK, partial, program, 1, IN_TILE, FORMULA, KEPT, BR,
         )  # fmt: skip
         _largest_factor(factor, i, padded, state, NORMALIZE)
@@ -237,8 +248,8 @@ def close(
         if COLUMNS:
             _loss_of_rows(
                 column_sums, column_count, column_both, column_both_count, t, weight, column_values, column_vectors, column_pair, kept,
-                own_neg, j, columns, column_padded, column_splits, pairs, column_first, column_first, column_constant, state + PEAK + 1,
-                partial, program, 0, IN_TILE, FORMULA, False, BR,
+                column_known, j, columns, column_padded, column_splits, pairs, column_first, column_first, column_constant,
+                state + PEAK + 1, partial, program, 0, IN_TILE, FORMULA, False, BR,
             )  # fmt: skip
         else:
             none = tl.zeros([BR], tl.float64)

@@ -6,7 +6,8 @@
     backward_rows   sums over the tiles for the gradient; one launch for each side that has weights of its own
     finish          gradients of all sides, times the upstream gradient
 
-Keys without gradient let the forward pass keep the mean key, and the fourth launch goes.
+Keys without gradient let the forward pass keep the mean key, and the fourth launch goes. Of a loss by row, close is launched once more in
+backward: it then weights every row with the upstream gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastnce.backends._gpu import limits
 from fastnce.backends._gpu.gradients import Weights, from_output, over_tiles
-from fastnce.backends._gpu.host import Operand, Work, on_device
+from fastnce.backends._gpu.host import Operand, Sums, Work, on_device
 from fastnce.backends._gpu.statistics import adds_in_memory, keep_output
 from fastnce.backends._gpu.statistics import over_tiles as sums_over_tiles
 from fastnce.backends.triton import kernels, kernels_loss, kernels_rows, launches, passes, tape
@@ -52,6 +53,8 @@ class Kept(NamedTuple):
     mean: Tensor
     values: Tensor
     column_values: Tensor
+    known: Tensor
+    column_known: Tensor
     slots: Tensor
     scalars: Tensor
     state: Tensor
@@ -62,8 +65,11 @@ def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     ask = _contiguous(ask)
     with on_device(ask.problem.q):
         found, memory = _apart(ask) if tape.APART else _step(ask).loss.play(ask.tensors, ask.value)
+        whole = memory.view(-1, limits.parts(ask.problem.q.dtype))
+        if ask.by_row:
+            return _of_rows(ask, Kept(*_step(ask).loss.of(memory))), whole
         assert found[0] is not None
-        return found[0], memory.view(-1, limits.parts(ask.problem.q.dtype))
+        return found[0], whole
 
 
 def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
@@ -71,7 +77,14 @@ def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     with launches.handed_to(lambda _: None):
         found, kept = _loss(_contiguous(ask))
     parts = limits.parts(ask.problem.q.dtype)
-    return found, ask.problem.q.new_empty((tape.packed(kept)[1] // parts, parts), dtype=torch.uint8)
+    memory = ask.problem.q.new_empty((tape.packed(kept)[1] // parts, parts), dtype=torch.uint8)
+    return _of_rows(ask, kept) if ask.by_row else found, memory
+
+
+def _of_rows(ask: LossProblem, kept: Kept) -> Tensor:
+    """The loss of every row."""
+    values = kept.values + kept.column_values if ask.problem.two_sided else kept.values
+    return (values if ask.weight is None else values * ask.weight).to(torch.float32)
 
 
 def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
@@ -82,11 +95,13 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
             return gradients(ask, kept, upstream, wanted)
     ask, memory = _contiguous(ask), kept.view(-1)
     with on_device(ask.problem.q):
-        step = _step(ask)
+        step, factor = _step(ask), upstream.contiguous()
+        if ask.by_row and ask.weight is not None:
+            factor = ask.weight.to(torch.float64) * upstream  # in float64, as the product enters the sums
         if tape.APART:
-            found = _gradients(ask, Kept(*(x.clone() for x in step.loss.of(memory))), upstream, wanted)
+            found = _gradients(ask, Kept(*(x.clone() for x in step.loss.of(memory))), factor, wanted)
         else:
-            found, _ = _tape_of_gradients(ask, step, memory, upstream, wanted).play((*ask.tensors, memory, upstream))
+            found, _ = _tape_of_gradients(ask, step, memory, factor, wanted).play((*ask.tensors, memory, factor))
         return [*found, _of_weights(ask, Kept(*step.loss.of(memory)), upstream) if wanted.weight else None]
 
 
@@ -133,8 +148,8 @@ def _step(ask: LossProblem) -> Step:
     p = ask.problem
     key = (
         p.q.device, limits.parts(p.q.dtype), torch.are_deterministic_algorithms_enabled(), p.pairs.exclude_self, p.pairs.offset,
-        p.two_sided, p.normalize, p.frozen, ask.by_place, ask.mean, ask.inverse, ask.formula, ask.value <= kernels.UNSHIFTED.value,
-        tape.form(ask.tensors),
+        p.two_sided, p.normalize, p.frozen, ask.by_place, ask.by_row, ask.mean, ask.inverse, ask.formula,
+        ask.value <= kernels.UNSHIFTED.value, tape.form(ask.tensors),
     )  # fmt: skip
     return _STEPS.of(key, lambda: _recorded(ask))
 
@@ -151,7 +166,9 @@ def _recorded(ask: LossProblem) -> Step:
     if not any(wanted):
         return Step(tape.ready([of_loss])[0], {})
     new = ask.problem.q.new_empty
-    memory, upstream = new(of_loss.tape.sizes[0], dtype=torch.uint8), new((), dtype=torch.float32)
+    memory = new(of_loss.tape.sizes[0], dtype=torch.uint8)
+    rows = Kept(*of_loss.tape.of(memory)).values.shape
+    upstream = new(rows if ask.by_row else (), dtype=torch.float64 if ask.by_row and ask.weight is not None else torch.float32)
     of_gradients = _record_gradients(ask, of_loss.tape, memory, upstream, wanted)
     loss, gradients = tape.ready([of_loss, of_gradients])
     return Step(loss, {_form_of_gradients(memory, upstream, wanted): gradients})
@@ -181,8 +198,8 @@ def _record_gradients(ask: LossProblem, loss: tape.Tape, memory: Tensor, upstrea
 
 
 def _loss(ask: LossProblem) -> tuple[Tensor, Kept]:
-    """The loss, and what its gradient needs."""
-    problem = ask.problem
+    """The loss as one number, unless it is one of each row, and what its gradient needs, the values of rows too."""
+    problem, two = ask.problem, ask.problem.two_sided
     # A scale that the host knows tells which of the two kernels is right. For one that only the device knows both are launched, and the
     # loop of one of them is empty.
     small = ask.scale is not None or not problem.normalize or ask.value <= kernels.UNSHIFTED.value
@@ -195,32 +212,44 @@ def _loss(ask: LossProblem) -> tuple[Tensor, Kept]:
         sides = [output[0]]
     else:
         sides = sums_over_tiles(work, rows)
+    new, ends = work.x.factor.new_empty, [work.x, work.y] if two else [work.x]
+    weighted = ask.weight is not None or ask.by_row
+    values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ends]
+    known = [new((4, o.rows if ask.by_row or kept_output else 0), dtype=torch.float64) for o in ends]
+    weights, found = _close(ask, work, sides, None if ask.by_row else ask.weight, values, known, kept_output)
+    mean = passes.mean_key(work, output, known[0][0]) if kept_output else None
+    if ask.by_row:
+        return found, _kept(work, weights._replace(vectors=[], pair=(), kept=None), mean, values, known)
+    return found, _kept(work, weights, mean, values, [])
+
+
+def _close(
+    ask: LossProblem, work: Work, sides: list[Sums], weight: Tensor | None, values: list[Tensor], known: list[Tensor], kept_output: bool
+) -> tuple[Weights, Tensor]:
+    """The weights of the gradient and the loss as one number; values and known are filled. Without `sides` known is read instead."""
     weights, partial, programs = passes.empty_weights(work, kept_output)
-    new, two = work.x.factor.new_empty, problem.two_sided
-    found = new((), dtype=torch.float32)
-    weight, weighted = ask.weight, ask.weight is not None
-    values = [new(o.rows if weighted else 0, dtype=torch.float64) for o in ([work.x, work.y] if two else [work.x])]
+    two, found = ask.problem.two_sided, work.x.factor.new_empty((), dtype=torch.float32)
     half = 0.5 if two else 1.0
     of_columns = half * (work.x.rows / work.y.rows if ask.mean else 1.0)
-    own_neg = new(work.x.rows if kept_output else 0, dtype=torch.float64)
+    sums = [t for side in sides for t in passes.sums_of(side)]
     launches.launch(
-        kernels_loss.close, sum(programs), *passes.sums_of(sides[0]), *(passes.sums_of(sides[1]) if two else [None] * 4), work.t,
-        weight, work.x.factor, work.y.factor, found, *_or_none(*values, *[None] * (2 - len(values))), weights.vectors[0],
-        weights.vectors[-1], *passes.two_of(weights.pair), weights.kept, own_neg if kept_output else None, work.slots, weights.scalars,
-        partial, work.state, work.x.rows, work.y.rows, work.x.padded, work.y.padded, sides[0].splits, sides[-1].splits,
-        *passes.ends_of(work), half, of_columns, 1.0 / work.x.rows if ask.mean else 1.0, *programs,
-        WEIGHTED_MEAN=weighted and ask.mean, IN_TILE=work.in_tile, FORMULA=FORMULAS[ask.formula].value, KEPT=kept_output, COLUMNS=two,
-        SYMMETRIC=problem.symmetric, NORMALIZE=problem.normalize, BR=passes.VECTOR_ROWS, BP=passes.AT_A_TIME,
+        kernels_loss.close, sum(programs), *sums, *[None] * (8 - len(sums)), work.t, weight,
+        work.x.factor, work.y.factor, found, *_two(values), weights.vectors[0], weights.vectors[-1], *passes.two_of(weights.pair),
+        weights.kept, *_two(known), work.slots, weights.scalars, partial, work.state, work.x.rows, work.y.rows, work.x.padded,
+        work.y.padded, *([sides[0].splits, sides[-1].splits] if sides else [0, 0]), *passes.ends_of(work), half, of_columns,
+        1.0 / work.x.rows if ask.mean else 1.0, *programs,
+        WEIGHTED_MEAN=weight is not None and ask.mean, IN_TILE=work.in_tile, FORMULA=FORMULAS[ask.formula].value, KEPT=kept_output,
+        COLUMNS=two, SYMMETRIC=ask.problem.symmetric, NORMALIZE=ask.problem.normalize, BR=passes.VECTOR_ROWS, BP=passes.AT_A_TIME,
     )  # fmt: skip
-    mean = passes.mean_key(work, output, own_neg) if kept_output else None
-    return found, _kept(work, weights, mean, values)
+    return weights, found
 
 
-def _or_none(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None or t.numel() == 0 else t for t in tensors]
+def _two(tensors: list[Tensor]) -> list[Tensor | None]:
+    """Of the rows and of the columns; None where there is nothing."""
+    return [None if t.numel() == 0 else t for t in tensors] + [None] * (2 - len(tensors))
 
 
-def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor]) -> Kept:
+def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor], known: list[Tensor]) -> Kept:
     assert work.norms is not None and work.slots is not None and work.state is not None
     x, y = work.x, work.y
     operand, factor = (_whole(a, b, work.keyed) for a, b in ((x.tiles, y.tiles), (x.factor, y.factor)))
@@ -230,12 +259,13 @@ def _kept(work: Work, weights: Weights, mean: Tensor | None, values: list[Tensor
     def some(t: Tensor | None) -> Tensor:
         return work.x.factor.new_empty(0) if t is None else t
 
-    pair, two = passes.two_of(weights.pair), work.problem.two_sided
+    vectors, pair, two = _two(weights.vectors if mean is None else []), passes.two_of(weights.pair), work.problem.two_sided
+    of_rows, of_columns = _two(known)
     label, exclude = (_ids(ids, work.keyed) for ids in (work.labels, work.excludes))
     return Kept(
         operand, factor, work.norms, some(work.partner_r), some(label[0]), some(label[1]), some(exclude[0]), some(exclude[1]),
-        some(weights.vectors[0] if mean is None else None), some(weights.vectors[1] if two else None), some(pair[0]), some(pair[1]),
-        some(weights.kept), some(mean), values[0], some(values[1] if two else None), work.slots, weights.scalars, work.state,
+        some(vectors[0]), some(vectors[1]), some(pair[0]), some(pair[1]), some(weights.kept), some(mean), values[0],
+        some(values[1] if two else None), some(of_rows), some(of_columns), work.slots, weights.scalars, work.state,
     )  # fmt: skip
 
 
@@ -256,7 +286,7 @@ def _whole(first: Tensor, second: Tensor, keyed: bool) -> Tensor:
 def _gradients(ask: LossProblem, kept: Kept, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
     """The gradients of all but the weights."""
     problem = ask.problem
-    work, weights = _again(ask, kept)
+    work, weights = _again(ask, kept, upstream)
     if kept.mean.numel():
         found = from_output(kept.mean)
     else:
@@ -271,12 +301,12 @@ def _gradients(ask: LossProblem, kept: Kept, upstream: Tensor, wanted: LossWante
         torch.empty_like(ask.scale) if wanted.scale and ask.scale is not None else None,
         torch.empty_like(problem.bias) if wanted.bias and problem.bias is not None else None,
     )
-    passes.write(work, weights, found, out, upstream, ask.inverse)
+    passes.write(work, weights, found, out, None if ask.by_row else upstream, ask.inverse)
     return [*out]
 
 
-def _again(ask: LossProblem, kept: Kept) -> tuple[Work, Weights]:
-    """The operands and weights of forward. Operands that were not kept are prepared once more."""
+def _again(ask: LossProblem, kept: Kept, upstream: Tensor) -> tuple[Work, Weights]:
+    """The operands and weights of forward. Operands that were not kept are made once more. Weights of a loss by row are made here."""
     problem, without_tiles = ask.problem, bool(kept.mean.numel())
     layout = passes.Layout.of(problem, ask, queries_alone=without_tiles)
     operand = kept.operand
@@ -300,6 +330,9 @@ def _again(ask: LossProblem, kept: Kept) -> tuple[Work, Weights]:
         problem, passes, sides[0], sides[-1], labels, excludes, scale, bound, layout.in_tile,
         partners=layout.partners, partner_r=some(kept.partner_r), norms=kept.norms, slots=kept.slots, state=kept.state,
     )  # fmt: skip
+    if ask.by_row:
+        known = [kept.known, kept.column_known][: 1 + problem.two_sided]
+        return work, _close(ask, work, [], upstream, [], known, without_tiles)[0]
     vectors = [kept.row_vectors, *([kept.column_vectors] if problem.two_sided else [])]
     pair = tuple(t for t in (kept.row_pair, kept.column_pair) if t.numel())
     return work, Weights(vectors, pair, some(kept.factor_of_mean), lift, center, kept.scalars)
