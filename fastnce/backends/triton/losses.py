@@ -96,6 +96,8 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
     ask, memory = _contiguous(ask), kept.view(-1)
     with on_device(ask.problem.q):
         step, factor = _step(ask), upstream.contiguous()
+        if memory.numel() != step.loss.sizes[0]:
+            raise RuntimeError("fastnce: what the loss has kept is of another problem")
         if ask.by_row and ask.weight is not None:
             factor = ask.weight.to(torch.float64) * upstream  # in float64, as the product enters the sums
         if tape.APART:
