@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_proof import CPU, ROWS, SMALL, NoOperation, broken, cache, device, recorded  # noqa: F401  fixtures
+from test_proof import CPU, ROWS, SMALL, NoOperation, broken, cache, device, no_image, problem, recorded  # noqa: F401  fixtures
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -256,6 +256,16 @@ def test_a_loss_that_is_wrong_is_made_from_statistics(fault: str, pair: list[str
     )
     assert [why == "" for why, *_ in recorded(device).values()] == [False, True]
     torch.testing.assert_close(found, stepped(pair, "torch")[1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_backend_that_is_wrong_in_everything(pair: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's tiles make the loss at last; each of the two ways is reported once."""
+    monkeypatch.setattr(triton, "loss", no_image_of_close)
+    monkeypatch.setattr(triton, "forward", no_image)
+    ran, found, lines = stepped(pair)
+    assert ran == [] and [line.rpartition(" takes ")[2].partition(" there. ")[0] for line in lines] == ["a loss from statistics", "'torch'"]
+    torch.testing.assert_close(found, stepped(pair, "torch")[1], rtol=0, atol=0)
+    assert backends.pick("nt_xent", "triton", problem()) == "triton"  # by name nothing falls back
 
 
 def test_every_form_of_a_loss_is_a_variant_of_its_own(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
