@@ -677,6 +677,20 @@ def test_a_gpu_gets_its_kernels_after_a_proof(cache: Path) -> None:  # noqa: F81
 
 
 @pytest.mark.gpu
+def test_a_gpu_makes_a_loss_after_a_proof_of_its_own(cache: Path) -> None:  # noqa: F811
+    q, k = torch.randn(2, 40, 64, device="cuda")
+    first = fastnce.nt_xent(q, k, 0.1)
+    (line,) = test_proof.recorded(cache)
+    assert line.endswith("loss out, number+second") and test_proof.recorded(cache)[line][0] == ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = fastnce.nt_xent(q, k, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(again, first)
+
+
+@pytest.mark.gpu
 def test_a_capture_without_a_verdict_gets_torch(cache: Path) -> None:  # noqa: F811
     of = on_gpu()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
