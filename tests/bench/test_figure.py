@@ -16,7 +16,6 @@ from made_up import LIMIT, SIZES, environment, measured
 from bench import comparison, figure, page
 from bench.record import Recorded
 
-
 pytest.importorskip("matplotlib")
 
 
