@@ -21,6 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import emulated
 from named import widest
+from pretended import pretended  # noqa: F401, a fixture
 
 from fastnce import tiles
 from fastnce.backends._gpu import tiles as gpu_tiles
