@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton")
 
 import aot
+import machine_code
 import triton
 import triton.language as tl
 
@@ -173,7 +174,7 @@ def test_every_kernel_that_the_backend_launches_is_recorded() -> None:
     ],
 )
 def test_resident_blocks(arch: str, warps: int, regs: int, smem: int, tensor: int, blocks: int) -> None:
-    assert aot.resident(arch, warps, regs, smem, tensor) == blocks
+    assert machine_code.resident(arch, warps, regs, smem, tensor) == blocks
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import aot
+import machine_code
 import sass
 import turn
 
@@ -254,7 +254,7 @@ def test_it_is_for_every_gpu(library: Path) -> None:
     """Those of the library: all, or those whose turn it is. `python tests/sass.py` reads every kernel, which takes half a minute."""
     archs = set(find.archs(library))
     assert archs == set(build.ARCHS) or archs == set(turn.turn())
-    listed = aot.cuobjdump("--list-elf", "--list-ptx", library)
+    listed = machine_code.cuobjdump("--list-elf", "--list-ptx", library)
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("ELF")} == archs & set(sass.GPUS)
     ptx = {"sm_100"} if "compute_100" in archs else set()
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("PTX")} == ptx
