@@ -95,7 +95,7 @@ class Launch(NamedTuple):
         return {names[path[0]]: value for path, value in self.constexprs.items()}
 
 
-class Found(NamedTuple):
+class Compiled(NamedTuple):
     """The machine code of one launch.
 
     regs, stack, spills   registers per thread, bytes of stack, instructions that load from or store to it
@@ -218,11 +218,11 @@ def shipped(arch: str) -> None:
 # What it compiles to ------------------------------------------------------------------------------------------------------------------
 
 
-def compiled(launch: Launch) -> Found:
+def compiled(launch: Launch) -> Compiled:
     """Compile one launch and read what comes out."""
     module, name = launch.kernel.split(":")
     tile = "x".join(str(value) for key, value in launch.named.items() if TILE.fullmatch(key))
-    row = Found(name, "", launch.arch, tile, launch.options.get("num_warps", 4), launch.options.get("num_stages", 3))
+    row = Compiled(name, "", launch.arch, tile, launch.options.get("num_warps", 4), launch.options.get("num_stages", 3))
     source = ASTSource(getattr(importlib.import_module(module), name), launch.signature, launch.constexprs, launch.attrs)
     began = time.perf_counter()
     try:
@@ -237,7 +237,7 @@ def compiled(launch: Launch) -> Found:
     return row._replace(smem=kernel.metadata.shared, seconds=round(time.perf_counter() - began, 2), verdict="+".join(wrong) or "ok")
 
 
-def inspected(row: Found, kernel: Any, log: str) -> Found:
+def inspected(row: Compiled, kernel: Any, log: str) -> Compiled:
     """A row with the numbers of a kernel for NVIDIA, and as verdict all that is wrong with them."""
     sass, used = disassemble(kernel.asm["cubin"])
     loop, shared, tensor = hot_loop(sass), kernel.metadata.shared, kernel.metadata.tmem_size or 0
@@ -263,7 +263,7 @@ def inspected(row: Found, kernel: Any, log: str) -> Found:
     return row._replace(verdict="+".join(name for name, found in wrong.items() if found))
 
 
-def check(launches: list[Launch]) -> list[Found]:
+def check(launches: list[Launch]) -> list[Compiled]:
     """All of them, in this order, in as many processes as there are cores and with an empty cache."""
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -306,7 +306,7 @@ def aligned(table: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
-def text(rows: list[Found]) -> str:
+def text(rows: list[Compiled]) -> str:
     """The rows as a table for a terminal, then what did not compile."""
     lines = aligned([list(COLUMNS)] + [[str(getattr(row, name)) for name in COLUMNS] for row in rows])
     errors = [f"\n{row.arch} {row.kernel} {row.variant} {row.tile}\n{row.error}" for row in rows if row.error]
@@ -319,9 +319,9 @@ def either(values: Sequence[object]) -> str:
     return " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
-def beside(runs: dict[str, list[Found]]) -> list[tuple[Found, ...]]:
+def beside(runs: dict[str, list[Compiled]]) -> list[tuple[Compiled, ...]]:
     """Each launch in all versions of Triton, the oldest first. Raises ValueError where one has a launch twice, or another lacks it."""
-    by_key: dict[tuple[object, ...], dict[str, Found]] = {}
+    by_key: dict[tuple[object, ...], dict[str, Compiled]] = {}
     for version in ordered(runs):
         for row in runs[version]:
             found = by_key.setdefault((row.kernel, row.variant, row.arch, row.tile, row.warps, row.stages), {})
@@ -339,7 +339,7 @@ def ordered(versions: Iterable[str]) -> list[str]:
     return sorted(versions, key=lambda version: [int(part) for part in version.split(".")[:3]])
 
 
-def markdown(runs: dict[str, list[Found]]) -> str:
+def markdown(runs: dict[str, list[Compiled]]) -> str:
     """The rows of one or more versions of Triton side by side, and a line for what has no numbers."""
     lines = [
         f"Triton {' / '.join(ordered(runs))}: one number where they agree.",
@@ -370,17 +370,17 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, rows: list[Found]) -> None:
+def write(path: Path, rows: list[Compiled]) -> None:
     """A run, one row per line."""
     lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
     head = f'"triton": {json.dumps(triton.__version__)}, "sources": {json.dumps(sources())}'
     path.write_text(f'{{{head}, "kernels": [\n{lines}\n]}}\n')
 
 
-def read(files: list[Path]) -> dict[str, list[Found]]:
+def read(files: list[Path]) -> dict[str, list[Compiled]]:
     """Recorded runs by version of Triton."""
     runs = [json.loads(file.read_text()) for file in files]
-    return {run["triton"]: [Found(**row) for row in run["kernels"]] for run in runs}
+    return {run["triton"]: [Compiled(**row) for row in run["kernels"]] for run in runs}
 
 
 def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]:
@@ -389,7 +389,7 @@ def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]
     again = f"record it again: python tests/aot.py --json {recorded}"
     if run["sources"] != sources() or run["triton"] != triton.__version__:
         return [f"{recorded} is of other sources, or of Triton {run['triton']} and not {triton.__version__}; {again}"]
-    rows = [Found(**row) for row in run["kernels"]]
+    rows = [Compiled(**row) for row in run["kernels"]]
     names = [(row.kernel, row.variant, row.arch) for row in rows]
     described = variants(launches)
     if names != [(one.kernel.split(":")[1], variant, one.arch) for one, variant in zip(launches, described, strict=True)]:

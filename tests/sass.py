@@ -58,7 +58,7 @@ WAITS = 2
 OVERLAP = 2 / 3
 
 
-class Found(NamedTuple):
+class Compiled(NamedTuple):
     """The machine code of one kernel on one architecture.
 
     kernel, form     wgmma_forward_both, "D=128 index"
@@ -163,7 +163,7 @@ def overlaps(loop: list[machine_code.Instruction]) -> list[float]:
     return [found * len(tiles) / max(1, machine_code.count(loop, "MUFU.EX2")) for found in tiles]
 
 
-def judged(row: Found, sass: list[machine_code.Instruction]) -> Found:
+def judged(row: Compiled, sass: list[machine_code.Instruction]) -> Compiled:
     """The row with what its instructions say."""
     counts = {name: machine_code.count(sass, *prefixes) for name, prefixes in COUNTED.items()}
     wgmma, loops, beside = row.kernel.startswith(WGMMA), product_loops(sass), None
@@ -181,7 +181,7 @@ def judged(row: Found, sass: list[machine_code.Instruction]) -> Found:
     return row._replace(counts=counts, verdict="+".join(name for name, found in wrong.items() if found) or "ok")
 
 
-def inspect(library: Path) -> list[Found]:
+def inspect(library: Path) -> list[Compiled]:
     """A row for every kernel on every architecture that it is or should be on."""
     used = resources(json.loads(library.with_suffix(".json").read_text()))
     sass, ptx = disassemble(library)
@@ -190,16 +190,16 @@ def inspect(library: Path) -> list[Found]:
     for name, demangled in pretty.items():
         kernel, form = described(demangled)
         for arch in [build.SM90] if kernel.startswith(WGMMA) else find.archs(library) or build.ARCHS:
-            row = Found(kernel, form, arch)
+            row = Compiled(kernel, form, arch)
             if (arch, name) in sass and (arch, name) in used:
-                row = judged(Found(kernel, form, arch, *used[arch, name]), sass[arch, name])
+                row = judged(Compiled(kernel, form, arch, *used[arch, name]), sass[arch, name])
             elif arch.startswith("compute_") and name in ptx:
                 continue  # nothing to say of it
             rows.append(row)
     return sorted(rows, key=lambda row: (row.kernel, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.form)]))
 
 
-def text(rows: list[Found]) -> str:
+def text(rows: list[Compiled]) -> str:
     """The rows as a table for a terminal."""
     lines = [["kernel", "form", "arch", "regs", "stack", "spills", *COUNTED, "overlap", "verdict"]]
     for row in rows:
@@ -212,7 +212,7 @@ def percent(part: float | None) -> str:
     return "" if part is None else f"{part:.0%}"
 
 
-def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
+def table(rows: list[Compiled]) -> list[dict[str, str | int | None]]:
     """The rows that are recorded: one per kernel and form."""
     found = []
     for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):
@@ -224,7 +224,7 @@ def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
     return found
 
 
-def record(rows: list[Found], version: str) -> str:
+def record(rows: list[Compiled], version: str) -> str:
     """The text of the record: a row per line, so that a diff names what has moved."""
     lines = ",\n".join(json.dumps(row) for row in table(rows))
     head = f'"compiler": {json.dumps(version)}, "sources": {json.dumps(find.digest("cuda"))}'

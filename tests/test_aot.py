@@ -118,8 +118,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def of(compiled: dict[str, Any], arch: str) -> list[aot.Found]:
-    return [aot.Found(**row) for row in compiled["kernels"] if row["arch"] == arch]
+def of(compiled: dict[str, Any], arch: str) -> list[aot.Compiled]:
+    return [aot.Compiled(**row) for row in compiled["kernels"] if row["arch"] == arch]
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatc
     """In place of fastnce the dense loss in float64: as it is, 1e-4 too large, with 2 % less gradient."""
     fault = planted(LOSSES[loss], "loss" if wrong == "mean" else wrong)
     monkeypatch.setattr(accuracy, "fused", lambda loss, backend: fault)
-    (row,) = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
+    (row,) = gpu_accuracy.judge(gpu_accuracy.Point(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
     outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
     assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
     assert row["inside"] == (wrong is None)
