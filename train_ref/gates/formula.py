@@ -33,8 +33,7 @@ def formula(subject: Subject) -> Verdict:
         subject.loss("nt_xent")(view, view)
     except NotImplementedError as reason:
         # Explicit negatives may not need the part that lacks float64. Passing with those alone would say too much.
-        verdict.not_run.append(f"everything: {' '.join(str(reason).split())}")
-        return verdict
+        return verdict.refused(reason)
     except Exception as error:
         verdict.checks.append(failure("two rows", LOSS_LIMIT, error))
         return verdict
