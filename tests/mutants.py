@@ -53,7 +53,7 @@ MUTANTS = (
     Mutant("backward self", "an anchor is among its own candidates in the backward pass only", "operator"),
     Mutant("tail dropped", "the ragged last tile is never visited", "operator"),
     Mutant("wrong positive", "the positive of a row is its neighbour's", "operator"),
-    Mutant("mask off by one", "the column beside the diagonal is masked", "operator"),
+    Mutant("mask off by one", "the column beside the diagonal is excluded", "operator"),
     Mutant("scale sign", "derivative by the scale with the wrong sign", "operator"),
     Mutant("no maximum", "exponentials summed without subtracting a maximum", "operator"),
     Mutant("never rescaled", "the sum is not rescaled when the running maximum moves", "operator"),

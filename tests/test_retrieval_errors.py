@@ -180,7 +180,7 @@ def test_debug_mode_changes_no_result_and_warns(backend: str) -> None:
     expected = SEARCHES["two sets"](hardest=2, backend=backend)
     with fastnce.debug():
         same(SEARCHES["two sets"](hardest=2, backend=backend), expected)
-        with raises(ValueError, "retrieval: no row has any candidate: the ids, labels or mask exclude every pair"):
+        with raises(ValueError, "retrieval: no row has any key: the ids, labels or mask exclude every pair"):
             retrieval(a, query_ids=LABELS, exclude_query_ids=LABELS * 0, backend=backend)
         for words, call in {
             "9 of 16 queries have no positive: they are no hits, and add 0 to mrr": {

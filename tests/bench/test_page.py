@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 
 def copied(root: Path) -> Path:
     """The pages, in another folder."""
-    for name in page.REGIONS:
+    for name in page.GENERATED:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text((ROOT / name).read_text())
@@ -76,13 +76,13 @@ def test_rendering_twice_changes_nothing(root: Path, results: Path, capsys: pyte
 
 def test_an_edited_number_is_noticed(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(root, results)
-    texts = {root / name: (root / name).read_text() for name in page.REGIONS}
+    texts = {root / name: (root / name).read_text() for name in page.GENERATED}
     for path, text in texts.items():
         path.write_text(re.sub(r"\b(4,096|16,384)\b", "4,097", text, count=1))
         assert path.read_text() != text
     capsys.readouterr()
     assert run(root, results, "--check") == 1
-    assert capsys.readouterr().out == "".join(f"differs from the results: {name}\n" for name in page.REGIONS)
+    assert capsys.readouterr().out == "".join(f"differs from the results: {name}\n" for name in page.GENERATED)
     run(root, results)
     assert {path: path.read_text() for path in texts} == texts
 
@@ -173,7 +173,7 @@ def test_a_gpu_has_its_own_figure_and_no_place_in_readme(root: Path, results: Pa
     assert (root / "docs/figures/gpu-9000-nt_xent.svg").exists()
     found, *_ = comparison.comparisons(load(results))
     assert (found.shown["eager"], found.limit, found.chart().clock) == ("eager autocast", 512, "CUDA events")
-    found_on = page.headline(load(results)) + page.summary(load(results))
+    found_on = page.four_numbers(load(results)) + page.summary(load(results))
     assert "GPU 9000" not in found_on and found_on.count("CPU (AVX2)") == 2
     text = (root / "docs/benchmarks.md").read_text()
     assert "gpu-9000-nt_xent.svg" in text
@@ -185,7 +185,7 @@ CONDITIONS = ("CPU (AVX2), 1 thread", "float32", "D = 128", "torch 2.13.0", "202
 
 def test_the_four_numbers_of_readme(results: Path) -> None:
     """At the largest N that eager can do, with their conditions in one line, and where another is faster."""
-    text = page.headline(load(results))
+    text = page.four_numbers(load(results))
     assert text.startswith("| NT-Xent, N = 4,096 | peak memory | time |\n|---|--:|--:|\n| eager PyTorch | 192 MiB | 129 ms |\n")
     assert "\n| **fastnce** | 5 MiB | 95 ms |\n\nN counts both views. " in text
     line = text.splitlines()[-1]
@@ -202,7 +202,7 @@ def test_where_nobody_is_faster_that_is_said(results: Path) -> None:
         if row["measure"] == "time" and row["status"] == "ok":
             row["cpu_ratio"] = 2.0
     path.write_text(json.dumps(result))
-    assert page.headline(load(results)).endswith("In no recorded cell is another faster.")
+    assert page.four_numbers(load(results)).endswith("In no recorded cell is another faster.")
 
 
 def test_the_summary(results: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_status_and_a_gap_are_shown_as_they_are(results: Path) -> None:
     path.write_text(json.dumps(result))
     text = page.summary(load(results))
     assert "| 4,096 | 192 / timeout |" in text and "| 1,024 | 12 / 7 | 9 / 10 | – / 11 |" in text
-    assert page.headline(load(results)).startswith("| NT-Xent, N = 2,048 |")  # the largest of which all four are known
+    assert page.four_numbers(load(results)).startswith("| NT-Xent, N = 2,048 |")  # the largest of which all four are known
 
 
 @pytest.mark.parametrize("sources", ["d", "e"])

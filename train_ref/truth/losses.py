@@ -50,7 +50,7 @@ def same(ids: Ids, s: Tensor) -> Tensor:
 
 
 def one_positive(s: Tensor, positive: Tensor) -> Tensor:
-    """log sum_j exp s_ij - s_ip, p = positive[i]. A pair that is no candidate has s = -inf."""
+    """log sum_j exp s_ij - s_ip, p = positive[i]. An excluded pair has s = -inf."""
     return F.cross_entropy(s, positive, reduction="none")
 
 
@@ -86,7 +86,7 @@ def info_nce(
     in_batch: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
-    """InfoNCE (M,): log sum_j exp s_ij - s_ip,  p the positive key of query i, j over its candidate keys.
+    """InfoNCE (M,): log sum_j exp s_ij - s_ip,  p the positive key of query i, j over its keys.
 
     query          (M, D)
     positive_key   (M, D)     row i belongs to query i
