@@ -173,7 +173,7 @@ def both_directions(left_to_right: Values, right_to_left: Values) -> Values:
 
 
 def chance(data: ImageData) -> Values:
-    """Retrieval among the test images with candidates in random order, on average: every place is as probable."""
+    """Retrieval among the test images with keys in random order, on average: every place is as probable."""
     found = retrieval(torch.arange(1, data.n_test + 1))
     return both_directions(found, found)
 
