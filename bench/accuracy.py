@@ -6,9 +6,9 @@ Sums grow with N, and their rounding: the contract is also measured at N = 8192,
 
     python -m bench accuracy --losses=nt_xent,clip_loss --backend=torch --n=8192 --quick --dtypes=float32
 
-Every cell of the grid compares four quantities of a loss of train_ref/truth: the mean loss, each row's loss, the gradients of the features
+At every point of the grid four quantities of a loss are compared: the mean loss, each row's loss, the gradients of the features
 (relative Frobenius error, of each side of the product) and the derivative by the scale 1/temperature (relative; that by the temperature
-has the same relative error). An error is inside the contract, train_ref/truth/contract.py, or the cell is listed.
+has the same relative error). An error is inside the contract, train_ref/truth/contract.py, or it is listed.
 
 float16 runs under a loss scale, as GradScaler would have found it: the largest power of two up to 65536 at which the exact gradient is
 finite in float16.
@@ -41,7 +41,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTITIES = ("loss", "row", "gradient", "scale")
 
 
-class Cell(NamedTuple):
+class Point(NamedTuple):
+    """Of the grid: one loss in one dtype on one kind of input."""
+
     loss: str
     dtype: torch.dtype
     regime: str
@@ -52,11 +54,11 @@ class Cell(NamedTuple):
         return self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def inputs(cell: Cell, n: int) -> tuple[dict[str, Tensor], Tensor]:
+def inputs(point: Point, n: int) -> tuple[dict[str, Tensor], Tensor]:
     """The stored tensors of a call, and the stored parameter: a temperature, or a logit scale where the loss takes that."""
-    value = 1 / cell.temperature if parameter_of(LOSSES[cell.loss]) == "logit_scale" else cell.temperature
-    wide = torch.promote_types(cell.dtype, torch.float32)
-    return example(LOSSES[cell.loss], cell.regime, n, cell.d, cell.dtype), torch.tensor(value, dtype=wide)
+    value = 1 / point.temperature if parameter_of(LOSSES[point.loss]) == "logit_scale" else point.temperature
+    wide = torch.promote_types(point.dtype, torch.float32)
+    return example(LOSSES[point.loss], point.regime, n, point.d, point.dtype), torch.tensor(value, dtype=wide)
 
 
 def parameter_of(loss: Loss) -> str:
@@ -102,7 +104,7 @@ def answer(run: Run, loss: Loss, tensors: dict[str, Tensor], parameter: Tensor, 
 
 
 class Verdict(NamedTuple):
-    """One quantity of one cell. `used` is error / limit: above 1 the cell is outside the contract."""
+    """One quantity at one point: a cell of the report. `used` is error / limit; above 1 the cell is outside the contract."""
 
     error: float
     dense: float
@@ -238,31 +240,31 @@ class Grid(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     backend: str
 
-    def run(self) -> Iterator[tuple[Cell, dict[str, Verdict]]]:
+    def run(self) -> Iterator[tuple[Point, dict[str, Verdict]]]:
         for loss in self.losses:
             for dtype in self.dtypes:
                 for regime in REGIMES:
                     for d in self.dimensions:
                         truth = None
                         for temperature in self.temperatures:
-                            cell = Cell(loss, dtype, regime, d, temperature)
-                            tensors, parameter = inputs(cell, self.n)
+                            point = Point(loss, dtype, regime, d, temperature)
+                            tensors, parameter = inputs(point, self.n)
                             truth = truth or Exact(LOSSES[loss], tensors)
-                            yield cell, verdicts_of(truth, parameter, self.backend)
+                            yield point, verdicts_of(truth, parameter, self.backend)
 
 
-def summarise(results: list[tuple[Cell, dict[str, Verdict]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def summarise(results: list[tuple[Point, dict[str, Verdict]]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Per dtype, loss and quantity the worst figures and where; and every cell outside the contract."""
     rows: list[dict[str, Any]] = []
     outside: list[dict[str, Any]] = []
-    for dtype, loss in dict.fromkeys((cell.dtype, cell.loss) for cell, _ in results):
-        group = [(cell, verdicts) for cell, verdicts in results if (cell.dtype, cell.loss) == (dtype, loss)]
+    for dtype, loss in dict.fromkeys((point.dtype, point.loss) for point, _ in results):
+        group = [(point, verdicts) for point, verdicts in results if (point.dtype, point.loss) == (dtype, loss)]
         for quantity in QUANTITIES:
-            here = [(cell, verdicts[quantity]) for cell, verdicts in group]
-            above = [(v.error / v.dense, cell) for cell, v in here if not v.rounding and v.dense > 0]
-            error, at = max(((v.error, cell) for cell, v in here), key=lambda pair: pair[0])
+            here = [(point, verdicts[quantity]) for point, verdicts in group]
+            above = [(v.error / v.dense, point) for point, v in here if not v.rounding and v.dense > 0]
+            error, at = max(((v.error, point) for point, v in here), key=lambda pair: pair[0])
             ratio, ratio_at = max(above, key=lambda pair: pair[0]) if above else (None, None)
-            failed = [(cell, v) for cell, v in here if not v.used <= 1]
+            failed = [(point, v) for point, v in here if not v.used <= 1]
             rows.append(
                 {
                     "dtype": at.fields()["dtype"],
@@ -278,7 +280,7 @@ def summarise(results: list[tuple[Cell, dict[str, Verdict]]]) -> tuple[list[dict
                     "outside": len(failed),
                 }
             )
-            outside += [{**cell.fields(), "quantity": quantity, **v._asdict()} for cell, v in failed]
+            outside += [{**point.fields(), "quantity": quantity, **v._asdict()} for point, v in failed]
     return rows, outside
 
 

@@ -54,7 +54,7 @@ def newest(results: Results) -> Comparison | None:
     return min(found, key=lambda compared: list(LOSSES).index(compared.loss), default=None)
 
 
-def headline(results: Results) -> str:
+def four_numbers(results: Results) -> str:
     """Four numbers, memory and time of eager and of fastnce at the largest N that eager can do, and one line with their conditions."""
     compared = newest(results)
     if compared is None or (n := largest_of_both(compared)) is None:
@@ -296,8 +296,8 @@ def own(results: Results, shown: Sequence[Comparison]) -> str:
 # The files -----------------------------------------------------------------------------------------------------------------------------
 
 # Page -> region -> its text.
-REGIONS: dict[str, dict[str, Callable[[Results], str]]] = {
-    "README.md": {"bench": headline},
+GENERATED: dict[str, dict[str, Callable[[Results], str]]] = {
+    "README.md": {"bench": four_numbers},
     BENCHMARKS: {
         "summary": summary,
         "faster": faster,
@@ -321,7 +321,7 @@ def replace(text: str, region: str, content: str, page: str) -> str:
 def pages(root: Path, results: Results) -> dict[Path, tuple[str, str]]:
     """Page -> its text as it is, and as the results say."""
     found = {}
-    for name, texts in REGIONS.items():
+    for name, texts in GENERATED.items():
         before = after = (root / name).read_text()
         for region, content in texts.items():
             after = replace(after, region, content(results), name)

@@ -129,11 +129,11 @@ def something_to_learn(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
     """Debug mode only: in a batch of several rows, one at least must have a positive and something beside it."""
     if arguments.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) & ((lse_neg > -torch.inf) | (n_pos > 1))).any()):
         raise ValueError(
-            f"{where}: no row has both a positive and another candidate: the ids, labels or mask leave a loss of 0 that trains nothing"
+            f"{where}: no row has both a positive and another key: the ids, labels or mask leave a loss of 0 that trains nothing"
         )
 
 
 def something_to_compare(where: str, lse_neg: Tensor, n_pos: Tensor) -> None:
-    """Debug mode only: one row at least must have a candidate."""
+    """Debug mode only: one row at least must have a pair that is not excluded."""
     if arguments.debugging(lse_neg) and lse_neg.numel() > 1 and not bool(((n_pos > 0) | (lse_neg > -torch.inf)).any()):
-        raise ValueError(f"{where}: no row has any candidate: the ids, labels or mask exclude every pair")
+        raise ValueError(f"{where}: no row has any key: the ids, labels or mask exclude every pair")

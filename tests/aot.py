@@ -36,8 +36,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -58,6 +56,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout
 
+from machine_code import MMA, count, disassemble, hot_loop, resident, serialised
+
 from fastnce.backends import _gpu
 from fastnce.backends import triton as backend
 from fastnce.backends.triton import launches
@@ -67,14 +67,6 @@ from fastnce.problem import LossProblem, LossWanted, Problem, SideGrad, Wanted
 LENGTHS = (64, 128, 256, 512)
 ROWS = 256  # of the problems that are recorded: only the types and the layout of their tensors matter
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". Shared memory in bytes: of one block, of an SM.
-SHARED = {"sm_80": (163 << 10, 164 << 10), "sm_90": (227 << 10, 228 << 10), "sm_100": (227 << 10, 228 << 10)}
-RESERVED = 1 << 10  # shared memory that the system keeps per block
-REGISTERS, PARTITIONS, WARPS, BLOCKS = 64 << 10, 4, 64, 32  # of an SM; its registers and warps are split over the partitions
-TENSOR_COLUMNS = 512  # tensor memory of an SM, sm_100
-
-MMA = ("HMMA", "IMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA")  # by chip: sm_80, sm_90, sm_100
 
 TILE = re.compile(r"B[A-Z]|BLOCK_?\w*")  # names of constexprs that are tile sizes
 
@@ -103,7 +95,7 @@ class Launch(NamedTuple):
         return {names[path[0]]: value for path, value in self.constexprs.items()}
 
 
-class Found(NamedTuple):
+class Compiled(NamedTuple):
     """The machine code of one launch.
 
     regs, stack, spills   registers per thread, bytes of stack, instructions that load from or store to it
@@ -234,79 +226,11 @@ def shipped(arch: str) -> None:
 # What it compiles to ------------------------------------------------------------------------------------------------------------------
 
 
-class Instruction(NamedTuple):
-    address: int
-    name: str  # HGMMA.64x128x16.F32.BF16
-    text: str  # with its operands
-
-
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
-
-
-def cuobjdump(*arguments: str | Path, **options: Any) -> str:
-    """Of Triton, or of the toolkit."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = program if program.is_file() else shutil.which("cuobjdump")
-    if found is None:
-        raise FileNotFoundError(f"no cuobjdump: neither {program} nor on PATH")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=True, **options).stdout
-
-
-def instructions(text: str) -> list[Instruction]:
-    """Those in what cuobjdump -sass prints."""
-    return [Instruction(int(m[1], 16), m[2], m[2] + m[3]) for m in LINE.finditer(text)]
-
-
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
-    """The kernel's instructions, and its REG and STACK."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = cuobjdump("-sass", "-res-usage", file.name)
-    return instructions(text), {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
-
-
-def count(sass: Sequence[Instruction], *prefixes: str) -> int:
-    return sum(instruction.name.startswith(prefixes) for instruction in sass)
-
-
-def loops(sass: list[Instruction]) -> Iterator[list[Instruction]]:
-    """The instructions between every branch backward and where it goes."""
-    for branch in sass:
-        goes = re.search(r"0x([0-9a-f]+)\s*$", branch.text) if branch.name.startswith("BRA") else None
-        if goes and int(goes[1], 16) < branch.address:
-            yield [instruction for instruction in sass if int(goes[1], 16) <= instruction.address <= branch.address]
-
-
-def hot_loop(sass: list[Instruction]) -> list[Instruction]:
-    """The loop with most tensor-core instructions, then most exponentials, then the shortest; empty without any loop."""
-    return max(loops(sass), key=lambda loop: (count(loop, *MMA), count(loop, "MUFU"), -len(loop)), default=[])
-
-
-def serialised(loop: list[Instruction], log: str) -> bool:
-    """Whether the assembler says so, or waits after more than half of the products, which it does silently where registers are capped.
-
-    Two or three waits per turn of a loop are what a kernel needs that uses one product in the next.
-    """
-    waits = count(loop, "WARPGROUP.DEPBAR")
-    return "wgmma.mma_async instructions are serialized" in log or (waits > 3 and 2 * waits > count(loop, *MMA))
-
-
-def resident(arch: str, warps: int, regs: int, smem: int, tensor_columns: int) -> int:
-    """Blocks that an SM holds at once. Registers are given to a warp in units of 8 per thread."""
-    per_block, per_sm = SHARED[arch]
-    if smem > per_block or tensor_columns > TENSOR_COLUMNS:
-        return 0
-    per_warp = -(-regs // 8) * 8 * 32
-    by_registers = REGISTERS // PARTITIONS // per_warp * PARTITIONS // warps
-    return min(by_registers, per_sm // (smem + RESERVED), WARPS // warps, BLOCKS, TENSOR_COLUMNS // max(1, tensor_columns))
-
-
-def compiled(launch: Launch) -> Found:
+def compiled(launch: Launch) -> Compiled:
     """Compile one launch and read what comes out."""
     module, name = launch.kernel.split(":")
     tile = "x".join(str(value) for key, value in launch.named.items() if TILE.fullmatch(key))
-    row = Found(name, "", launch.arch, tile, launch.options.get("num_warps", 4), launch.options.get("num_stages", 3))
+    row = Compiled(name, "", launch.arch, tile, launch.options.get("num_warps", 4), launch.options.get("num_stages", 3))
     source = ASTSource(getattr(importlib.import_module(module), name), launch.signature, launch.constexprs, launch.attrs)
     began = time.perf_counter()
     try:
@@ -321,7 +245,7 @@ def compiled(launch: Launch) -> Found:
     return row._replace(smem=kernel.metadata.shared, seconds=round(time.perf_counter() - began, 2), verdict="+".join(wrong) or "ok")
 
 
-def inspected(row: Found, kernel: Any, log: str) -> Found:
+def inspected(row: Compiled, kernel: Any, log: str) -> Compiled:
     """A row with the numbers of a kernel for NVIDIA, and as verdict all that is wrong with them."""
     sass, used = disassemble(kernel.asm["cubin"])
     loop, shared, tensor = hot_loop(sass), kernel.metadata.shared, kernel.metadata.tmem_size or 0
@@ -347,7 +271,7 @@ def inspected(row: Found, kernel: Any, log: str) -> Found:
     return row._replace(verdict="+".join(name for name, found in wrong.items() if found))
 
 
-def check(launches: list[Launch]) -> list[Found]:
+def check(launches: list[Launch]) -> list[Compiled]:
     """All of them, in this order, in as many processes as there are cores and with an empty cache."""
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -390,7 +314,7 @@ def aligned(table: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
 
 
-def text(rows: list[Found]) -> str:
+def text(rows: list[Compiled]) -> str:
     """The rows as a table for a terminal, then what did not compile."""
     lines = aligned([list(COLUMNS)] + [[str(getattr(row, name)) for name in COLUMNS] for row in rows])
     errors = [f"\n{row.arch} {row.kernel} {row.variant} {row.tile}\n{row.error}" for row in rows if row.error]
@@ -403,9 +327,9 @@ def either(values: Sequence[object]) -> str:
     return " / ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
-def beside(runs: dict[str, list[Found]]) -> list[tuple[Found, ...]]:
+def beside(runs: dict[str, list[Compiled]]) -> list[tuple[Compiled, ...]]:
     """Each launch in all versions of Triton, the oldest first. Raises ValueError where one has a launch twice, or another lacks it."""
-    by_key: dict[tuple[object, ...], dict[str, Found]] = {}
+    by_key: dict[tuple[object, ...], dict[str, Compiled]] = {}
     for version in ordered(runs):
         for row in runs[version]:
             found = by_key.setdefault((row.kernel, row.variant, row.arch, row.tile, row.warps, row.stages), {})
@@ -423,7 +347,7 @@ def ordered(versions: Iterable[str]) -> list[str]:
     return sorted(versions, key=lambda version: [int(part) for part in version.split(".")[:3]])
 
 
-def markdown(runs: dict[str, list[Found]]) -> str:
+def markdown(runs: dict[str, list[Compiled]]) -> str:
     """The rows of one or more versions of Triton side by side, and a line for what has no numbers."""
     lines = [
         f"Triton {' / '.join(ordered(runs))}: one number where they agree.",
@@ -454,17 +378,17 @@ def sources() -> str:
     return digest.hexdigest()
 
 
-def write(path: Path, rows: list[Found]) -> None:
+def write(path: Path, rows: list[Compiled]) -> None:
     """A run, one row per line."""
     lines = ",\n".join(json.dumps(row._asdict()) for row in rows)
     head = f'"triton": {json.dumps(triton.__version__)}, "sources": {json.dumps(sources())}'
     path.write_text(f'{{{head}, "kernels": [\n{lines}\n]}}\n')
 
 
-def read(files: list[Path]) -> dict[str, list[Found]]:
+def read(files: list[Path]) -> dict[str, list[Compiled]]:
     """Recorded runs by version of Triton."""
     runs = [json.loads(file.read_text()) for file in files]
-    return {run["triton"]: [Found(**row) for row in run["kernels"]] for run in runs}
+    return {run["triton"]: [Compiled(**row) for row in run["kernels"]] for run in runs}
 
 
 def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]:
@@ -473,7 +397,7 @@ def differences(recorded: Path, launches: list[Launch], every: int) -> list[str]
     again = f"record it again: python tests/aot.py --json {recorded}"
     if run["sources"] != sources() or run["triton"] != triton.__version__:
         return [f"{recorded} is of other sources, or of Triton {run['triton']} and not {triton.__version__}; {again}"]
-    rows = [Found(**row) for row in run["kernels"]]
+    rows = [Compiled(**row) for row in run["kernels"]]
     names = [(row.kernel, row.variant, row.arch) for row in rows]
     described = variants(launches)
     if names != [(one.kernel.split(":")[1], variant, one.arch) for one, variant in zip(launches, described, strict=True)]:

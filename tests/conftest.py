@@ -22,7 +22,9 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 import emulated
 from named import widest
+from pretended import pretended  # noqa: F401, a fixture
 
+import fastnce
 from fastnce import tiles
 from fastnce.backends._gpu import tiles as gpu_tiles
 from fastnce.backends._tiled import gemm
@@ -67,6 +69,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def debug_mode_off() -> Iterator[None]:
+    """With any FASTNCE_DEBUG."""
+    with fastnce.debug(False):
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastnce.compiled import build, find
 
 EMULATOR = Path(__file__).resolve().parent / "native"
+UNITS = sorted(EMULATOR.glob("emulator*.cpp"))
 # The kernels' #pragma unroll is unknown to a C++ compiler.
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas -DFASTNCE_EMULATED -DFASTNCE_SM90"
 OPTIMISED = "-O2"
@@ -39,7 +40,7 @@ def emulate(into: Path, sanitize: bool = False) -> Path:
 
     Raises BuildError as build.build does.
     """
-    sources = [*find.files("cuda"), *sorted(EMULATOR.glob("emulator.*"))]
+    sources = [*find.files("cuda"), *sorted(EMULATOR.glob("emulator*"))]
     digest = find.digest_of([*sources, Path(__file__), Path(build.__file__)])
     library = into / f"fastnce-emulated-{digest[:16]}{'-sanitized' if sanitize else ''}.so"
     return build.make(library, into, lambda: _plan(sources, SANITIZED if sanitize else OPTIMISED))

@@ -24,11 +24,8 @@ missing, importing this module skips the importing test module.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +37,7 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
+from roundings import TINY, Array, add_products, round_bf16, round_tf32, truncate_tf32, widen_bf16
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction, TensorHandle
 from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -48,47 +45,11 @@ from triton.runtime.interpreter import InterpreterBuilder as Builder
 if not isinstance(tl.zeros, InterpretedFunction):
     raise ImportError("Triton was imported before TRITON_INTERPRET=1 was set: kernels of this process are compiled. Set it first")
 
-Array = np.ndarray[Any, Any]
+from interpreter_speed import replace  # it changes Triton
+
 Program = tuple[int, int, int]
 
 # Arithmetic of the hardware
-
-TINY = np.finfo(np.float32).tiny
-
-
-def widen_bf16(bits: Array) -> Array:
-    """float32 values of bfloat16 bit patterns (uint16): exact."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def round_bf16(x: Array) -> Array:
-    """Bit patterns (uint16) of the bfloat16 nearest to float32 x, ties to even; NaN is 0x7fff, as from cvt.rn.bf16."""
-    bits = x.view(np.uint32)
-    return np.where(np.isnan(x), np.uint32(0x7FFF), (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def truncate_tf32(x: Array) -> Array:
-    """float32 without its last 13 bits, as an mma reads a float32 operand."""
-    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def round_tf32(x: Array) -> Array:
-    """float32 with a mantissa of 10 bits, ties away from zero (cvt.rna.tf32)."""
-    return np.where(np.isfinite(x), ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32), x)
-
-
-# Products that a tensor core adds in one instruction; in float64 their sum is as good as exact.
-STEP = 16
-
-
-def add_products(total: Array, a: Array, b: Array) -> Array:
-    """total + a b in float32, from float32 operands whose products are exact."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    for k in range(0, a.shape[-1], STEP):
-        exact = total + np.matmul(a[..., k : k + STEP], b[..., k : k + STEP, :])
-        total = exact.astype(np.float32)
-        total = np.where(np.abs(total) > np.abs(exact), np.nextafter(total, np.float32(0)), total)
-    return total
 
 
 def _dot(self: Builder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, input_precision: Any, *rest: Any) -> TensorHandle:
@@ -406,84 +367,18 @@ def _patch_tensor(tensor: type, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-@cache
-def _languages(function: Any) -> tuple[Any, ...]:
-    return tuple({id(value): value for value in function.__globals__.values() if value is tl or value is tl.core}.values())
-
-
-def _patch_lang(function: Any) -> Any:
-    """Triton's interpreter replaces all of the language again at every call inside of a kernel, which takes 40 % of the kernel's time. Here
-    only the kernel does it."""
-    if any(tl.core.is_builtin(language.load) for language in _languages(function)):
-        return _stock_patch_lang(function)
-    return stock._LangPatchScope()
-
-
-_BLOCKS: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
-_NUMPY_TYPES: dict[str, Any] = {}
-
-
-def _block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
-    """Triton's makes and checks two dozen objects for every result of every operation: a fifth of a kernel's time."""
-    key = element_ty.name, tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
-    if key not in _BLOCKS:
-        _stock_block_type(self, element_ty, shape)
-        _BLOCKS[key] = dict(vars(self))
-    self.__dict__.update(_BLOCKS[key], element_ty=element_ty)
-
-
-def _numpy_type(dtype: tl.dtype) -> Any:
-    """Triton's fills its table at every call."""
-    name = dtype.scalar.name
-    if name not in _NUMPY_TYPES:
-        _NUMPY_TYPES[name] = _stock_numpy_type(dtype)
-    return _NUMPY_TYPES[name]
-
-
-@cache
-def _shape_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
-    return tl.core.tuple([tl.constexpr(size) for size in shape]), tl.constexpr(math.prod(shape))
-
-
-def _tensor(self: tl.tensor, handle: TensorHandle, type: tl.dtype) -> None:
-    """With the shape that all tensors of it share; another fifth."""
-    self.handle, self.type, self.dtype = handle, type, type.scalar
-    self.shape, self.numel = _shape_of(tuple(type.shape.values) if type.is_block() else ())
-
-
-def _broadcast(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """Nothing to do where both have one shape; Triton's finds that out by making it a third time."""
-    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
-        return lhs, rhs
-    return _stock_broadcast(self, lhs, rhs)
-
-
-def _replace(owner: Any, name: str, new: Any) -> Any:
-    """Put `new` in place of a method and return the old one. AttributeError where this Triton has none of that name."""
-    old = getattr(owner, name)
-    setattr(owner, name, new)
-    return old
-
-
-_stock_dot = _replace(Builder, "create_dot", _dot)
-_stock_cast = _replace(Builder, "cast_impl", _cast)
-_stock_binary = _replace(Builder, "binary_op", _binary)
-_stock_unary = _replace(Builder, "unary_op", _unary)
-_stock_exp2 = _replace(Builder, "create_exp2", _exp2)
-_stock_rsqrt = _replace(Builder, "create_rsqrt", _rsqrt)
-_replace(Builder, "create_maxnumf", _maximum)
-_replace(Builder, "create_minnumf", _minimum)
-_stock_load = _replace(Builder, "create_masked_load", _load)
-_stock_store = _replace(Builder, "create_masked_store", _store)
-_stock_atomic = _replace(Builder, "create_atomic_rmw", _atomic)
-_stock_cas = _replace(Builder, "create_atomic_cas", _compare_and_swap)
-_stock_set_grid_dim = _replace(Builder, "set_grid_dim", _set_grid_dim)
-_stock_arguments = _replace(GridExecutor, "_init_args_hst", _arguments)
-_stock_patch_lang = _replace(stock, "_patch_lang", _patch_lang)
-_stock_patch_tensor = _replace(stock, "_patch_lang_tensor", _patch_tensor)
-_stock_numpy_type = _replace(stock, "_get_np_dtype", _numpy_type)
-_stock_block_type = _replace(tl.block_type, "__init__", _block_type)
-_replace(tl.tensor, "__init__", _tensor)
-_stock_broadcast = _replace(TritonSemantic, "broadcast_impl_value", _broadcast)
-# Triton would do every int32 operation again in int64, for an assertion that is off: 20 % of a kernel's time.
-stock.interpreter_builder.options = dataclasses.replace(stock.interpreter_builder.options, sanitize_overflow=False)
+_stock_dot = replace(Builder, "create_dot", _dot)
+_stock_cast = replace(Builder, "cast_impl", _cast)
+_stock_binary = replace(Builder, "binary_op", _binary)
+_stock_unary = replace(Builder, "unary_op", _unary)
+_stock_exp2 = replace(Builder, "create_exp2", _exp2)
+_stock_rsqrt = replace(Builder, "create_rsqrt", _rsqrt)
+replace(Builder, "create_maxnumf", _maximum)
+replace(Builder, "create_minnumf", _minimum)
+_stock_load = replace(Builder, "create_masked_load", _load)
+_stock_store = replace(Builder, "create_masked_store", _store)
+_stock_atomic = replace(Builder, "create_atomic_rmw", _atomic)
+_stock_cas = replace(Builder, "create_atomic_cas", _compare_and_swap)
+_stock_set_grid_dim = replace(Builder, "set_grid_dim", _set_grid_dim)
+_stock_arguments = replace(GridExecutor, "_init_args_hst", _arguments)
+_stock_patch_tensor = replace(stock, "_patch_lang_tensor", _patch_tensor)

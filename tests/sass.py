@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import aot  # puts this checkout first on the path
+import machine_code
 
 from fastnce.compiled import build, find
 
@@ -57,7 +58,7 @@ WAITS = 2
 OVERLAP = 2 / 3
 
 
-class Found(NamedTuple):
+class Compiled(NamedTuple):
     """The machine code of one kernel on one architecture.
 
     kernel, form     wgmma_forward_both, "D=128 index"
@@ -81,19 +82,19 @@ class Found(NamedTuple):
 # What is in the library ---------------------------------------------------------------------------------------------------------------
 
 
-def kernels(text: str) -> dict[str, list[aot.Instruction]]:
+def kernels(text: str) -> dict[str, list[machine_code.Instruction]]:
     """Name -> instructions, from what cuobjdump -sass prints."""
     parts = re.split(r"^\s+Function : (\S+)$", text, flags=re.MULTILINE)
-    return {name: aot.instructions(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: machine_code.instructions(body) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def disassemble(library: Path) -> tuple[dict[tuple[str, str], list[aot.Instruction]], set[str]]:
+def disassemble(library: Path) -> tuple[dict[tuple[str, str], list[machine_code.Instruction]], set[str]]:
     """(architecture, name) -> instructions; names of the kernels that are there as PTX."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        aot.cuobjdump("-xelf", "all", "-xptx", "all", library.resolve(), cwd=folder)
+        machine_code.cuobjdump("-xelf", "all", "-xptx", "all", library.resolve(), cwd=folder)
         # The longest first, so that the last does not run alone.
         cubins = sorted(Path(folder).glob("*.cubin"), key=lambda path: -path.stat().st_size)
-        texts = pool.map(lambda path: kernels(aot.cuobjdump("-sass", path)), cubins)
+        texts = pool.map(lambda path: kernels(machine_code.cuobjdump("-sass", path)), cubins)
         # fastnce-cuda-....7.sm_90a.cubin
         sass = {(path.suffixes[-2][1:], name): found for path, text in zip(cubins, texts, strict=True) for name, found in text.items()}
         ptx = {name for path in Path(folder).glob("*.ptx") for name in re.findall(r"\.entry (\w+)", path.read_text())}
@@ -143,12 +144,12 @@ def described(name: str) -> tuple[str, str]:
 # What is said about it ----------------------------------------------------------------------------------------------------------------
 
 
-def product_loops(sass: list[aot.Instruction]) -> list[list[aot.Instruction]]:
+def product_loops(sass: list[machine_code.Instruction]) -> list[list[machine_code.Instruction]]:
     """Loops with wgmma in them. A branch back across an EXIT is none: waits for barriers are placed behind the kernel's end."""
-    return [loop for loop in aot.loops(sass) if aot.count(loop, "HGMMA") and not aot.count(loop, "EXIT")]
+    return [loop for loop in machine_code.loops(sass) if machine_code.count(loop, "HGMMA") and not machine_code.count(loop, "EXIT")]
 
 
-def overlaps(loop: list[aot.Instruction]) -> list[float]:
+def overlaps(loop: list[machine_code.Instruction]) -> list[float]:
     """For every tile of a loop, the part of its exponentials that stand between products and the wait after which none is pending."""
     beside, pending = [0], False
     for one in loop:
@@ -159,28 +160,28 @@ def overlaps(loop: list[aot.Instruction]) -> list[float]:
             pending = False
             beside.append(0)
     tiles = beside[:-1]
-    return [found * len(tiles) / max(1, aot.count(loop, "MUFU.EX2")) for found in tiles]
+    return [found * len(tiles) / max(1, machine_code.count(loop, "MUFU.EX2")) for found in tiles]
 
 
-def judged(row: Found, sass: list[aot.Instruction]) -> Found:
+def judged(row: Compiled, sass: list[machine_code.Instruction]) -> Compiled:
     """The row with what its instructions say."""
-    counts = {name: aot.count(sass, *prefixes) for name, prefixes in COUNTED.items()}
+    counts = {name: machine_code.count(sass, *prefixes) for name, prefixes in COUNTED.items()}
     wgmma, loops, beside = row.kernel.startswith(WGMMA), product_loops(sass), None
     if wgmma and " index" in row.form:
         # Plain tiles have the shortest loop: nothing in it tells pairs apart.
-        beside = overlaps(min(loops, key=lambda loop: len(loop) / aot.count(loop, "HGMMA"), default=[])) or [0.0]
+        beside = overlaps(min(loops, key=lambda loop: len(loop) / machine_code.count(loop, "HGMMA"), default=[])) or [0.0]
         row = row._replace(overlap=sum(beside) / len(beside))
     wrong = {
         "SPILL": row.stack or row.spills or counts["LDL"] or counts["STL"],
         "NO MMA": row.kernel.removeprefix(WGMMA) in TILES and not counts["HGMMA" if wgmma else "HMMA"],
         "NO TMA": wgmma and not counts["UTMALDG"],
-        "SERIAL": any(aot.count(loop, "WARPGROUP.DEPBAR") > WAITS for loop in loops),
+        "SERIAL": any(machine_code.count(loop, "WARPGROUP.DEPBAR") > WAITS for loop in loops),
         "NO OVERLAP": beside and min(beside) < OVERLAP,
     }
     return row._replace(counts=counts, verdict="+".join(name for name, found in wrong.items() if found) or "ok")
 
 
-def inspect(library: Path) -> list[Found]:
+def inspect(library: Path) -> list[Compiled]:
     """A row for every kernel on every architecture that it is or should be on."""
     used = resources(json.loads(library.with_suffix(".json").read_text()))
     sass, ptx = disassemble(library)
@@ -189,16 +190,16 @@ def inspect(library: Path) -> list[Found]:
     for name, demangled in pretty.items():
         kernel, form = described(demangled)
         for arch in [build.SM90] if kernel.startswith(WGMMA) else find.archs(library) or build.ARCHS:
-            row = Found(kernel, form, arch)
+            row = Compiled(kernel, form, arch)
             if (arch, name) in sass and (arch, name) in used:
-                row = judged(Found(kernel, form, arch, *used[arch, name]), sass[arch, name])
+                row = judged(Compiled(kernel, form, arch, *used[arch, name]), sass[arch, name])
             elif arch.startswith("compute_") and name in ptx:
                 continue  # nothing to say of it
             rows.append(row)
     return sorted(rows, key=lambda row: (row.kernel, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row.form)]))
 
 
-def text(rows: list[Found]) -> str:
+def text(rows: list[Compiled]) -> str:
     """The rows as a table for a terminal."""
     lines = [["kernel", "form", "arch", "regs", "stack", "spills", *COUNTED, "overlap", "verdict"]]
     for row in rows:
@@ -211,7 +212,7 @@ def percent(part: float | None) -> str:
     return "" if part is None else f"{part:.0%}"
 
 
-def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
+def table(rows: list[Compiled]) -> list[dict[str, str | int | None]]:
     """The rows that are recorded: one per kernel and form."""
     found = []
     for kernel, form in dict.fromkeys((row.kernel, row.form) for row in rows):
@@ -223,7 +224,7 @@ def table(rows: list[Found]) -> list[dict[str, str | int | None]]:
     return found
 
 
-def record(rows: list[Found], version: str) -> str:
+def record(rows: list[Compiled], version: str) -> str:
     """The text of the record: a row per line, so that a diff names what has moved."""
     lines = ",\n".join(json.dumps(row) for row in table(rows))
     head = f'"compiler": {json.dumps(version)}, "sources": {json.dumps(find.digest("cuda"))}'

@@ -15,30 +15,32 @@ from bench import accuracy
 from train_ref.truth import LOSSES, Loss, Rows, contract, exact
 
 CORNERS = [
-    *(accuracy.Cell("clip_loss", torch.float32, "cone", d, t) for d in (1, 5, 64) for t in (0.005, 0.05)),
-    *(accuracy.Cell("nt_xent", torch.float32, "hardcone", d, t) for d in (5, 128) for t in (0.005, 0.5)),
+    *(accuracy.Point("clip_loss", torch.float32, "cone", d, t) for d in (1, 5, 64) for t in (0.005, 0.05)),
+    *(accuracy.Point("nt_xent", torch.float32, "hardcone", d, t) for d in (5, 128) for t in (0.005, 0.5)),
     # Statistics in float32 would leave these errors: a rounding that is the same in every row stays in the mean.
-    accuracy.Cell("nt_xent", torch.float32, "aligned", 1, 0.005),
-    accuracy.Cell("nt_xent", torch.float32, "cone", 24, 0.005),
-    accuracy.Cell("clip_loss", torch.float32, "hardcone", 1, 0.01),
-    *(accuracy.Cell(loss, torch.float32, "aligned", 24, 0.01) for loss in LOSSES),
-    *(accuracy.Cell("nt_xent", dtype, "aligned", 64, 0.05) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
-    *(accuracy.Cell("clip_loss", dtype, "random", 5, 0.02) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+    accuracy.Point("nt_xent", torch.float32, "aligned", 1, 0.005),
+    accuracy.Point("nt_xent", torch.float32, "cone", 24, 0.005),
+    accuracy.Point("clip_loss", torch.float32, "hardcone", 1, 0.01),
+    *(accuracy.Point(loss, torch.float32, "aligned", 24, 0.01) for loss in LOSSES),
+    *(accuracy.Point("nt_xent", dtype, "aligned", 64, 0.05) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+    *(accuracy.Point("clip_loss", dtype, "random", 5, 0.02) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
 ]
 
 BY_NAME = [
-    pytest.param(cell, backend, id=f"{backend} {cell.loss} {str(cell.dtype)[6:]} {cell.regime} D={cell.d} temperature={cell.temperature}")
-    for cell in CORNERS
+    pytest.param(
+        point, backend, id=f"{backend} {point.loss} {str(point.dtype)[6:]} {point.regime} D={point.d} temperature={point.temperature}"
+    )
+    for point in CORNERS
     for backend in ("torch", "cpu")
-    if cell.dtype != torch.float64 or widest(backend) == torch.float64
+    if point.dtype != torch.float64 or widest(backend) == torch.float64
 ]
 
 
-@pytest.mark.parametrize(("cell", "backend"), BY_NAME)
-def test_corner_is_inside_the_contract(cell: accuracy.Cell, backend: str) -> None:
+@pytest.mark.parametrize(("point", "backend"), BY_NAME)
+def test_corner_is_inside_the_contract(point: accuracy.Point, backend: str) -> None:
     """N = 514: two tiles, the second of them ragged."""
-    tensors, parameter = accuracy.inputs(cell, 514)
-    verdicts = accuracy.verdicts_of(accuracy.Exact(LOSSES[cell.loss], tensors), parameter, backend)
+    tensors, parameter = accuracy.inputs(point, 514)
+    verdicts = accuracy.verdicts_of(accuracy.Exact(LOSSES[point.loss], tensors), parameter, backend)
     assert {name: verdict for name, verdict in verdicts.items() if verdict.used > 1} == {}
 
 

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 import aot
+import machine_code
 import triton
 import triton.language as tl
 
@@ -118,8 +119,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def of(compiled: dict[str, Any], arch: str) -> list[aot.Found]:
-    return [aot.Found(**row) for row in compiled["kernels"] if row["arch"] == arch]
+def of(compiled: dict[str, Any], arch: str) -> list[aot.Compiled]:
+    return [aot.Compiled(**row) for row in compiled["kernels"] if row["arch"] == arch]
 
 
 @pytest.mark.slow
@@ -205,7 +206,7 @@ def test_every_loss_ahead_has_a_kernel_of_its_own() -> None:
     ],
 )
 def test_resident_blocks(arch: str, warps: int, regs: int, smem: int, tensor: int, blocks: int) -> None:
-    assert aot.resident(arch, warps, regs, smem, tensor) == blocks
+    assert machine_code.resident(arch, warps, regs, smem, tensor) == blocks
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from every_loss import OF_VIEWS
+from every_loss import FORMS, each_form, q_and_k
 from named import ON_CPU, widest
 from problems import PROBLEMS, Call, of
 from torch import Tensor
@@ -24,37 +24,17 @@ SOME = [
     for p in PROBLEMS
     if p.why.startswith(("queue", "clip captions, aligned", "simclr:", "mask and ids", "not normalized:", "two partners"))
 ]
-
-
-def q_and_k(m: int = 12, n: int = 12, d: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(m, d, generator=g, dtype=dtype), torch.randn(n, d, generator=g, dtype=dtype)
-
-
-def paired(k: Tensor) -> Tensor:
-    return torch.stack([k.roll(1, 0), k.roll(2, 0)], 1)
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = OF_VIEWS | {
-    "symmetric": lambda q, k, s, **o: fastnce.info_nce(q, k, scale=s, symmetric=True, **o),
-    "unpaired": lambda q, k, s, **o: fastnce.info_nce(q, k, k.flip(0), scale=s, in_batch=True, **o),
-    "paired": lambda q, k, s, **o: fastnce.info_nce(q, k, paired(k), scale=s, negative_mode="paired", in_batch=True, **o),
-    "ragged": lambda q, k, s, **o: fastnce.info_nce(q, k, (paired(k).flatten(0, 1), torch.arange(0, 2 * len(k) + 1, 2)), scale=s, **o),
-    "sup_con in": lambda q, k, s, **o: fastnce.sup_con(torch.stack([q, k], 1), torch.arange(len(q)) % 5, variant="in", scale=s, **o),
-    "clip_loss, bias": lambda q, k, s, **o: fastnce.clip_loss(q, k, s, s * 0.1, **o),
-}
-each_loss = pytest.mark.parametrize("name", LOSSES)
 each_backend = pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 
 
 @pytest.mark.float64
-@each_loss
+@each_form
 @each_backend
 def test_gradcheck(name: str, backend: str) -> None:
     q, k = (x.requires_grad_() for x in q_and_k())
     s = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: LOSSES[name](*a, backend=backend, reduction="none"), (q, k, s))
-    assert torch.autograd.gradcheck(lambda *a: LOSSES[name](*a, backend=backend), (q, k, s))
+    assert torch.autograd.gradcheck(lambda *a: FORMS[name](*a, backend=backend, reduction="none"), (q, k, s))
+    assert torch.autograd.gradcheck(lambda *a: FORMS[name](*a, backend=backend), (q, k, s))
 
 
 @pytest.mark.parametrize("p", SOME, ids=str)
@@ -75,44 +55,44 @@ def test_opcheck(p: Call, metrics: bool) -> None:
         torch.library.opcheck(torch.ops.fastnce.backward.default, tuple(autograd.Request(grads, stats, wanted, flat).flat()))
 
 
-@each_loss
+@each_form
 def test_func_grad_and_vmap(name: str) -> None:
     """torch.func.grad equals backward; vmap over a batch of problems equals a loop, values and gradients."""
     q, k = q_and_k()
     s = torch.tensor(3.0, dtype=torch.float64)
     leaf = q.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(LOSSES[name](leaf, k, s), leaf)
-    grad = torch.func.grad(LOSSES[name])
+    (expected,) = torch.autograd.grad(FORMS[name](leaf, k, s), leaf)
+    grad = torch.func.grad(FORMS[name])
     torch.testing.assert_close(grad(q, k, s), expected)
     qs = torch.stack([q, q * 2 + 1, q.flip(0)])
-    torch.testing.assert_close(torch.func.vmap(LOSSES[name], (0, None, None))(qs, k, s), torch.stack([LOSSES[name](x, k, s) for x in qs]))
+    torch.testing.assert_close(torch.func.vmap(FORMS[name], (0, None, None))(qs, k, s), torch.stack([FORMS[name](x, k, s) for x in qs]))
     torch.testing.assert_close(torch.func.vmap(grad, (0, None, None))(qs, k, s), torch.stack([grad(x, k, s) for x in qs]))
 
 
-@each_loss
+@each_form
 @each_backend
 def test_second_derivative_is_refused(name: str, backend: str) -> None:
     """A gradient penalty must not silently lose terms."""
     q, k = (x.requires_grad_() for x in q_and_k(dtype=widest(backend)))
-    loss = LOSSES[name](q, k, torch.tensor(3.0, dtype=q.dtype), backend=backend)
+    loss = FORMS[name](q, k, torch.tensor(3.0, dtype=q.dtype), backend=backend)
     with pytest.raises(RuntimeError, match="second derivative of this loss is not implemented"):
         torch.autograd.grad(loss, q, create_graph=True)[0].square().sum().backward()
 
 
-@each_loss
+@each_form
 @each_backend
 def test_forward_mode_is_refused(name: str, backend: str) -> None:
     q, k = q_and_k(dtype=widest(backend))
     with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
-        torch.func.jvp(lambda x: LOSSES[name](x, k, torch.tensor(3.0, dtype=q.dtype), backend=backend), (q,), (q,))
+        torch.func.jvp(lambda x: FORMS[name](x, k, torch.tensor(3.0, dtype=q.dtype), backend=backend), (q,), (q,))
 
 
-@each_loss
+@each_form
 @each_backend
 def test_retain_graph_twice_is_bitwise(name: str, backend: str) -> None:
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
     before = q.detach().clone(), k.detach().clone()
-    loss = LOSSES[name](q, k, 3.0, backend=backend)
+    loss = FORMS[name](q, k, 3.0, backend=backend)
     first = torch.autograd.grad(loss, (q, k), retain_graph=True)
     second = torch.autograd.grad(loss, (q, k), retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -123,28 +103,28 @@ def test_retain_graph_twice_is_bitwise(name: str, backend: str) -> None:
         torch.autograd.grad(loss, (q, k))
 
 
-@each_loss
+@each_form
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(name: str, reentrant: bool) -> None:
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
     s = torch.tensor(3.0, requires_grad=True)
-    expected = torch.autograd.grad(LOSSES[name](q, k, s), (q, k, s))
-    checkpoint(LOSSES[name], q, k, s, use_reentrant=reentrant).backward()
+    expected = torch.autograd.grad(FORMS[name](q, k, s), (q, k, s))
+    checkpoint(FORMS[name], q, k, s, use_reentrant=reentrant).backward()
     assert all(torch.equal(a, b.grad) for a, b in zip(expected, (q, k, s), strict=True))
 
 
-@each_loss
+@each_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     """Under autocast nothing is computed in less than float32: features of one dtype give the same bits as without."""
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
     s = torch.tensor(3.0, requires_grad=True)
-    plain = LOSSES[name](q, k, s, backend="torch")
+    plain = FORMS[name](q, k, s, backend="torch")
     with torch.autocast("cpu", dtype=dtype):
-        cast = LOSSES[name](q, k, s, backend="torch")
+        cast = FORMS[name](q, k, s, backend="torch")
         half = torch.nn.functional.linear(q, torch.eye(6))
         assert half.dtype == dtype
-        assert LOSSES[name](half, half.detach(), s, backend="torch").dtype == torch.float32
+        assert FORMS[name](half, half.detach(), s, backend="torch").dtype == torch.float32
     assert torch.equal(plain, cast)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(plain, (q, k, s)), torch.autograd.grad(cast, (q, k, s)), strict=True))
 
@@ -206,13 +186,13 @@ def test_inputs_changed_in_between_are_noticed() -> None:
         loss.backward()
 
 
-@each_loss
+@each_form
 def test_repeats_are_bitwise(name: str) -> None:
     q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
-    first = LOSSES[name](q, k, 3.0, backend="torch")
+    first = FORMS[name](q, k, 3.0, backend="torch")
     grads = torch.autograd.grad(first, (q, k))
     for _ in range(20):
-        again = LOSSES[name](q, k, 3.0, backend="torch")
+        again = FORMS[name](q, k, 3.0, backend="torch")
         assert torch.equal(first, again)
         assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(again, (q, k)), strict=True))
 
@@ -232,191 +212,14 @@ def test_uninitialised_memory_is_never_read() -> None:
     assert torch.isfinite(loss)
 
 
-# 24 rows are computed by dense operations, 520 by a backend. The size of a batch decides nothing else.
-
-KINDS: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor, Tensor], object]] = {}
-
-
-def kind(of: Callable[..., object]) -> Callable[..., object]:
-    KINDS[of.__name__] = of
-    return of
-
-
-def made_in_inference_mode(x: Tensor) -> Tensor:
-    with torch.inference_mode():
-        return x.clone()
-
-
-def gradients(loss: Tensor, *inputs: Tensor, **options: object) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, inputs, **options)  # type: ignore[arg-type]
-
-
-@kind
-def plain(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return gradients(loss(q, k, s), q, k, s)
-
-
-@kind
-def frozen_teacher(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return gradients(loss(q, made_in_inference_mode(k), made_in_inference_mode(s)), q)[0], None, None
-
-
-@kind
-def frozen_student(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return None, *gradients(loss(made_in_inference_mode(q), k, s), k, s)
-
-
-@kind
-def only_scale(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return None, None, gradients(loss(made_in_inference_mode(q), made_in_inference_mode(k), s), s)[0]
-
-
-@kind
-def inference_weight(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    rows = loss(q, k, s, reduction="none")
-    weight = made_in_inference_mode(torch.ones(len(rows), dtype=q.dtype))
-    return gradients(loss(q, k, s, weight=weight), q, k, s)
-
-
-@kind
-def batched(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    found = gradients(loss(q, k, s), q, k, s, grad_outputs=torch.tensor([1.0, -2.0], dtype=q.dtype), is_grads_batched=True)
-    assert all(torch.allclose(x[1], -2 * x[0]) for x in found)
-    return tuple(x[0] for x in found)
-
-
-@kind
-def jacobian(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return torch.autograd.functional.jacobian(loss, (q, k, s), vectorize=True)
-
-
-@kind
-def create_graph(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return tuple(x.detach() for x in gradients(loss(q, k, s), q, k, s, create_graph=True))
-
-
-@kind
-def twice(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return gradients(gradients(loss(q, k, s), q, create_graph=True)[0].square().sum(), q)
-
-
-@kind
-def tangent(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return torch.func.jvp(lambda q: loss(q, k, s), (q.detach(),), (q.detach(),))
-
-
-@kind
-def tangent_without_grad(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
-        return loss(torch.autograd.forward_ad.make_dual(q, q), k, s)
-
-
-@kind
-def transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return torch.func.grad(loss, argnums=(0, 1, 2))(q.detach(), k.detach(), s.detach())
-
-
-@kind
-def tangent_of_transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return torch.func.jvp(torch.func.grad(lambda q: loss(q, k, s)), (q.detach(),), (q.detach(),))
-
-
-@kind
-def transformed_twice(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return torch.func.grad(lambda q: torch.func.grad(lambda q: loss(q, k, s))(q).square().sum())(q.detach())
-
-
-@kind
-def outside_of_transformed(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return gradients(torch.func.grad(lambda q: loss(q, k, s))(q).square().sum(), q)
-
-
-@kind
-def mapped_keys(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    values = torch.func.vmap(lambda k: loss(q, k, s))(k[None].expand(2, *k.shape))
-    return tuple(x / 2 for x in gradients(values.sum(), q, k, s))
-
-
-@kind
-def hooked(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    inner = q * 1.0
-    inner.register_hook(lambda g: 2 * g)
-    dq, dk, ds = gradients(loss(inner, k, s), q, k, s)
-    return dq / 2, dk, ds
-
-
-@kind
-def strided(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    return gradients(loss(q.T.contiguous().T, torch.stack([k, -k], 1)[:, 0], s.expand(1)), q, k, s)
-
-
-@kind
-def nothing_recorded(loss: Callable[..., Tensor], q: Tensor, k: Tensor, s: Tensor) -> object:
-    with torch.no_grad():
-        value = loss(q, k, s)
-    with torch.inference_mode():
-        assert torch.equal(value, loss(q, k, s))
-    assert not value.requires_grad
-    return plain(loss, q, k, s)
-
-
-REFUSED = {
-    "twice": "second derivative of this loss is not implemented",
-    "transformed_twice": "second derivative of this loss is not implemented",
-    "outside_of_transformed": "second derivative of this loss is not implemented",
-    "tangent": "forward-mode derivatives",
-    "tangent_without_grad": "forward-mode derivatives",
-    "tangent_of_transformed": "forward-mode derivatives",
-}
-
-
-@each_loss
-@pytest.mark.parametrize("how", KINDS)
-def test_size_decides_nothing(name: str, how: str) -> None:
-    """Every way to ask for a gradient: right at both sizes, or refused at both with one message."""
-    for rows in (24, 520):
-        inputs = (*q_and_k(rows, rows, 3), torch.tensor(3.0, dtype=torch.float64))
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        if how in REFUSED:
-            with pytest.raises((RuntimeError, NotImplementedError), match=REFUSED[how]):
-                KINDS[how](LOSSES[name], *leaves)
-            continue
-        found = KINDS[how](LOSSES[name], *leaves)
-        assert isinstance(found, tuple)
-        expected = torch.autograd.grad(LOSSES[name](*leaves, backend="reference"), leaves)
-        for a, b in zip(found, expected, strict=True):
-            if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["ids", "labels", "mask", "queue", "bias"])
-@pytest.mark.parametrize("rows", [24, 520])
-def test_tensors_of_inference_mode(name: str, rows: int) -> None:
-    """Ids, labels and masks may come from inference mode too, with any number of rows."""
-    q, k = q_and_k(rows, rows, 3)
-    groups = made_in_inference_mode(torch.arange(rows) // 3)
-    with torch.inference_mode():
-        mask, queue, bias = groups[:, None] == groups, k.flip(0).clone(), torch.tensor(0.5, dtype=torch.float64)
-    losses: dict[str, Callable[..., Tensor]] = {
-        "ids": lambda q, **o: fastnce.info_nce(q, k, query_ids=groups, exclude_query_ids=groups, **o),
-        "labels": lambda q, **o: fastnce.sup_con(q, groups, **o),
-        "mask": lambda q, **o: fastnce.sup_con(q, mask=mask, **o),
-        "queue": lambda q, **o: fastnce.moco_loss(q, k, queue, **o),
-        "bias": lambda q, **o: fastnce.contrastive_stats(q, k, scale=3.0, bias=bias, offset=0, **o).lse_neg.sum(),
-    }
-    leaf = q.requires_grad_()
-    found, expected = (torch.autograd.grad(losses[name](leaf, backend=b), leaf)[0] for b in ("auto", "reference"))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
-
-@each_loss
+@each_form
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_create_graph_keeps_vectors(name: str, backend: str, dtype: torch.dtype) -> None:
     """A second derivative is refused, so nothing is kept for it, and torch has nothing to warn of."""
     q, k = (x.requires_grad_() for x in q_and_k(40, 40, 2, dtype))
     s = torch.tensor(3.0, dtype=dtype, requires_grad=True)
-    loss, kept = LOSSES[name](q, k, s, backend=backend), [0]
+    loss, kept = FORMS[name](q, k, s, backend=backend), [0]
 
     def pack(x: Tensor) -> Tensor:
         kept.append(x.numel())

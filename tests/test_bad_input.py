@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,12 +31,7 @@ from fastnce import (
 )
 from fastnce.backends import torch_tiles
 
-
-@pytest.fixture(autouse=True)
-def debug_mode_off() -> Iterator[None]:
-    """With any FASTNCE_DEBUG."""
-    with fastnce.debug(False):
-        yield
+pytestmark = pytest.mark.usefixtures("debug_mode_off")
 
 
 # What raises ----------------------------------------------------------------------------------------------------------------------------

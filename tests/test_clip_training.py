@@ -62,16 +62,16 @@ def test_the_dense_logit_scale_stays_at_its_bound_or_below() -> None:
 # Retrieval --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_places_of_the_right_candidate() -> None:
-    scores = torch.tensor(
+def test_places_of_the_right_key() -> None:
+    cosines = torch.tensor(
         [
             [0.9, 0.1, 0.2, 0.3],  # its own, first
-            [0.5, 0.4, 0.3, 0.2],  # behind candidate 0
+            [0.5, 0.4, 0.3, 0.2],  # behind key 0
             [0.8, 0.1, 0.2, 0.7],  # behind 0 and 3
             [0.6, 0.6, 0.6, 0.6],  # ties are lost: behind all others
         ]
     )
-    place = places(scores)
+    place = places(cosines)
     assert place.tolist() == [1, 2, 3, 4]
     found = retrieval(place)
     assert (found["r1"], found["r5"]) == (0.25, 1.0)

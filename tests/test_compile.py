@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._dynamo.utils
-from every_loss import arguments, parameter
-from test_autograd import LOSSES, each_loss, q_and_k
+from every_loss import FORMS, OF_VIEWS, arguments, each_form, parameter, q_and_k
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from twins import TWINS
 
 import fastnce
-from train_ref.truth import LOSSES as TABLE
+from train_ref.truth import LOSSES
 
 
 def fresh_counters() -> Counter[str]:
@@ -28,16 +28,16 @@ def fresh_counters() -> Counter[str]:
     return torch._dynamo.utils.counters["stats"]
 
 
-@each_loss
+@each_form
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_is_one_graph(name: str, dynamic: bool) -> None:
     """fullgraph=True, static and dynamic, equals eager; new batch sizes do not recompile without end."""
     graphs = fresh_counters()
-    compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(FORMS[name], fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for _ in range(2):
         q, k = (x.requires_grad_() for x in q_and_k(dtype=torch.float32))
         s = torch.tensor(3.0, requires_grad=True)
-        found, expected = compiled(q, k, s), LOSSES[name](q, k, s, backend="torch")
+        found, expected = compiled(q, k, s), FORMS[name](q, k, s, backend="torch")
         torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
         for a, b in zip(torch.autograd.grad(found, (q, k, s)), torch.autograd.grad(expected, (q, k, s)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -45,15 +45,15 @@ def test_compile_is_one_graph(name: str, dynamic: bool) -> None:
 
 
 @pytest.mark.slow
-@each_loss
+@each_form
 def test_compile_without_gradient(name: str) -> None:
     """A validation loss: no input needs a gradient, or gradients are off."""
     torch._dynamo.reset()
-    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(FORMS[name], fullgraph=True, backend="aot_eager")
     q, k = q_and_k(dtype=torch.float32)
-    torch.testing.assert_close(compiled(q, k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0, backend="torch"), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(compiled(q, k, 3.0 * torch.ones(())), FORMS[name](q, k, 3.0, backend="torch"), rtol=2e-6, atol=1e-7)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(q.requires_grad_(), k, 3.0 * torch.ones(())), LOSSES[name](q, k, 3.0), rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(compiled(q.requires_grad_(), k, 3.0 * torch.ones(())), FORMS[name](q, k, 3.0), rtol=2e-6, atol=1e-7)
 
 
 def test_compile_dynamic_batch() -> None:
@@ -69,11 +69,9 @@ def test_compile_dynamic_batch() -> None:
 
 SCALE = 3.0
 # With one tensor as query and key, which autograd.Function.apply would see twice.
-SAME: dict[str, Callable[[Tensor], Tensor]] = {
-    "info_nce": lambda z: fastnce.info_nce(z, z),
+SAME: dict[str, Callable[[Tensor], Tensor]] = {name: lambda z, name=name: OF_VIEWS[name](z, z, SCALE) for name in LOSSES} | {
     "symmetric": lambda z: fastnce.info_nce(z, z, symmetric=True),
-    "clip": lambda z: fastnce.clip_loss(z, z, SCALE),
-    "moco": lambda z: fastnce.moco_loss(z, z, z),
+    "queue": lambda z: fastnce.moco_loss(z, z, z),
     "stats": lambda z: fastnce.contrastive_stats(z, z, scale=SCALE, offset=0).lse_neg.sum(),
 }
 
@@ -95,19 +93,19 @@ def three_rows() -> tuple[Tensor, ...]:
 
 
 @pytest.mark.slow
-@each_loss
+@each_form
 def test_grad_inside(name: str) -> None:
     """compile(func.grad): gradients by q, k and scale, none of them zero or half."""
     q, k, s, _ = three_rows()
     torch._dynamo.reset()
-    found = torch.compile(grad(LOSSES[name], argnums=(0, 1, 2)), fullgraph=True, backend="aot_eager")(q, k, s)
-    close(found, definition(LOSSES[name], q, k, s))
+    found = torch.compile(grad(FORMS[name], argnums=(0, 1, 2)), fullgraph=True, backend="aot_eager")(q, k, s)
+    close(found, definition(FORMS[name], q, k, s))
 
 
 @pytest.mark.parametrize("name", ["sup_con", "moco_loss"])
 def test_backward_outside(name: str) -> None:
     """compile(vmap(loss)) with backward outside, beside a func.grad of the same leaves that is not differentiated again."""
-    loss = LOSSES[name]
+    loss = FORMS[name]
     q, k, s, qs = three_rows()
     leaves = [x.clone().requires_grad_() for x in (qs, k, s)]
 
@@ -123,7 +121,7 @@ def test_backward_outside(name: str) -> None:
 
 def test_more_transforms() -> None:
     """vjp, jacrev and vmap of grad, with a two-sided loss."""
-    loss = LOSSES["symmetric"]
+    loss = FORMS["symmetric"]
     q, k, s, qs = three_rows()
 
     def all_of_them(q: Tensor, k: Tensor, s: Tensor, qs: Tensor) -> Any:
@@ -146,34 +144,36 @@ def test_inductor() -> None:
         q, k = q_and_k(rows, rows)
         s = torch.tensor(SCALE, dtype=torch.float64)
         torch._dynamo.reset()
-        found = torch.compile(grad(LOSSES["clip_loss"], argnums=(0, 1, 2)), fullgraph=True, dynamic=False)(q, k, s)
-        close(found, definition(LOSSES["clip_loss"], q, k, s))
-        close(found, grad(LOSSES["clip_loss"], argnums=(0, 1, 2))(q, k, s))
+        found = torch.compile(grad(FORMS["clip_loss"], argnums=(0, 1, 2)), fullgraph=True, dynamic=False)(q, k, s)
+        close(found, definition(FORMS["clip_loss"], q, k, s))
+        close(found, grad(FORMS["clip_loss"], argnums=(0, 1, 2))(q, k, s))
 
 
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "InfoNCE": lambda: fastnce.InfoNCE(nn.Parameter(torch.tensor(0.2))),
-    "NTXentLoss": lambda: fastnce.NTXentLoss(scale=nn.Parameter(torch.tensor(SCALE))),
-    "ClipLoss": lambda: fastnce.ClipLoss(),
+def learnt() -> nn.Parameter:
+    return nn.Parameter(torch.tensor(SCALE))
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {name: lambda name=name: TWINS[name].module(scale=learnt()) for name in TWINS} | {
+    "InfoNCE, temperature": lambda: fastnce.InfoNCE(learnt()),
+    "ClipLoss, its own": lambda: fastnce.ClipLoss(),
 }
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str) -> None:
-    """The parameter of a module gets its gradient from a compiled transform: the same as by backward."""
-    q, k = q_and_k()
-    module = MODULES[name]().double()
+    """The parameter of every module gets its gradient from a compiled transform: the same as by backward."""
+    inputs = TWINS[name.split(",")[0]].inputs(torch.float64)
+    module = MODULES[name]().double().eval()  # a queue is then left as it is: torch refuses to write into it inside of a transform
     parameters = {n: p.detach().clone() for n, p in module.named_parameters()}
 
-    def loss(parameters: dict[str, Tensor], q: Tensor) -> Tensor:
-        found: Tensor = functional_call(module, parameters, (q, k))
+    def loss(parameters: dict[str, Tensor], first: Tensor) -> Tensor:
+        found: Tensor = functional_call(module, parameters, (first, *inputs[1:]))
         return found
 
     torch._dynamo.reset()
-    by_parameters, by_q = torch.compile(grad(loss, argnums=(0, 1)), backend="aot_eager")(parameters, q)
-    leaf = q.clone().requires_grad_()
-    module(leaf, k).backward()
-    close(by_q, leaf.grad)
+    by_parameters, by_first = torch.compile(grad(loss, argnums=(0, 1)), backend="aot_eager")(parameters, inputs[0])
+    module(*inputs).backward()
+    close(by_first, inputs[0].grad)
     close(by_parameters, {n: p.grad for n, p in module.named_parameters()})
     assert len(by_parameters) == 1
 
@@ -191,7 +191,7 @@ def test_same_tensor_twice(name: str) -> None:
 def test_refusals() -> None:
     """Calls that raise in eager mode raise when they are traced: no gradient turns into zeros."""
     q, k, s, _ = three_rows()
-    loss = LOSSES["info_nce"]
+    loss = FORMS["info_nce"]
 
     def twice(q: Tensor) -> Tensor:
         return grad(lambda q: grad(loss)(q, k, s).square().sum())(q)
@@ -207,10 +207,10 @@ def test_refusals() -> None:
 
 
 def of_number(name: str) -> Callable[[Tensor, Tensor, float], Tensor]:
-    return lambda q, k, t: getattr(fastnce, name)(**arguments(TABLE[name], q, k), **{parameter(TABLE[name]): t})
+    return lambda q, k, t: getattr(fastnce, name)(**arguments(LOSSES[name], q, k), **{parameter(LOSSES[name]): t})
 
 
-NUMBERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {name: of_number(name) for name in TABLE} | {
+NUMBERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {name: of_number(name) for name in LOSSES} | {
     "clip_loss, bias": lambda q, k, t: fastnce.clip_loss(q, k, t, t),
     "stats": lambda q, k, t: fastnce.contrastive_stats(q, k, scale=t, bias=t, offset=0).lse_neg.mean(),
 }

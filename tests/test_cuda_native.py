@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import fuzz
 import pytest
-from emulated import EMULATOR, FLAGS
+from emulated import EMULATOR, FLAGS, UNITS
 
 from fastnce.compiled import build, find
 
@@ -54,14 +54,15 @@ def said(*command: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled(EMULATOR / "emulator.cpp", tmp_path_factory.mktemp("emulator"), DRIVER)
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    into = tmp_path_factory.mktemp("emulator")
+    return [compiled(unit, into, DRIVER) for unit in UNITS]
 
 
 @pytest.mark.slow
-def test_index_arithmetic(tmp_path: Path, emulator: str) -> None:
+def test_index_arithmetic(tmp_path: Path, emulator: list[str]) -> None:
     """Millions of checks: each is one swizzled unit, one element of a fragment, one tile in an order."""
-    status, output = said(linked([compiled(EMULATOR / "index.cpp", tmp_path, DRIVER), emulator], tmp_path, SANITIZERS))
+    status, output = said(linked([compiled(EMULATOR / "index.cpp", tmp_path, DRIVER), *emulator], tmp_path, SANITIZERS))
     assert status == 0 and " checks, 0 wrong" in output, output
 
 
@@ -75,24 +76,24 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.slow
-def test_calls_that_do_not_fit(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
+def test_calls_that_do_not_fit(tmp_path: Path, emulator: list[str], kernels: list[str]) -> None:
     """Lengths, dtypes, devices, depths, sizes, one side without the other, memory twice: every call of every operator raises or runs."""
     headers, link = (shlex.split(words.replace("$$", "$")) for words in build.torch_flags())
     todo = [("bind.cpp", ["-O0", *SANITIZERS, *headers]), ("rows.cu", KERNELS), ("vectors.cu", KERNELS)]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda unit: compiled(find.sources("cuda") / unit[0], tmp_path, unit[1]), todo))
     library = tmp_path / "library.so"
-    subprocess.run([COMPILER, *SANITIZERS, "-shared", *objects, *kernels, emulator, *link, "-o", str(library)], check=True)
+    subprocess.run([COMPILER, *SANITIZERS, "-shared", *objects, *kernels, *emulator, *link, "-o", str(library)], check=True)
     found = fuzz.run(library, seed=0, calls=600)
     assert all(found[how][name] for how in ("ran", "raised") for name in set(fuzz.CUDA) - fuzz.RARE), found
 
 
 @pytest.mark.slow
-def test_every_form_under_sanitizers(tmp_path: Path, emulator: str, kernels: list[str]) -> None:
+def test_every_form_under_sanitizers(tmp_path: Path, emulator: list[str], kernels: list[str]) -> None:
     """Hundreds of problems of random shapes and rules: no access out of bounds, and the definition's numbers."""
     with ThreadPoolExecutor(2) as pool:
         objects = [compiled(EMULATOR / "kernels.cpp", tmp_path, DRIVER), *kernels]
-        program = linked([*objects, emulator], tmp_path, SANITIZERS)
+        program = linked([*objects, *emulator], tmp_path, SANITIZERS)
         for kernel, (status, output) in zip(WITH_TILES, pool.map(lambda kernel: said(program, kernel), WITH_TILES), strict=True):
             assert status == 0 and " cases, 0 wrong" in output and not output.startswith("0 cases"), f"{kernel}: {output}"
 
@@ -192,7 +193,7 @@ FAULTS = (
 def driver(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The parts that are the same for all faults: emulator, tile sizes, and the problems."""
     into = tmp_path_factory.mktemp("driver")
-    sources = [EMULATOR / "emulator.cpp", find.sources("cuda") / "tiles.cu", EMULATOR / "kernels.cpp"]
+    sources = [*UNITS, find.sources("cuda") / "tiles.cu", EMULATOR / "kernels.cpp"]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda source: compiled(source, into, ["-O1"]), sources))
 
@@ -208,6 +209,6 @@ def test_faults_are_shown(fault: Fault, tmp_path: Path, driver: list[str]) -> No
     source = folder / f"{fault.unit}.cu" if fault.unit else EMULATOR / "index.cpp"
     # Faults may leave a name without a use.
     unit = compiled(source, tmp_path, ["-O0"], folder, warnings=False)
-    status, output = said(linked([unit, *driver] if fault.unit else [unit, driver[0]], tmp_path, []), *fault.program.split()[1:])
+    status, output = said(linked([unit, *(driver if fault.unit else driver[: len(UNITS)])], tmp_path, []), *fault.program.split()[1:])
     assert status != 0, output
     assert "no part of this program" not in output

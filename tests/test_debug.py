@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,11 +24,7 @@ HASHES = torch.arange(16) * 6364136223846793 - torch.where(torch.arange(16) % 2 
 TOGETHER = IDS[:, None] == IDS
 
 
-@pytest.fixture(autouse=True)
-def debug_mode_off() -> Iterator[None]:
-    """With any FASTNCE_DEBUG."""
-    with fastnce.debug(False):
-        yield
+pytestmark = pytest.mark.usefixtures("debug_mode_off")
 
 
 def warned(call: Callable[[], Any]) -> tuple[Any, list[str]]:

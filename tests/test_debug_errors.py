@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +14,7 @@ from named import each
 import fastnce
 from fastnce import arguments, contrastive_stats, info_nce, sup_con
 
-
-@pytest.fixture(autouse=True)
-def debug_mode_off() -> Iterator[None]:
-    """With any FASTNCE_DEBUG."""
-    with fastnce.debug(False):
-        yield
+pytestmark = pytest.mark.usefixtures("debug_mode_off")
 
 
 @pytest.mark.parametrize("backend", each(BACKENDS))

@@ -29,12 +29,7 @@ from fastnce import (
 from train_ref.truth import LOSSES as TABLE
 from train_ref.truth import losses
 
-
-@pytest.fixture(autouse=True)
-def debug_mode_off() -> Iterator[None]:
-    """With any FASTNCE_DEBUG."""
-    with fastnce.debug(False):
-        yield
+pytestmark = pytest.mark.usefixtures("debug_mode_off")
 
 
 # What has a value -----------------------------------------------------------------------------------------------------------------------

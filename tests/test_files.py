@@ -18,9 +18,13 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import accuracy, page, sweep
-from bench.gpu import part
+from bench import accuracy, measure, page, sweep
+from bench.gpu import build as gpu_build
+from bench.gpu import check, part, sanitize
+from bench.gpu import tests as gpu_tests
 from fastnce import files
+from fastnce.backends import verdicts
+from fastnce.compiled import build
 from train_ref import evaluate, results, train, validate
 from train_ref import files as files_of_training
 
@@ -213,15 +217,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(
 
 # The build publishes in its own way; the lock beside the verdicts; the kernel's file of a process; logs of parts that run on rented
 # machines, which grow.
-OTHERS = {
-    "fastnce/compiled/build.py",
-    "fastnce/backends/verdicts.py",
-    "bench/measure.py",
-    "bench/gpu/tests.py",
-    "bench/gpu/build.py",
-    "bench/gpu/check.py",
-    "bench/gpu/sanitize.py",
-}
+OTHERS = (build, verdicts, measure, gpu_tests, gpu_build, check, sanitize)
 
 
 def writes(call: ast.Call) -> bool:
@@ -236,12 +232,11 @@ def writes(call: ast.Call) -> bool:
 
 
 def test_nobody_else_writes_files() -> None:
-    paths = [path for folder in ("fastnce", "train_ref", "bench") for path in (ROOT / folder).rglob("*.py")]
     found = {
-        path.relative_to(ROOT).as_posix()
-        for path in paths
-        if not path.name.startswith("test_")
+        path
+        for folder in ("fastnce", "train_ref", "bench")
+        for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and writes(node)
     }
-    assert found - OTHERS == {"fastnce/files.py", "train_ref/files.py"}
+    assert found == {Path(module.__file__).resolve() for module in (files, files_of_training, *OTHERS)}

@@ -23,6 +23,7 @@ import pytest
 import test_proof
 import test_statistics
 import torch
+from block_oracle import blocked
 from every_loss import OF_VIEWS
 from problems import PROBLEMS, Call, of
 from test_proof import cache  # noqa: F401  a fixture
@@ -38,7 +39,6 @@ from train_ref.truth import contract
 WHERE = gpu_kernels.where()
 DRY = WHERE != "gpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK = 512  # rows of the blocked oracle: 512 x 5,003 float64 logits are 20 MB
 MIB = 2**20
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -83,81 +83,6 @@ def sized(large: int, small: int) -> int:
 def wait() -> None:
     if not DRY:
         torch.cuda.synchronize()
-
-
-# The oracle in blocks ------------------------------------------------------------------------------------------------------------------
-
-
-def kinds_of(p: Call, i: Tensor, j: Tensor) -> Tensor:
-    """oracle.classes of the pairs of rows i and columns j, all at once."""
-    rules = {name: value.to(i.device) for name, value in p.rules().items()}
-
-    def same(kind: str) -> Tensor:
-        q = rules.get(f"q_{kind}")
-        if q is None:
-            return torch.zeros(len(i), len(j), dtype=torch.bool, device=i.device)
-        k = rules.get(f"k_{kind}", q)
-        return (q[i][:, None] == k[j]) & (q[i] >= 0)[:, None]
-
-    positive = same("label")
-    if "mask" in rules:
-        mask = rules["mask"]
-        positive |= mask[i % mask.shape[0]][:, j % mask.shape[1]]
-    kinds = positive * oracle.POSITIVE
-    kinds[same("exclude")] = oracle.EXCLUDED
-    ahead = j - i[:, None]
-    if p.offset is not None:
-        kinds[ahead == p.offset] = oracle.POSITIVE
-        if p.symmetric:
-            kinds[ahead == -p.offset] = oracle.POSITIVE
-    if p.exclude_self:
-        kinds[ahead == 0] = oracle.EXCLUDED
-    return kinds
-
-
-def blocked(p: Call, dtype: torch.dtype, device: str, wide: bool) -> tuple[list[Tensor], list[Tensor | None], float]:
-    """As test_statistics._dense, from blocks of rows and then of columns. `wide`: in float64, on inputs stored in dtype."""
-    leaves = [None if t is None else (t.double() if wide else t).to(device).requires_grad_() for t in p.tensors(dtype)]
-    q, k, scale, bias = leaves
-    assert q is not None
-    assert scale is not None
-    keys = q if k is None else k
-    everything = [torch.arange(rows, device=device) for rows in (p.m, p.n)]
-    sides = range(2 if p.two_sided else 1)
-    upstream = iter(test_statistics.upstream(p, [torch.zeros((p.m, p.n)[side]) for side in sides for _ in range(3)]))
-    out: list[Tensor] = []
-    largest = 0.0
-    for side in sides:
-        parts: list[list[Tensor]] = [[], [], [], []]
-        grads = [next(upstream).to(device) for _ in range(3)]
-        for rows in everything[side].split(BLOCK):
-            i, j = (rows, everything[1]) if side == 0 else (everything[0], rows)
-            s = oracle.logits(q[i], keys[j], scale, bias, p.normalize)
-            kinds = kinds_of(p, i, j)
-            found = oracle.statistics(s if side == 0 else s.T, kinds if side == 0 else kinds.T)
-            terms = [(v.masked_fill(~torch.isfinite(v), 0.0) * g[rows].to(v.dtype)).sum() for v, g in zip(found[:3], grads, strict=True)]
-            torch.stack(terms).sum().backward()
-            for part, v in zip(parts, found, strict=True):
-                part.append(v.detach())
-            largest = max(largest, s.detach().abs().max().item())
-        out += [torch.cat(part).cpu() for part in parts]
-    return out, [None if t is None else torch.zeros_like(t).cpu() if t.grad is None else t.grad.cpu() for t in leaves], largest
-
-
-@pytest.mark.parametrize("p", PROBLEMS, ids=str)
-def test_blocks_are_the_oracle(p: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everywhere, also without a GPU: the oracle of the large problems is that of the small ones."""
-    monkeypatch.setattr(f"{__name__}.BLOCK", 16)
-    assert torch.equal(kinds_of(p, torch.arange(p.m), torch.arange(p.n)), oracle.classes(p))
-    vectors, gradients, largest = blocked(p, torch.float64, "cpu", wide=True)
-    exact, exact_gradients, exact_largest = test_statistics.exact_run(p, torch.float64)
-    assert largest == pytest.approx(exact_largest)
-    for a, b in zip(vectors, exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    for found, expected in zip(gradients, exact_gradients, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None and expected is not None:
-            assert (found - expected).norm() <= 1e-12 * max(expected.norm().item(), largest)
 
 
 # Right numbers -------------------------------------------------------------------------------------------------------------------------

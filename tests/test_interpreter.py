@@ -288,7 +288,7 @@ def test_importing_it_too_late_or_where_kernels_are_compiled(monkeypatch: pytest
 
 def test_a_name_that_triton_moved_is_an_error() -> None:
     with pytest.raises(AttributeError, match="create_dott"):
-        interpreter._replace(interpreter.Builder, "create_dott", None)
+        interpreter.replace(interpreter.Builder, "create_dott", None)
 
 
 # Arithmetic

@@ -288,7 +288,7 @@ def test_clip_of_images_that_are_copied_for_their_captions(backend: str) -> None
     of which one is there twice: its copies have similarity 1 with each other's captions, as their own."""
     image, s = torch.eye(2, dtype=torch.float64)[[0, 0, 1]], 2.0
     ids, e = torch.tensor([0, 0, 1]), torch.tensor(s, dtype=torch.float64).exp()
-    copied = (2 * (2 * e + 1).log() + (e + 2).log()) / 3 - s  # every candidate stays, with ids too
+    copied = (2 * (2 * e + 1).log() + (e + 2).log()) / 3 - s  # every pair stays, with ids too
     left_out = (2 * (e + 1).log() + (e + 2).log()) / 3 - s
     for options, expected in (({}, copied), ({"image_ids": ids}, copied), ({"exclude_image_ids": ids}, left_out)):
         torch.testing.assert_close(fastnce.clip_loss(image, image, s, backend=backend, **options), expected, rtol=1e-12, atol=0)

@@ -11,7 +11,7 @@ import torch
 from test_truth import public_losses
 
 import fastnce
-from bench.page import REGIONS
+from bench.page import GENERATED
 from train_ref.truth import LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +131,7 @@ def test_the_answer_is_above_the_fold() -> None:
     assert README.index("fastnce.info_nce(") < README.index("<!-- bench:end -->") < README.index("pip install")
 
 
-@pytest.mark.parametrize(("page", "region"), [(page, region) for page, regions in REGIONS.items() for region in regions])
+@pytest.mark.parametrize(("page", "region"), [(page, region) for page, regions in GENERATED.items() for region in regions])
 def test_generated_regions_are_marked_once(page: str, region: str) -> None:
     text, begin, end = (ROOT / page).read_text(), f"<!-- {region}:begin (generated) -->", f"<!-- {region}:end -->"
     assert text.count(begin) == text.count(end) == 1

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import aot
+import machine_code
 import sass
 import turn
 
@@ -59,7 +59,7 @@ def listing(*instructions: str, name: str = "k") -> str:
 
 def verdict(kernel: str, form: str, instructions: list[str], **numbers: int) -> str:
     (found,) = sass.kernels(listing(*instructions)).values()
-    return sass.judged(sass.Found(kernel, form, "sm_90a", **numbers), found).verdict
+    return sass.judged(sass.Compiled(kernel, form, "sm_90a", **numbers), found).verdict
 
 
 def test_names() -> None:
@@ -94,7 +94,7 @@ def test_what_is_counted() -> None:
         "LDL R2, [R1]",
     ]
     (found,) = sass.kernels(listing(*code)).values()
-    row = sass.judged(sass.Found(BOTH, "D=128 index", "sm_90a"), found)
+    row = sass.judged(sass.Compiled(BOTH, "D=128 index", "sm_90a"), found)
     assert {name: n for name, n in row.counts.items() if n} == {"HGMMA": 4, "MUFU": 8, "UTMALDG": 1, "ATOM": 3, "LDL": 1}
     assert row.overlap == pytest.approx(3 / 4)
 
@@ -254,7 +254,7 @@ def test_it_is_for_every_gpu(library: Path) -> None:
     """Those of the library: all, or those whose turn it is. `python tests/sass.py` reads every kernel, which takes half a minute."""
     archs = set(find.archs(library))
     assert archs == set(build.ARCHS) or archs == set(turn.turn())
-    listed = aot.cuobjdump("--list-elf", "--list-ptx", library)
+    listed = machine_code.cuobjdump("--list-elf", "--list-ptx", library)
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("ELF")} == archs & set(sass.GPUS)
     ptx = {"sm_100"} if "compute_100" in archs else set()
     assert {line.rsplit(".", 2)[1] for line in listed.splitlines() if line.startswith("PTX")} == ptx

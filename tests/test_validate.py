@@ -243,15 +243,16 @@ def test_equivalence_of_differences_by_hand() -> None:
         equivalence([0.1])
 
 
-class Given:
+class Given(Trainings):
     """Trainings whose accuracies are given: of the reference 0.8 and 0.9, of the subject these differences."""
 
     def __init__(self, differences: Sequence[float]) -> None:
-        self.differences, self.reference = differences, "reference"
+        super().__init__(load_digits())
+        self.differences = differences
 
-    def of(self, who: Subject | str, seed: int) -> Run:
-        run = Run([], [], None, load_digits())
-        more = 0.0 if who == "reference" else self.differences[seed]
+    def of(self, subject: Subject, seed: int) -> Run:
+        run = Run([], [], None, self.data)
+        more = 0.0 if subject is self.reference else self.differences[seed]
         run.__dict__["accuracies"] = Accuracies(0.7, 0.9 + more, 0.8 + more)
         return run
 
@@ -267,7 +268,7 @@ class Given:
     ],
 )
 def test_outcome(differences: list[float], status: str) -> None:
-    verdict = outcome(Subject("given", dense_losses()), Given(differences), len(differences))  # type: ignore[arg-type]
+    verdict = outcome(Subject("given", dense_losses()), Given(differences), len(differences))
     assert verdict.status == status
     assert status != "pass" or verdict.notes["1-shot"]["mean"] == pytest.approx(0)
 

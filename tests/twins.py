@@ -83,6 +83,14 @@ TWINS = {loss.module: twin_of(loss) for loss in LOSSES.values()} | {
     "ClipLoss": Twin(ClipLoss, clip_function, ((6, 5), (6, 5)), COMMON),
     "MoCoLoss": Twin(moco_module, moco_function, ((6, 5), (6, 5)), COMMON | TEMPERATURE, learnt=1),
 }
+# One of each class, and what each of them may be given as its scale.
+MODULES = [name for name in TWINS if name != "InfoNCE unpaired"]
+HELD: dict[str, Callable[[], Any]] = {
+    "float": lambda: 4.0,
+    "tensor": lambda: torch.tensor([4.0]),
+    "parameter": lambda: nn.Parameter(torch.tensor([4.0])),
+    "LogitScale": lambda: LogitScale(4.0),
+}
 
 
 def run(loss_of: Callable[..., Any], inputs: list[Tensor], **options: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ Arrays = tuple[Bytes, Bytes, Bytes, Bytes]  # training images and labels, test i
 
 
 @dataclass(frozen=True)
-class Found:
+class Loaded:
     """Arrays as they were read, the name of their source, and its files."""
 
     arrays: Arrays
@@ -42,7 +42,7 @@ class Published:
     subset: str
     image_shape: tuple[int, int, int]
     full_size: tuple[int, int]
-    find: Callable[[Path], Found | None]
+    find: Callable[[Path], Loaded | None]
 
     def to_fetch(self) -> str:
         listed = "".join(f"\n  {self.url}{name}  md5 {md5}" for name, md5 in self.files.items())
@@ -54,7 +54,7 @@ def idx_file(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def find_fashion(folder: Path) -> Found | None:
+def find_fashion(folder: Path) -> Loaded | None:
     for place in (folder, folder / "raw", folder / "FashionMNIST" / "raw"):
         names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
         found = {name: idx_file(place, name) for name in names}
@@ -65,14 +65,14 @@ def find_fashion(folder: Path) -> Found | None:
         if missing:
             raise FileNotFoundError(f"{place} lacks {', '.join(missing)} (or the same with .gz)")
         images, labels, test_images, test_labels = (read_idx(path, 3 - 2 * (i % 2)) for i, path in enumerate(paths))
-        return Found((images[:, None], labels, test_images[:, None], test_labels), "idx files", paths)
+        return Loaded((images[:, None], labels, test_images[:, None], test_labels), "idx files", paths)
     return None
 
 
 CIFAR_BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
-def find_cifar(folder: Path) -> Found | None:
+def find_cifar(folder: Path) -> Loaded | None:
     archive = folder / "cifar-10-python.tar.gz"
     unpacked = [place for place in (folder / "cifar-10-batches-py", folder) if (place / CIFAR_BATCHES[0]).is_file()]
     if unpacked:
@@ -86,7 +86,7 @@ def find_cifar(folder: Path) -> Found | None:
     else:
         return None
     images, labels = (np.concatenate(parts) for parts in zip(*batches[:-1], strict=True))
-    return Found((images, labels, *batches[-1]), source, paths)
+    return Loaded((images, labels, *batches[-1]), source, paths)
 
 
 PUBLISHED = {
@@ -137,7 +137,7 @@ def load_data(name: str, place: Path | None = None) -> ImageData:
     if found is None and subset.is_file():
         images, labels, split = read_subset(subset)
         train, test = split == TRAIN, split == TEST
-        found = Found((images[train], labels[train], images[test], labels[test]), subset.name, [subset])
+        found = Loaded((images[train], labels[train], images[test], labels[test]), subset.name, [subset])
     if found is None:
         raise FileNotFoundError(f"{place} has no {published.title}. {published.to_fetch()}")
     return checked(name, found, place)
@@ -147,7 +147,7 @@ def md5_of(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
-def checked(name: str, found: Found, place: Path) -> ImageData:
+def checked(name: str, found: Loaded, place: Path) -> ImageData:
     """As one value, once images and labels fit each other and the name, and suffice to evaluate with."""
     images, labels, test_images, test_labels = found.arrays
     published = PUBLISHED[name]

@@ -150,16 +150,16 @@ def one_shot(train: Tensor, train_labels: Tensor, test: Tensor, n_classes: int) 
     return cosine.argmax(2)
 
 
-def places(scores: Tensor) -> Tensor:
-    """(N,) int64: the place, from 1, of candidate i for query i, scores (N, N) being queries by candidates.
+def places(cosines: Tensor) -> Tensor:
+    """(N,) int64: the place, from 1, of key i for query i, cosines (N, N) being queries by keys.
 
     Ties are lost, and so is nan: embeddings that are all equal find nothing.
     """
-    return (~(scores < scores.diagonal()[:, None])).sum(1)
+    return (~(cosines < cosines.diagonal()[:, None])).sum(1)
 
 
 def retrieval(place: Tensor) -> Values:
-    """R@1 and R@5, how often a query's candidate is first and among the first five; MRR, the mean of 1 / its place."""
+    """R@1 and R@5, how often a query's key is first and among the first five; MRR, the mean of 1 / its place."""
     place = place.double()
     return {"r1": (place <= 1).double().mean().item(), "r5": (place <= 5).double().mean().item(), "mrr": (1 / place).mean().item()}
 
@@ -173,7 +173,7 @@ def both_directions(left_to_right: Values, right_to_left: Values) -> Values:
 
 
 def chance(data: ImageData) -> Values:
-    """Retrieval among the test images with candidates in random order, on average: every place is as probable."""
+    """Retrieval among the test images with keys in random order, on average: every place is as probable."""
     found = retrieval(torch.arange(1, data.n_test + 1))
     return both_directions(found, found)
 
@@ -184,8 +184,8 @@ def evaluate_towers(towers: TwoTowers, data: ImageData) -> Values:
     with unchanged(towers):
         embeddings = [frozen_features(tower, side) for tower, side in zip((towers.left, towers.right), sides, strict=True)]
     left, right = (F.normalize(embedding, dim=1) for embedding in embeddings)
-    scores = left @ right.T
-    return both_directions(retrieval(places(scores)), retrieval(places(scores.T)))
+    cosines = left @ right.T
+    return both_directions(retrieval(places(cosines)), retrieval(places(cosines.T)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,9 @@ SHOWN = {"loss": "mean", "row": "row", "gradient": "gradient", "scale": "scale"}
 COLUMNS = ("kernels", "loss", "dtype", "d", "noise", "temperature", "exact", *SHOWN.values(), "inside", "status")
 
 
-class Cell(NamedTuple):
+class Point(NamedTuple):
+    """Of the grid, as that of bench/accuracy.py; its inputs are made on the device."""
+
     loss: str
     dtype: torch.dtype
     d: int
@@ -33,23 +35,23 @@ class Cell(NamedTuple):
     temperature: float
 
 
-def cells(dry: bool) -> Iterator[Cell]:
+def grid(dry: bool) -> Iterator[Point]:
     """Every loss and dtype comes early: the budget may end before the grid does."""
     for d in (24,) if dry else (128, 512):
         for noise in (0.4, 3.0):
             for temperature in (0.05,) if dry else (0.05, 0.01, 0.1, 0.5):
                 for dtype in DTYPES:
                     for loss in LOSSES:
-                        yield Cell(loss, dtype, d, noise, temperature)
+                        yield Point(loss, dtype, d, noise, temperature)
 
 
-def stored(cell: Cell, n: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
+def stored(point: Point, n: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a call with n keys, and its temperature or logit scale."""
-    loss = LOSSES[cell.loss]
+    loss = LOSSES[point.loss]
     generator = torch.Generator(device).manual_seed(0)  # the device's own: on a GPU a million rows are there at once
-    first, aside = torch.randn(2, n // (1 + loss.symmetric), cell.d, generator=generator, device=device)
-    value = cell.temperature if accuracy.parameter_of(loss) == "temperature" else 1 / cell.temperature
-    return inputs.call(loss, first.to(cell.dtype), (first + cell.noise * aside).to(cell.dtype)), torch.tensor(value, device=device)
+    first, aside = torch.randn(2, n // (1 + loss.symmetric), point.d, generator=generator, device=device)
+    value = point.temperature if accuracy.parameter_of(loss) == "temperature" else 1 / point.temperature
+    return inputs.call(loss, first.to(point.dtype), (first + point.noise * aside).to(point.dtype)), torch.tensor(value, device=device)
 
 
 @contextmanager
@@ -60,14 +62,14 @@ def alone(kernels: Kernels, device: str) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def judge(cell: Cell, n: int, device: str, every: list[Kernels]) -> Iterator[dict[str, Any]]:
+def judge(point: Point, n: int, device: str, every: list[Kernels]) -> Iterator[dict[str, Any]]:
     """By kernels the largest part of its limit that each quantity uses, and what that is."""
-    tensors, parameter = stored(cell, n, device)
-    loss = LOSSES[cell.loss]
+    tensors, parameter = stored(point, n, device)
+    loss = LOSSES[point.loss]
     runs: accuracy.Runs = {kernels.name: (accuracy.fused(loss, kernels.backend), partial(alone, kernels, device)) for kernels in every}
     true, verdicts = accuracy.judge(accuracy.Exact(loss, tensors), parameter, runs)
     for who, found in verdicts.items():
-        row: dict[str, Any] = {"kernels": who, **cell._asdict(), "dtype": str(cell.dtype)[6:], "exact": true.mean}
+        row: dict[str, Any] = {"kernels": who, **point._asdict(), "dtype": str(point.dtype)[6:], "exact": true.mean}
         for quantity, name in SHOWN.items():
             verdict = found[quantity]
             row |= {name: verdict.used, f"{name}_error": verdict.error, f"{name}_dense": verdict.dense}
@@ -78,12 +80,12 @@ def main() -> int:
     report = part.Report("accuracy")
     n = 256 if report.dry else 32_768
     every = report.kernels()
-    for cell in cells(report.dry) if every else ():
+    for point in grid(report.dry) if every else ():
         if report.left() < 10:
-            report.add({**cell._asdict(), "dtype": str(cell.dtype)[6:], "status": "no time left"})
+            report.add({**point._asdict(), "dtype": str(point.dtype)[6:], "status": "no time left"})
             continue
-        with report.step(str(cell)):
-            for row in judge(cell, n, report.device, every):
+        with report.step(str(point)):
+            for row in judge(point, n, report.device, every):
                 report.add(row)
         if report.device == "cuda":
             torch.cuda.empty_cache()

@@ -97,8 +97,7 @@ def run(group: Group, seconds: float, report: part.Report) -> dict[str, Any]:
 def main() -> int:
     report = part.Report("tests")
     backends = {"", *(name.partition("-")[0] for name in report.names())}
-    # The oracle in blocks is tested in every run of the suite.
-    for group in [Group("test_gpu and not oracle", 1.0)] if report.dry else [group for group in GROUPS if group.of in backends]:
+    for group in [Group("test_gpu", 1.0)] if report.dry else [group for group in GROUPS if group.of in backends]:
         row = run(group, max(report.left() * group.share, 1.0), report)
         report.add(row)
         # The tests of a library that is not built are all skipped, and say why.

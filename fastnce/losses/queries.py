@@ -213,7 +213,7 @@ def clip_loss(
         logit_bias: a float or a one-element tensor, added to every logit; it cancels in this loss. Default: none.
         reduction: "mean" (with weights: sum(weight * value) / sum(weight)), "sum", or "none" for the values of the pairs.
         image_ids, text_ids: integers (M,), (N,). Equal ids make a positive; the value is then SupCon's L_out in both directions. Copies of
-            an image stay among the candidates.
+            an image stay in the sum.
         exclude_image_ids, exclude_text_ids: integers (M,), (N,). Equal ids leave a pair out in both directions, but not the pair of row i
             and row i.
         aligned: whether row i belongs to row i beside what image_ids and text_ids say. Default: where there are as many images as texts,

@@ -54,7 +54,7 @@ def nt_xent(
         TypeError, RuntimeError, NotImplementedError: as docs/numerics.md lists; each message says what to write instead.
 
     Example:
-        >>> fastnce.nt_xent(torch.eye(4), temperature=1.0)  # three candidates at similarity 0
+        >>> fastnce.nt_xent(torch.eye(4), temperature=1.0)  # three keys at similarity 0
         tensor(1.0986)
 
     Chen et al. 2020 (arXiv:2002.05709), eq. 1.
@@ -162,7 +162,7 @@ def sup_con(
         TypeError, RuntimeError, NotImplementedError: as docs/numerics.md lists; each message says what to write instead.
 
     Example:
-        >>> fastnce.sup_con(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)  # three candidates at similarity 0
+        >>> fastnce.sup_con(torch.eye(4), torch.tensor([0, 0, 1, 1]), temperature=1.0)  # three keys at similarity 0
         tensor(1.0986)
 
     Khosla et al. 2020 (arXiv:2004.11362), eq. 2 and 3.

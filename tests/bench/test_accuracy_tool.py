@@ -22,7 +22,7 @@ from train_ref.truth import exact as truth
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_exact_answer_is_that_of_dense_float64(loss: str, regime: str) -> None:
     """Where the dense form is well conditioned, autograd through it confirms the answer from extended logits."""
-    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, torch.float64, regime, 24, 0.5), 34)
+    tensors, parameter = accuracy.inputs(accuracy.Point(loss, torch.float64, regime, 24, 0.5), 34)
     true, sizes = accuracy.Exact(LOSSES[loss], tensors).at(parameter)
     dense = accuracy.answer(accuracy.dense(LOSSES[loss]), LOSSES[loss], tensors, parameter, 1.0)
     for name, error in accuracy.errors(dense, true, sizes).items():
@@ -32,7 +32,7 @@ def test_the_exact_answer_is_that_of_dense_float64(loss: str, regime: str) -> No
 @pytest.mark.parametrize("loss", LOSSES)
 def test_extended_logits_do_not_depend_on_blocks(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of some rows, the last of them ragged, and all at once."""
-    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, torch.float64, "aligned", 5, 0.1), 34)
+    tensors, parameter = accuracy.inputs(accuracy.Point(loss, torch.float64, "aligned", 5, 0.1), 34)
     whole, _ = accuracy.Exact(LOSSES[loss], tensors).at(parameter)
     for module in (truth, inputs):
         monkeypatch.setattr(module, "BLOCK", 7 * 34)
@@ -92,7 +92,7 @@ def planted(entry: Loss, wrong: str | None) -> Callable[[dict[str, Tensor], str]
 def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, dtype: torch.dtype) -> None:
     """In place of fastnce the dense loss in float64: as it is, with a loss 1e-4 too large, with 2 % less gradient."""
     entry = LOSSES[loss]
-    tensors, parameter = accuracy.inputs(accuracy.Cell(loss, dtype, "random", 24, 0.1), 66)
+    tensors, parameter = accuracy.inputs(accuracy.Point(loss, dtype, "random", 24, 0.1), 66)
     _, verdicts = accuracy.judge(accuracy.Exact(entry, tensors), parameter, {"planted": (planted(entry, wrong), nullcontext)})
     outside = {name for name, verdict in verdicts["planted"].items() if not verdict.used <= 1}
     assert outside == ({wrong} if wrong != "loss" else {"loss", "row"}) - {None}

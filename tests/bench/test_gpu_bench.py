@@ -8,11 +8,9 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,21 +18,17 @@ import torch.nn.functional as F
 from test_accuracy_tool import planted
 from torch import Tensor
 
-from bench import accuracy, dense, measure, peers, record, table
+from bench import accuracy, dense, measure, peers, table
 from bench.gpu import accuracy as gpu_accuracy
-from bench.gpu import bars, check, sanitize, steps, tiles
+from bench.gpu import bars, sanitize, steps, tiles
 from bench.gpu import bench as gpu_bench
-from bench.gpu import build as gpu_build
-from bench.gpu import kernels as gpu_kernels
 from bench.gpu import measure as gpu_measure
 from bench.gpu import part as gpu_part
 from bench.gpu import peers as gpu_peers
 from bench.gpu import race as gpu_race
 from bench.gpu import tests as gpu_tests
 from bench.gpu.kernels import Kernels
-from bench.record import MODES, ROOT, Cell, Recorded, Row, row_of
-from fastnce.backends.cuda import launches
-from fastnce.compiled import build
+from bench.record import MODES, ROOT, Cell, Row, row_of
 from train_ref.truth import LOSSES
 
 
@@ -47,7 +41,7 @@ def cell(measure: str, names: tuple[str, ...], loss: str = "nt_xent", **more: An
 
 @pytest.mark.parametrize("loss", gpu_peers.CHUNKED)
 def test_chunks_that_do_not_divide_the_rows(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline that is wrong would be no baseline; bench/test_bench_small.py has it in one chunk."""
+    """A baseline that is wrong would be no baseline; test_bench_losses.py has it in one chunk."""
     monkeypatch.setattr(gpu_peers, "ROWS", 33)
     leaves = dense.leaves(loss, 130, 24)
     value = measure.step(gpu_peers.CHUNKED[loss], leaves)
@@ -95,7 +89,7 @@ def test_accuracy_finds_a_planted_error(loss: str, wrong: str | None, monkeypatc
     """In place of fastnce the dense loss in float64: as it is, 1e-4 too large, with 2 % less gradient."""
     fault = planted(LOSSES[loss], "loss" if wrong == "mean" else wrong)
     monkeypatch.setattr(accuracy, "fused", lambda loss, backend: fault)
-    (row,) = gpu_accuracy.judge(gpu_accuracy.Cell(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
+    (row,) = gpu_accuracy.judge(gpu_accuracy.Point(loss, torch.bfloat16, 24, 1.0, 0.1), 130, "cpu", [Kernels.of("cuda", "cpu")])
     outside = {name for name in gpu_accuracy.SHOWN.values() if row[name] > 1}
     assert outside == {None: set(), "mean": {"mean", "row"}, "gradient": {"gradient"}}[wrong]
     assert row["inside"] == (wrong is None)
@@ -158,6 +152,11 @@ def test_modes_under_the_clock_of_a_device(mode: str) -> None:
         assert row["tflops"] == pytest.approx({"fwd": 2, "bwd": 4, "full": 6}[mode] * 64**2 * 8 / row["gpu_ms"]["median"] / 1e9)
 
 
+def test_the_host_is_timed_without_the_device() -> None:
+    rows = measure.here(cell("host", (peers.OURS, "eager")))
+    assert [(row["status"], row["iterations"]) for row in rows] == [("ok", 3), ("ok", 3)] and all(row["host_ms"] > 0 for row in rows)
+
+
 def test_every_loss_has_a_memory_row_and_a_profile() -> None:
     for loss in dense.LOSSES:
         (row,) = measure.here(cell("memory", ("eager",), loss))
@@ -196,114 +195,6 @@ def test_a_failing_step_is_an_error_and_not_the_end(tmp_path: Path, capsys: pyte
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("tiles") and "error: one" in line for line in lines)
     assert any(line.startswith("bench") and "left no result" in line for line in lines)
-
-
-# ---------------------------------------------------------------- kernels, and a race between them
-
-
-def test_which_kernels_are_chosen_and_for_how_long() -> None:
-    """The library itself decides by the architecture; only the argument that it gets shows here."""
-    cpu = torch.device("cpu")
-    for name, where, architecture in (("cuda-mma", "gpu", 80), ("cuda-mma", "emulated", 80), ("cuda", "emulated", 90)):
-        with gpu_kernels.chosen(Kernels.of(name, where)):
-            assert launches.architecture(torch.device("cuda")) == architecture
-    assert launches.architecture(cpu) == 80
-    assert [Kernels.of(name, "gpu")[1:3] for name in gpu_kernels.NAMES] == [("cuda", "cuda")] * 2 + [("cuda", "triton")]
-    assert {Kernels.of(name, "cpu")[1:] for name in gpu_kernels.NAMES} == {("cpu", "torch", 0)}
-    assert not Kernels.of("cuda", "cpu").objection()
-
-
-def test_the_environment_says_which_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in gpu_kernels.WORDS.values():
-        for name, value in gpu_kernels.environment(where, ()).items():
-            monkeypatch.setenv(name, value)
-        assert (gpu_kernels.where(), gpu_kernels.asked()) == (where, gpu_kernels.names(where))
-    monkeypatch.setenv(gpu_kernels.ASKED, "cuda,triton")
-    assert gpu_kernels.asked() == ("cuda", "triton")
-
-
-def test_kernels_that_do_not_run_are_rows(tmp_path: Path) -> None:
-    found = gpu_part.Report("accuracy", ["--dry-run", f"--out={tmp_path}", "--kernels=cuda"])
-    assert [kernels.name for kernels in found.kernels()] == ["cuda"] and not found.rows
-    found.where = "gpu"
-    with mock.patch.object(Kernels, "objection", return_value="library not built"):
-        assert found.kernels() == []
-    assert found.rows == [{"kernels": "cuda", "status": "library not built"}]
-    assert found.errors == ["none of these kernels run here"]
-
-
-def test_without_a_compiler_the_library_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> str:
-        raise build.BuildError("no nvcc: looked for nvcc")
-
-    monkeypatch.setenv("FASTNCE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "nvcc", none)
-    found = gpu_part.Report("build", ["--dry-run", f"--out={tmp_path}"])
-    assert gpu_build.compiled(found, "sm_90a") == {"what": "library", "arch": "sm_90a", "status": "no nvcc: looked for nvcc"}
-    assert not found.errors
-    assert found.kernels((), needed=False) == [] and not found.errors
-    assert {gpu_build.arch_of(of) for of in ((8, 0), (8, 9), (9, 0), (10, 3), (12, 0))} <= build.ARCHS.keys()
-
-
-def test_what_ptxas_said_by_unit() -> None:
-    lines = [
-        "sm_90a k: 16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads; Used 168 registers, used 1 barriers",
-        "sm_90a l: 32 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads; Used 40 registers, used 1 barriers",
-        "(C7519) warpgroup.arrive is injected",
-    ]
-    expected = {"what": "a.cu", "entries": 2, "registers": 168, "stack": 32, "spilled": 8, "status": "remarks (C7519)"}
-    assert list(gpu_build.resources({"a.cu": lines})) == [expected]
-
-
-def lap(**samples: list[float]) -> Row:
-    names = tuple(name.replace("_", "-") for name in samples)
-    results = {name: {"status": "ok", "loss_value": 2.0, "gradient_norm": 1.0} for name in names}
-    return gpu_race.judged(cell("time", names), results, dict(zip(names, samples.values(), strict=True)))
-
-
-def test_the_first_of_a_race() -> None:
-    row = lap(cuda=[2.0, 9.0, 2.0], cuda_mma=[2.02, 9.1, 2.02], triton=[3.0, 13.5, 3.0], eager=[1.0, 4.0, 1.0])
-    assert (row["first"], row["ahead"], row["triton"], row["status"]) == ("cuda = cuda-mma", 1.5, 3.0, "ok")
-    assert (row["eager_over"], row["met"]) == (0.5, False)
-    assert lap(cuda=[1.0], triton=[1.0])["ahead"] == 1
-    found = [row, lap(cuda=[1.0], triton=[2.0])]
-    assert gpu_race.standings(found) == {"float32 N up to 1024": {"shapes": 2, "cuda": 2, "cuda-mma": 1}}
-
-
-def test_a_racer_that_computes_something_else_is_an_error(tmp_path: Path) -> None:
-    results = {name: {"status": "ok", "loss_value": value, "gradient_norm": 1.0} for name, value in (("cuda", 2.0), ("triton", 2.1))}
-    results["eager"] = {"status": "oom", "detail": "tried to allocate 64 GiB"}
-    row = gpu_race.judged(cell("time", tuple(results)), results, {"cuda": [1.0], "triton": [2.0]})
-    assert row["status"] == "eager: oom tried to allocate 64 GiB; triton computed something else"
-    found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
-    gpu_race.failed(found, row)
-    assert len(found.errors) == 1
-
-
-def test_a_contestant_that_ends_its_process_is_out_of_the_race(tmp_path: Path) -> None:
-    """A fault on a GPU ends the process, and a kernel that waits for ever takes its time: the others go on."""
-    found = gpu_part.Report("race", ["--dry-run", f"--out={tmp_path}"])
-    runs: list[tuple[str, ...]] = []
-
-    def run(command: list[str], given: Sequence[Cell], patience: float) -> Generator[Row]:
-        for one in given:
-            runs.append(one.names)
-            if "cuda" in one.names and one.n == 64:
-                return
-            yield gpu_race.problem(one) | {"first": one.names[0], "failed": [], "status": "ok"}
-
-    names = ("cuda", "triton")
-    gpu_race.race(found, [replace(cell("time", names), n=n) for n in (32, 64, 96)], run)
-    assert runs == [names, names, ("cuda",), ("triton",), ("triton",), ("triton",)]
-    assert [(row["n"], row.get("first")) for row in found.rows] == [(32, "cuda"), (64, None), (64, "triton"), (96, "triton")]
-    assert "cuda: its process died" in found.rows[1]["status"] and len(found.errors) == 1
-
-
-@pytest.mark.parametrize(("end", "seconds"), [("", 60), ("import os; os.abort()", 60), ("import time; time.sleep(60)", 1)])
-def test_rows_of_a_process_whatever_becomes_of_it(end: str, seconds: float) -> None:
-    code = f"import sys, json; print('noise'); [print(json.dumps(x), flush=True) for x in json.load(sys.stdin)]; {end}"
-    given = [cell("time", ("cuda",)), cell("time", ("triton",), "clip")]
-    assert [row["loss"] for row in gpu_race.answers([sys.executable, "-c", code], given, seconds)] == ["nt_xent", "clip"]
 
 
 # ---------------------------------------------------------------- reading logs
@@ -380,82 +271,6 @@ def test_a_report_of_a_gpu() -> None:
     assert "percent of a matrix product's 750,000 GFLOP/s in bfloat16" in text
     assert "| 1,024 | 8 | 40 | 10 |" in text
     assert "peak allocated device memory" in text
-
-
-# ---------------------------------------------------------------- bars, and what is unshown
-
-
-def test_a_step_is_compared_with_its_bar() -> None:
-    ours, eager = ({"contestant": name, "status": "ok", "launches": n} for name, n in ((peers.OURS, 6), ("eager", 20)))
-    assert steps.compared([ours, eager], "launches", 6, by_ratio=False) == {
-        "ours": 6,
-        "theirs": 20,
-        "ratio": 0.3,
-        "met": True,
-        "status": "ok",
-    }
-    assert steps.compared([eager, ours], "launches", 6, by_ratio=False)["met"] is False
-    assert [steps.compared(pair, "launches", 1.5, by_ratio=True)["met"] for pair in ([ours, eager], [eager, ours])] == [True, False]
-    crash = {"contestant": "eager", "status": "crash", "detail": "ValueError: x"}
-    assert steps.compared([ours, crash], "launches", 6, by_ratio=False) == {"met": None, "status": "eager: crash ValueError: x"}
-
-
-def test_the_host_is_timed_without_the_device() -> None:
-    rows = measure.here(cell("host", (peers.OURS, "eager")))
-    assert [(row["status"], row["iterations"]) for row in rows] == [("ok", 3), ("ok", 3)] and all(row["host_ms"] > 0 for row in rows)
-
-
-def test_what_a_check_printed() -> None:
-    log = "GPU\nverdict   seconds  variant\nright        0.10  triton: a\nWRONG        0.20  triton: b\n                   off by 2\n"
-    wrong = {"what": "triton: b", "passed": False, "status": "off by 2"}
-    assert check.rows_of("exit status 1", log + "2 variants checked, 1 wrong\n") == [
-        wrong,
-        {"what": "all variants", "passed": False, "variants": 2, "wrong": 1, "status": "exit status 1"},
-    ]
-    assert check.rows_of("cut off after 9 s", log)[1:] == [
-        {"what": "all variants", "passed": False, "status": "cut off after 9 s:                    off by 2"}
-    ]
-    assert check.rows_of("ok", "3 variants checked, 0 wrong\n")[0]["passed"]
-
-
-def part_run(part: str, rows: list[Row], errors: tuple[str, ...] = ()) -> Recorded:
-    env = {"gpu": {"name": "GPU 9000"}, "time": "2027-01-01T00:00:00Z"}
-    return Recorded("gpu-9000", f"{part}.json", {"part": part, "env": env, "rows": rows, "errors": list(errors)})
-
-
-def test_every_bar_of_a_row_has_its_words() -> None:
-    numbers = {contest.bar for contest in bars.RATIOS} | {6, 7, 8, 9, 12, 13}
-    assert numbers - {0} == {number for number, *_ in bars.WORDS}
-
-
-def test_every_part_shows_something() -> None:
-    assert {part for _, parts, _ in bars.CLAIMS for part in parts} == set(gpu_part.PARTS)
-
-
-def test_bars_and_what_is_unshown_on_a_page() -> None:
-    """Without a run nothing is shown; one that passed shows what its part alone shows; one that failed shows nothing."""
-    assert bars.table([]).count("not measured") == len(bars.WORDS)
-    assert bars.unshown([]).startswith("No run on a GPU is recorded.") and all(claim in bars.unshown([]) for claim, *_ in bars.CLAIMS)
-    rows = [{"bar": 1, "met": True}, {"bar": 1, "met": None}, {"bar": 3, "met": False}, {"bar": 3, "met": True}, {"bar": 4, "met": None}]
-    runs = [part_run("bench", rows), part_run("tests", [], ("a failure",)), part_run("race", [])]
-    lines = bars.table(runs).splitlines()[2:]
-    verdicts = [line.split(" | ")[-1].removesuffix(" |") for line in lines[:4]]
-    assert verdicts[0] == "yes: 1 of 1, 1 open; GPU 9000, 2027-01-01"
-    assert verdicts[1:] == ["**no**: 1 of 2; GPU 9000, 2027-01-01", "open", "no row"]
-    text = bars.unshown(runs)
-    assert "`race` on GPU 9000, 2027-01-01" in text and "any speed" not in text and "240 shapes" not in text
-    assert "device memory" in text and "`check`" in text and bars.ELSEWHERE in text
-    passed = bars.unshown([part_run(part, []) for part in gpu_part.PARTS])
-    assert "Every part has passed" in passed and "| what |" not in passed
-
-
-def test_parts_are_read_apart_from_other_results(tmp_path: Path) -> None:
-    (tmp_path / "gpu").mkdir()
-    for name, more in (("dry", {"dry_run": True}), ("old", {}), ("new", {})):
-        result = {"schema": 2, "part": "steps", "dry_run": False, "env": {"time": name, "gpu": {}}, "rows": [], "errors": []} | more
-        (tmp_path / "gpu" / f"{name}.json").write_text(record.text(result))
-    found = record.load(tmp_path)
-    assert [run.name for run in found.parts] == ["old.json", "new.json"] and not found.measured
 
 
 # ---------------------------------------------------------------- the script

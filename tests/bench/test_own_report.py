@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import contents, copied, environment, measured, record, recorded
+from made_up import environment, measured, record, recorded
+from test_page import contents, copied
 
 from bench import __main__ as command
 from bench import page

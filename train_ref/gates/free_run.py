@@ -40,10 +40,9 @@ def free_run(subject: Subject, trainings: Trainings, seeds: int = 5) -> Verdict:
         verdict.not_run.append(f"everything: {seeds} seeds; beside one other control it needs at least {CONTROL_SEEDS}")
         return verdict
     try:
-        failed = next((run.failed for run in (trainings.of(subject, seed) for seed in range(seeds)) if run.failed), "")
+        failed = trainings.failure(subject, seeds)
     except NotImplementedError as reason:
-        verdict.not_run.append(f"everything: {' '.join(str(reason).split())}")
-        return verdict
+        return verdict.refused(reason)
     for seed in range(seeds):
         same_order([trainings.of(who, seed) for who in (trainings.reference, subject, *controls)])
 

@@ -62,10 +62,9 @@ def outcome(subject: Subject, trainings: Trainings, seeds: int = 5) -> Verdict:
         verdict.not_run.append(f"everything: {seeds} seeds; the interval needs at least {LEAST_SEEDS}")
         return verdict
     try:
-        failed = next((run.failed for run in (trainings.of(subject, seed) for seed in range(seeds)) if run.failed), "")
+        failed = trainings.failure(subject, seeds)
     except NotImplementedError as reason:
-        verdict.not_run.append(f"everything: {' '.join(str(reason).split())}")
-        return verdict
+        return verdict.refused(reason)
     for metric, title in METRICS.items():
         pairs = [(trainings.of(subject, seed), trainings.of(trainings.reference, seed)) for seed in range(seeds)]
         differences = [getattr(own.accuracies, metric) - getattr(reference.accuracies, metric) for own, reference in pairs]

@@ -74,6 +74,10 @@ class Trainings:
             self._runs[key] = self._train(subject, seed)
         return self._runs[key]
 
+    def failure(self, subject: Subject, seeds: int) -> str:
+        """How the first that failed of its runs did so; empty where none did. Raises NotImplementedError if the subject does."""
+        return next((run.failed for run in (self.of(subject, seed) for seed in range(seeds)) if run.failed), "")
+
     def _train(self, subject: Subject, seed: int) -> Run:
         so_far: list[float] = []
         orders: list[str] = []

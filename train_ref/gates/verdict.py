@@ -81,6 +81,11 @@ class Verdict:
     def failed(self) -> list[Check]:
         return [check for check in self.checks if not check.passed]
 
+    def refused(self, reason: NotImplementedError) -> Verdict:
+        """Of a subject that does not take the question: nothing was measured."""
+        self.not_run.append(f"everything: {' '.join(str(reason).split())}")
+        return self
+
     def fields(self) -> dict[str, Any]:
         """For JSON."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks]

@@ -5,7 +5,7 @@ positives, t_ij = scale * (cos_ij - mean_P cos_ip). Then the loss of a row is
 
     log(1 + sum over negatives of exp t_ij)        one positive: nothing cancels, a loss of 1e-50 has all its digits, and so have 1 - p and
                                                    the gradients, which p - 1 would lose
-    log(sum over candidates of exp t_ij)           several positives: at least the log of their number
+    log(sum over keys of exp t_ij)                 several positives: at least the log of their number
     log(sum over negatives of exp t_ij)            DCL, whose sum leaves the positives out
 
 float64 rounds its own logits. To judge float64, give the logits with more digits: see `logits`.

@@ -50,7 +50,7 @@ def same(ids: Ids, s: Tensor) -> Tensor:
 
 
 def one_positive(s: Tensor, positive: Tensor) -> Tensor:
-    """log sum_j exp s_ij - s_ip, p = positive[i]. A pair that is no candidate has s = -inf."""
+    """log sum_j exp s_ij - s_ip, p = positive[i]. An excluded pair has s = -inf."""
     return F.cross_entropy(s, positive, reduction="none")
 
 
@@ -86,16 +86,16 @@ def info_nce(
     in_batch: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
-    """InfoNCE (M,): log sum_j exp s_ij - s_ip,  p the positive key of query i, j over its candidate keys.
+    """InfoNCE (M,): log sum_j exp s_ij - s_ip,  p the positive key of query i, j over its keys.
 
     query          (M, D)
     positive_key   (M, D)     row i belongs to query i
-    negative_keys  None       candidates are all M positive keys (in-batch negatives)
-                   (K, D)     candidates are the query's own positive and these K keys, shared by all queries
-                   (M, K, D)  candidates are the query's own positive and its own K keys
-    in_batch       candidates are all M positive keys and K shared ones
+    negative_keys  None       keys are all M positive keys (in-batch negatives)
+                   (K, D)     keys are the query's own positive and these K keys, shared by all queries
+                   (M, K, D)  keys are the query's own positive and its own K keys
+    in_batch       keys are all M positive keys and K shared ones
     query_ids, key_ids                   in-batch: keys with the query's id are positives too, and the value is SupCon's L_out
-    exclude_query_ids, exclude_key_ids   in-batch: keys with the query's id are no candidates, its own positive is one
+    exclude_query_ids, exclude_key_ids   in-batch: keys with the query's id are excluded, its own positive is not
     symmetric      in-batch: the mean of a pair's two directions
 
     van den Oord et al. 2018 (arXiv:1807.03748), eq. 4.

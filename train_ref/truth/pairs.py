@@ -1,7 +1,7 @@
 """Which pairs of a loss are positives and negatives, for a block of anchors: losses.py says the same with whole matrices.
 
 A function takes the tensors of a call by name, the numbers of some anchors (M, 1) and those of all keys (N,). It returns which keys are
-positives of these anchors, and which are negatives, both boolean (M, N). A key that is neither is no candidate.
+positives of these anchors, and which are negatives, both boolean (M, N). A key that is neither is excluded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def same_row(arguments: dict[str, Tensor], anchors: Tensor, keys: Tensor) -> tup
 
 
 def same_row_and_queue(arguments: dict[str, Tensor], anchors: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys are [k; queue]. Of the former only the anchor's own is a candidate."""
+    """The keys are [k; queue]. Of the former all but the anchor's own are excluded."""
     return anchors == keys, (keys >= len(arguments["k"])).expand(len(anchors), -1)
 
 

@@ -3,85 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_up import environment, measured, record, recorded
 
 from bench import comparison, figure, page
-from bench.record import Recorded, load
+from bench.record import load
 
 pytest.importorskip("matplotlib")
 
 ROOT = page.ROOT
-SIZES = [1024, 2048, 4096, 8192, 16_384]
-LIMIT = 512
-# MiB and ms of N rows: dense ones grow by N^2, and are the faster ones at the smallest N.
-COSTS = {
-    "fastnce": (lambda n: 1 + n / 1024, lambda n: 9 * (n / 1024) ** 1.7),
-    "eager": (lambda n: 12 * (n / 1024) ** 2, lambda n: 7 * (n / 1024) ** 2.1),
-    "careful": (lambda n: 11 * (n / 1024) ** 2, lambda n: 6 * (n / 1024) ** 2.1),
-    "compile": (lambda n: 9 * (n / 1024) ** 2, lambda n: 10 * (n / 1024) ** 2),
-    "chunked": (lambda n: 40 * (n / 1024), lambda n: 11 * (n / 1024) ** 2),
-    "slow library": (lambda n: 16 * (n / 1024) ** 2, lambda n: 30 * (n / 1024) ** 2.1),
-    "library": (lambda n: 16 * (n / 1024) ** 2, lambda n: 20 * (n / 1024) ** 2.1),
-}
-
-
-def measured(loss: str, limit: float = LIMIT, factor: float = 1.0, device: str = "cpu", dtype: str = "float32") -> list[dict[str, Any]]:
-    """Rows of a loss: a contestant that needs more than the limit is oom at that N, and skipped at the larger ones."""
-    rows = []
-    for measure in ("time", "memory"):
-        for n in SIZES:
-            for name, (mebibytes, milliseconds) in COSTS.items():
-                row: dict[str, Any] = {"measure": measure, "mode": "full", "loss": loss, "n": n, "d": 128, "dtype": dtype, "threads": 1}
-                row |= {"device": device, "contestant": name, "status": "ok"}
-                ms, mib = factor * milliseconds(n), mebibytes(n)
-                ours = factor * COSTS["fastnce"][1](n)
-                if limit and mib > limit:
-                    row["status"] = "oom-skipped" if mebibytes(n / 2) > limit else "oom"
-                elif measure == "memory":
-                    row |= {"peak_mib": mib, "loss_value": 2.0 + 1e-7 * (name == "fastnce"), "gradient_norm": 1.0}
-                else:
-                    row |= {"cpu_ms": {"median": ms, "min": ms}, "cpu_ratio": ms / ours, "wall_ms": {"median": ms, "min": ms}}
-                    row |= {"gpu_ms": {"median": ms, "min": ms}, "gpu_ratio": ms / ours, "loss_value": 2.0, "gradient_norm": 1.0}
-                rows.append(row)
-    return rows
-
-
-def environment(**more: Any) -> dict[str, Any]:
-    env: dict[str, Any] = {"cpu": "CPU", "vector": "AVX2", "threads": 1, "torch": "2.13.0", "python": "3.11", "fastnce": "0.1.0"}
-    env |= {"peers": {}, "load": [0.0], "allocator": {}, "sources": "d" * 64, "time": "2026-01-02T03:04:05Z", "command": "python a.py"}
-    return env | {"mem_limit_mib": LIMIT, "cells_left": 0} | more
-
-
-def record(folder: Path, name: str, rows: list[dict[str, Any]], env: dict[str, Any], **more: Any) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": 2, "env": env, "rows": rows, **more}))
-    return path
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     return recorded(tmp_path / "results")
-
-
-def recorded(folder: Path) -> Path:
-    """nt_xent as a comparison, clip at too few N for one, and an accuracy result."""
-    few = [row for row in measured("clip") if row["n"] == 1024]
-    record(folder, "a-cpu/2026-01-02-d.json", measured("nt_xent") + few, environment())
-    summary = [
-        {"dtype": "float32", "loss": "clip", "quantity": name, "cells": 50, "outside": 2 * (name == "scale"), "most_of_limit": 0.5}
-        for name in ("loss", "row", "gradient", "scale")
-    ]
-    record(folder, "a-cpu/2026-01-02-d-accuracy-2.json", summary, environment(), schema=1)
-    return folder
 
 
 @pytest.fixture
@@ -91,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 
 def copied(root: Path) -> Path:
     """The pages, in another folder."""
-    for name in page.REGIONS:
+    for name in page.GENERATED:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text((ROOT / name).read_text())
@@ -138,13 +76,13 @@ def test_rendering_twice_changes_nothing(root: Path, results: Path, capsys: pyte
 
 def test_an_edited_number_is_noticed(root: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(root, results)
-    texts = {root / name: (root / name).read_text() for name in page.REGIONS}
+    texts = {root / name: (root / name).read_text() for name in page.GENERATED}
     for path, text in texts.items():
         path.write_text(re.sub(r"\b(4,096|16,384)\b", "4,097", text, count=1))
         assert path.read_text() != text
     capsys.readouterr()
     assert run(root, results, "--check") == 1
-    assert capsys.readouterr().out == "".join(f"differs from the results: {name}\n" for name in page.REGIONS)
+    assert capsys.readouterr().out == "".join(f"differs from the results: {name}\n" for name in page.GENERATED)
     run(root, results)
     assert {path: path.read_text() for path in texts} == texts
 
@@ -235,7 +173,7 @@ def test_a_gpu_has_its_own_figure_and_no_place_in_readme(root: Path, results: Pa
     assert (root / "docs/figures/gpu-9000-nt_xent.svg").exists()
     found, *_ = comparison.comparisons(load(results))
     assert (found.shown["eager"], found.limit, found.chart().clock) == ("eager autocast", 512, "CUDA events")
-    found_on = page.headline(load(results)) + page.summary(load(results))
+    found_on = page.four_numbers(load(results)) + page.summary(load(results))
     assert "GPU 9000" not in found_on and found_on.count("CPU (AVX2)") == 2
     text = (root / "docs/benchmarks.md").read_text()
     assert "gpu-9000-nt_xent.svg" in text
@@ -247,7 +185,7 @@ CONDITIONS = ("CPU (AVX2), 1 thread", "float32", "D = 128", "torch 2.13.0", "202
 
 def test_the_four_numbers_of_readme(results: Path) -> None:
     """At the largest N that eager can do, with their conditions in one line, and where another is faster."""
-    text = page.headline(load(results))
+    text = page.four_numbers(load(results))
     assert text.startswith("| NT-Xent, N = 4,096 | peak memory | time |\n|---|--:|--:|\n| eager PyTorch | 192 MiB | 129 ms |\n")
     assert "\n| **fastnce** | 5 MiB | 95 ms |\n\nN counts both views. " in text
     line = text.splitlines()[-1]
@@ -264,7 +202,7 @@ def test_where_nobody_is_faster_that_is_said(results: Path) -> None:
         if row["measure"] == "time" and row["status"] == "ok":
             row["cpu_ratio"] = 2.0
     path.write_text(json.dumps(result))
-    assert page.headline(load(results)).endswith("In no recorded cell is another faster.")
+    assert page.four_numbers(load(results)).endswith("In no recorded cell is another faster.")
 
 
 def test_the_summary(results: Path) -> None:
@@ -289,7 +227,7 @@ def test_a_status_and_a_gap_are_shown_as_they_are(results: Path) -> None:
     path.write_text(json.dumps(result))
     text = page.summary(load(results))
     assert "| 4,096 | 192 / timeout |" in text and "| 1,024 | 12 / 7 | 9 / 10 | – / 11 |" in text
-    assert page.headline(load(results)).startswith("| NT-Xent, N = 2,048 |")  # the largest of which all four are known
+    assert page.four_numbers(load(results)).startswith("| NT-Xent, N = 2,048 |")  # the largest of which all four are known
 
 
 @pytest.mark.parametrize("sources", ["d", "e"])
@@ -338,154 +276,3 @@ def test_nothing_recorded_is_said(root: Path, results: Path) -> None:
     run(root, results)
     assert [(root / name).read_text().count(page.NOTHING) for name in ("README.md", "docs/benchmarks.md")] == [1, 4]
     assert list((root / "docs").glob("figures/*")) == []
-
-
-# Figures --------------------------------------------------------------------------------------------------------------------------------
-
-
-def chart(limit: float = LIMIT) -> figure.Chart:
-    rows = measured("nt_xent", limit=limit)
-    result = Recorded("a", "b", {"env": environment(mem_limit_mib=int(limit)), "rows": rows})
-    found = comparison.comparison_of(result, "nt_xent")
-    assert found is not None
-    return found.chart()
-
-
-def panels(chart: figure.Chart) -> list[Any]:
-    return list(figure.draw(chart).axes)
-
-
-def crosses(axes: Any) -> dict[str, tuple[float, float]]:
-    return {line.get_gid(): line.get_xydata()[0] for line in axes.lines if str(line.get_gid()).startswith("oom")}
-
-
-def test_crosses_are_on_the_limit_or_on_the_upper_edge() -> None:
-    memory, times = panels(chart())
-    expected = {f"oom {name} {n}" for name in ("eager", "torch.compile", "library") for n in SIZES[3:]} | {"oom chunked 16384"}
-    for axes, edge in ((memory, LIMIT), (times, times.get_ylim()[1])):
-        found = crosses(axes)
-        assert found.keys() == expected
-        for gid, (x, y) in found.items():
-            assert y == edge
-            assert abs(math.log2(x / int(gid.split()[-1]))) < 0.5
-    (dashed,) = (line for line in memory.lines if line.get_gid() == "limit")
-    assert set(dashed.get_ydata()) == {LIMIT}
-
-
-def test_without_a_limit_nothing_is_dashed() -> None:
-    memory, _ = panels(chart(0))
-    assert not [line for line in memory.lines if line.get_gid()]
-
-
-def drawn_texts(figure: Any) -> list[tuple[str, Any]]:
-    from matplotlib.text import Text
-
-    renderer = figure.canvas.get_renderer()
-    figure.canvas.draw()
-    found = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-    ticks = {
-        label
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for label in axis.get_majorticklabels()
-        if not inside(label, axes)
-    }
-    return [(text.get_text(), Text.get_window_extent(text, renderer)) for text in found if text not in ticks]
-
-
-def inside(label: Any, axes: Any) -> bool:
-    """Whether a tick is within the axes: matplotlib keeps labels for others, which it does not draw."""
-    x, y = label.get_position()
-    low, high = axes.get_xlim() if label in axes.xaxis.get_majorticklabels() else axes.get_ylim()
-    return bool(low <= (x if label in axes.xaxis.get_majorticklabels() else y) <= high)
-
-
-CROWDED = {
-    "one bundle": [1.0, 1.02, 0.98, 1.04],
-    "two pairs": [1.0, 1.05, 0.3, 0.31],
-    "beside ours": [0.02, 0.021, 0.0205, 1.0],
-    "far apart": [1.0, 0.3, 0.1, 0.03],
-}
-
-
-@pytest.mark.parametrize("factors", CROWDED.values(), ids=CROWDED)
-@pytest.mark.parametrize("limit", [0.0, 300.0])
-def test_no_text_touches_another_or_leaves_the_picture(factors: list[float], limit: float) -> None:
-    sizes = [2**power for power in range(10, 18)]
-
-    def line(label: str, factor: float, power: float) -> figure.Line:
-        mib = {n: 12 * factor * (n / 1024) ** power for n in sizes}
-        kept = {n: value for n, value in mib.items() if not limit or value <= limit}
-        found = figure.Measured(kept, tuple(n for n in sizes if n not in kept))
-        return figure.Line(label, label == "fastnce", found, found)
-
-    names = ("eager", "torch.compile", "chunked", "pytorch-metric-learning")
-    lines = [line("fastnce", 0.1, 1.0), *(line(name, factor, 2.0) for name, factor in zip(names, factors, strict=True))]
-    drawn = figure.draw(figure.Chart(limit, "process CPU time", tuple(lines)))
-    texts = drawn_texts(drawn)
-    words = [word for word, _ in texts]
-    assert {"fastnce", *names, "rows N", "1k", "64k"} <= set(words)
-    assert [word for word in words if word.startswith("limit")] == ([f"limit {figure.mebibytes(limit)}"] if limit else [])
-    for index, (word, box) in enumerate(texts):
-        assert drawn.bbox.x0 <= box.x0 and box.x1 <= drawn.bbox.x1 and drawn.bbox.y0 <= box.y0 and box.y1 <= drawn.bbox.y1, word
-        for other, its in texts[index + 1 :]:
-            assert not box.overlaps(its), (word, other)
-
-
-def test_names_at_ends_stay_clear_of_lines_and_the_others_are_in_the_legend() -> None:
-    drawn = figure.draw(chart())
-    (legend,) = drawn.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["fastnce", "eager", "torch.compile", "chunked", "library"]
-    for axes, named in zip(drawn.axes, ({"fastnce", "chunked"}, {"fastnce"}), strict=True):
-        boxes = {
-            text.get_text(): figure.extent(text) for text in axes.texts if text.get_text() in ("fastnce", "eager", "chunked", "library")
-        }
-        assert named <= boxes.keys()
-        for line in axes.lines:
-            if line.get_gid() is None:
-                points = figure.along(axes, [tuple(point) for point in line.get_xydata()])
-                assert not any(figure.covers(box, points) for box in boxes.values())
-
-
-def test_no_thin_line_leads_to_a_name() -> None:
-    """A name far from its line, with a line to it, was taken for the name of what that line crossed."""
-    for axes in panels(chart()):
-        assert all(text.arrow_patch is None for text in axes.texts)
-        for text in axes.texts:
-            if text.get_text() in ("fastnce", "eager", "torch.compile", "chunked", "library"):
-                assert abs(text.xyann[1]) <= max(figure.HEIGHTS)
-
-
-def test_every_colour_has_another_on_a_dark_page() -> None:
-    picture = figure.render(chart()).decode()
-    sheet, _, drawn = picture.partition("</style>")
-    used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", drawn))
-    assert used >= {figure.PAPER, figure.INK, figure.BLUE, figure.RED}
-    assert used <= figure.DARK.keys()
-    for colour in used:
-        assert f"fill: {figure.DARK[colour]} !important" in sheet and f"stroke: {figure.DARK[colour]} !important" in sheet
-
-
-def test_the_same_bytes_in_another_process(tmp_path: Path) -> None:
-    """With another order of sets and other settings of the user there."""
-    code = "import sys, test_report; sys.stdout.buffer.write(test_report.figure.render(test_report.chart()))"
-    (tmp_path / "matplotlibrc").write_text("font.size: 20\naxes.grid: True\nsavefig.bbox: tight\n")
-    env = os.environ | {
-        "PYTHONHASHSEED": "7",
-        "PYTHONPATH": os.pathsep.join([str(page.ROOT), str(Path(__file__).parent)]),
-        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
-    }
-    here = figure.render(chart())
-    there = subprocess.run([sys.executable, "-c", code], env=env, cwd=page.ROOT, capture_output=True, check=True).stdout
-    assert here == there
-    assert figure.stamp_in(here) == figure.stamp(chart())
-
-
-@pytest.mark.parametrize(("value", "words"), [(1 / 16, "64 KiB"), (8, "8 MiB"), (4096, "4 GiB"), (1536, "1.5 GiB")])
-def test_memory_in_words(value: float, words: str) -> None:
-    assert figure.mebibytes(value) == words
-
-
-@pytest.mark.parametrize(("value", "words"), [(0.1, "100 µs"), (10, "10 ms"), (1000, "1 s"), (100_000, "100 s")])
-def test_times_in_words(value: float, words: str) -> None:
-    assert figure.milliseconds(value) == words
