@@ -203,6 +203,7 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("block", "ids", 1, 0): TileShape(64, 64, 64, 8, 3),
         ("block", "ids", 2, 0): TileShape(64, 64, 64, 8, 2),
         ("retrieval", "ids", 1, 0): TileShape(64, 32, 64, 4, 3),
+        ("retrieval", "ids", 2, 0): TileShape(64, 32, 64, 4, 2),
         ("rows", "mask", 1, 128): TileShape(32, 32, 128, 4, 2),
         ("rows", "mask", 1, 256): TileShape(32, 32, 256, 4, 2),
         ("gradient", "mask", 1, 64): TileShape(32, 64, 64, 4, 3),
