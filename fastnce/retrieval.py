@@ -130,7 +130,7 @@ def retrieval(
     pairs = Pairs(exclude_self, offset, *label, *exclude, mask)
     query, key = query.detach(), None if key is None else key.detach()
     one = torch.ones((), dtype=compute_dtype(query.dtype), device=query.device)
-    problem = Problem(query, key, one, None, pairs, two_sided, normalize, metrics=True)
+    problem = Problem(query, key, one, None, pairs, two_sided, normalize, metrics=True, rounded=True)
     found = statistics.compute(where, problem, backend)
     hints.something_to_compare(where, found.lse_neg, found.n_pos)
     hints.without_positive(where, found.n_pos, "queries", ": they are no hits, and add 0 to mrr")
@@ -184,7 +184,8 @@ def _public(
     there = best > -torch.inf
     reciprocal = (1 + rank.to(dtype) + ties.to(dtype) / 2).reciprocal().masked_fill(~there, 0.0)
     indices, similarities = (index[:, None], similarity.to(dtype)[:, None]) if more[0] is None else more[0]
-    hits = {k: (rank + ties < k) & there for k in ks}
+    last = rank + ties  # of the places that the ties allow
+    hits = {k: (last < k) & there for k in ks}
     # Made in one call: Dynamo of torch 2.11 cannot return a tuple with a dict in it that _replace has made.
     columns = None if found.columns is None else _public(found.columns, ks, more[1:], dtype)
     return RetrievalStats(rank, ties, hits, reciprocal.mean(), indices, similarities, columns)

@@ -235,6 +235,18 @@ def test_a_bias_that_is_no_number_is_no_loss(bad: float, family: str) -> None:  
         assert fastnce.clip_loss(a, b, 10.0, torch.tensor(bad), **how, backend="triton").isnan()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_take_no_part_have_no_gradient(bad: float, family: str) -> None:  # noqa: F811
+    """Whatever comes down for them: here for a row whose label nobody else has."""
+    labels, found = torch.tensor([0, 1, 0, 2, 1, 1]), []
+    for backend in ("triton", "reference"):
+        z = random(6, 20).float().requires_grad_()
+        values = fastnce.sup_con(z, labels, temperature=0.1, reduction="none", backend=backend)
+        found += torch.autograd.grad(values, z, torch.tensor([1.0, 2.0, -1.0, bad, 0.5, 3.0]))
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 def test_losses_that_take_the_general_path() -> None:
     assert fused.serves("triton", random(2, 2)) and not fused.serves("torch", random(2, 2)) and not fused.serves("auto", random(2, 2))
     with fastnce.debug():

@@ -198,7 +198,9 @@ def _loss_of_rows(
     c = c * constant
     if values is not None:
         tl.store(values + i, value * constant, mask=inside)
-    negative, positive, mean = of_neg * c, of_lse * c, of_mean * c
+    # A row that takes no part has no gradient, whatever its weight is: 0 * inf would be nan.
+    c_of_part = tl.where((of_neg == 0.0) & (of_lse == 0.0) & (of_mean == 0.0), 0.0, c)
+    negative, positive, mean = of_neg * c_of_part, of_lse * c_of_part, of_mean * c_of_part
     _store_weights(vectors, pair, kept, i, padded, own_neg, own_pos, n_pos, negative, positive, mean, inside, peak, BR, IN_TILE, KEPT)
     mean_t = total / tl.maximum(n_pos, 1).to(tl.float64)
     none = tl.zeros([BR], tl.float64)

@@ -123,7 +123,6 @@ TILES: dict[tuple[str, str, int, int], TileShape] = {
 # Where an architecture wants another one than the table's, which is for sm_90.
 TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
     "sm_80": {
-        ("retrieval", "ids", 1, 128): TileShape(64, 32, 128, 4, 2),
         ("rows", "index", 1, 64): TileShape(128, 128, 64, 8, 3),
         ("rows", "index", 1, 128): TileShape(128, 128, 128, 8, 2),
         ("rows", "index", 1, 256): TileShape(64, 64, 256, 4, 1),
@@ -160,6 +159,7 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("gradient", "ids", 1, 256): TileShape(32, 32, 256, 4, 2),
         ("gradient", "ids", 2, 64): TileShape(64, 32, 64, 4, 2),
         ("gradient", "ids", 2, 128): TileShape(32, 64, 128, 4, 1),
+        ("retrieval", "ids", 1, 128): TileShape(64, 32, 128, 4, 2),
         ("rows", "mask", 1, 64): TileShape(64, 64, 64, 8, 3),
         ("rows", "mask", 1, 128): TileShape(32, 32, 128, 4, 2),
         ("rows", "mask", 1, 256): TileShape(32, 32, 256, 4, 2),
@@ -202,13 +202,17 @@ TILES_OF: dict[str, dict[tuple[str, str, int, int], TileShape]] = {
         ("gradient", "ids", 2, 128): TileShape(64, 32, 128, 8, 1),
         ("block", "ids", 1, 0): TileShape(64, 64, 64, 8, 3),
         ("block", "ids", 2, 0): TileShape(64, 64, 64, 8, 2),
-        ("retrieval", "ids", 1, 0): TileShape(64, 64, 64, 4, 1),
+        ("retrieval", "ids", 1, 0): TileShape(64, 32, 64, 4, 3),
+        ("retrieval", "ids", 2, 0): TileShape(64, 32, 64, 4, 2),
         ("rows", "mask", 1, 128): TileShape(32, 32, 128, 4, 2),
         ("rows", "mask", 1, 256): TileShape(32, 32, 256, 4, 2),
         ("gradient", "mask", 1, 64): TileShape(32, 64, 64, 4, 3),
         ("gradient", "mask", 2, 64): TileShape(32, 64, 64, 4, 2),
         ("block", "mask", 1, 0): TileShape(64, 32, 64, 4, 3),
         ("block", "mask", 2, 0): TileShape(32, 32, 64, 4, 2),
+        ("retrieval", "mask", 1, 64): TileShape(32, 32, 64, 4, 3),
+        ("retrieval", "mask", 1, 128): TileShape(32, 32, 128, 4, 2),
+        ("retrieval", "mask", 2, 128): TileShape(64, 32, 128, 8, 2),
     },
     "gfx942": {},
 }
