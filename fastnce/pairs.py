@@ -76,17 +76,31 @@ class Pairs(NamedTuple):
             return slice(0, 0), slice(0, 0)
         return slice(start, stop), slice(start + self.offset, stop + self.offset)
 
+    def comparable(self) -> Pairs:
+        """The same with vectors for both sides, whose ids are equal only where they match. A negative id matches nothing, not even itself:
+        it becomes -2 in q and -1 in k."""
+        q_label, k_label = _comparable(self.q_label, self.k_label)
+        q_exclude, k_exclude = _comparable(self.q_exclude, self.k_exclude)
+        return self._replace(q_label=q_label, k_label=k_label, q_exclude=q_exclude, k_exclude=k_exclude)
+
+    def matches(self, tile: TileRange) -> tuple[Tensor | None, Tensor | None]:
+        """Of comparable() pairs: two boolean matrices of a tile, (i1 - i0, j1 - j0): the label rule holds, the exclude rule holds. None
+        where there is no such rule."""
+        same, excluded = _equal(self.q_label, self.k_label, tile), _equal(self.q_exclude, self.k_exclude, tile)
+        if self.mask is not None:
+            i = torch.arange(tile.i0, tile.i1, device=self.mask.device) % self.mask.shape[0]
+            j = torch.arange(tile.j0, tile.j1, device=self.mask.device) % self.mask.shape[1]
+            masked = self.mask[i[:, None], j]
+            same = masked if same is None else same.logical_or_(masked)
+        return same, excluded
+
     def classify(self, tile: TileRange, symmetric: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """Two boolean matrices (positive, excluded) of a tile, (i1 - i0, j1 - j0); a pair that is neither is negative."""
         shape = (tile.i1 - tile.i0, tile.j1 - tile.j0)
-        excluded = _equal_ids(self.q_exclude, self.k_exclude, tile, shape, device)
-        positive = _equal_ids(self.q_label, self.k_label, tile, shape, device)
-        if self.mask is not None:
-            i = torch.arange(tile.i0, tile.i1, device=device) % self.mask.shape[0]
-            j = torch.arange(tile.j0, tile.j1, device=device) % self.mask.shape[1]
-            positive |= self.mask[i[:, None], j]
-        if self.q_exclude is not None:
-            positive &= ~excluded
+        positive, excluded = (
+            torch.zeros(shape, dtype=torch.bool, device=device) if matrix is None else matrix for matrix in self.comparable().matches(tile)
+        )
+        positive &= ~excluded
         by_self, by_alignment = self.diagonals(symmetric)
         for diagonal in by_alignment:
             fill_diagonal(positive, tile, diagonal, True)
@@ -112,9 +126,12 @@ def crosses(tile: TileRange, diagonal: int) -> bool:
     return tile.i0 + diagonal < tile.j1 and tile.j0 < tile.i1 + diagonal
 
 
-def _equal_ids(q_id: Tensor | None, k_id: Tensor | None, tile: TileRange, shape: tuple[int, int], device: torch.device) -> Tensor:
+def _comparable(q_id: Tensor | None, k_id: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if q_id is None:
-        return torch.zeros(shape, dtype=torch.bool, device=device)
-    rows, columns = q_id[tile.i0 : tile.i1], (q_id if k_id is None else k_id)[tile.j0 : tile.j1]
-    # A negative id matches nothing, not even itself. It becomes -2 on one side and -1 on the other: one comparison per pair is enough.
-    return rows.where(rows >= 0, -2)[:, None] == columns.where(columns >= 0, -1)
+        return None, None
+    k_id = q_id if k_id is None else k_id
+    return q_id.masked_fill(q_id < 0, -2), k_id.masked_fill(k_id < 0, -1)
+
+
+def _equal(q_id: Tensor | None, k_id: Tensor | None, tile: TileRange) -> Tensor | None:
+    return None if q_id is None or k_id is None else q_id[tile.i0 : tile.i1, None] == k_id[tile.j0 : tile.j1]

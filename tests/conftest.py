@@ -27,7 +27,6 @@ from pretended import pretended  # noqa: F401, a fixture
 import fastnce
 from fastnce import tiles
 from fastnce.backends._gpu import tiles as gpu_tiles
-from fastnce.backends._tiled import gemm
 from fastnce.backends.triton import tiles as triton_tiles
 from fastnce.compiled import build, find
 
@@ -85,7 +84,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     The tiles of compiled kernels have one size."""
     monkeypatch.setattr(tiles, "CPU_TILE", 16)
     monkeypatch.setattr(tiles, "GPU_TILE", 16)
-    monkeypatch.setattr(gemm, "CPU_ROWS", 7)
+    monkeypatch.setattr(tiles, "CPU_ROWS", 7)
     return 16
 
 

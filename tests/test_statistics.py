@@ -11,7 +11,8 @@ from named import ON_CPU, widest
 from problems import PROBLEMS, Call, of
 from torch import Tensor
 
-from fastnce import contrastive_stats, merge
+from fastnce import contrastive_stats, merge, tiles
+from fastnce.backends._tiled import operands
 from train_ref.truth import contract
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -69,6 +70,29 @@ def run(p: Call, dtype: torch.dtype, backend: str) -> tuple[list[Tensor], list[T
 @pytest.mark.parametrize("p", PROBLEMS, ids=str)
 def test_values_and_gradients(p: Call, dtype: torch.dtype, backend: str, small_tiles: int) -> None:
     check(p, dtype, backend)
+
+
+@pytest.mark.parametrize("waiting", [2, tiles.GPU_WAITING])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("p", PROBLEMS, ids=str)
+def test_as_off_the_cpu(p: Call, dtype: torch.dtype, waiting: int, small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no value is read back, every sum has a maximum, and sums of several tiles wait for each other."""
+    monkeypatch.setattr(tiles, "CPU_WAITING", waiting)
+    monkeypatch.setattr(operands, "UNSHIFTED", dict.fromkeys(operands.UNSHIFTED, -1.0))
+    check(p, dtype, "torch")
+
+
+@pytest.mark.parametrize("waiting", [1, tiles.GPU_WAITING])
+def test_infinite_logits(waiting: int, small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that leave float32, in one tile of several: a row with inf has the log-sum inf, -inf adds nothing, and nan stays nan."""
+    monkeypatch.setattr(tiles, "CPU_WAITING", waiting)
+    q, k = torch.ones(4, 2), torch.ones(70, 2)
+    q[1], q[2], q[3, 0] = 1e20, -1e20, torch.nan
+    k[20] = 1e20
+    for keys in (k, k.flip(0), k[20:21]):
+        tiled, dense = (contrastive_stats(q, keys, scale=1.0, normalize=False, backend=name).lse_neg for name in ("torch", "reference"))
+        torch.testing.assert_close(tiled, dense, equal_nan=True)
+        assert tiled[1] == torch.inf and tiled[3].isnan() and tiled[2] == (-torch.inf if len(keys) == 1 else dense[2])
 
 
 @pytest.mark.slow

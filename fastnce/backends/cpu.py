@@ -92,8 +92,9 @@ def _aligned(ids: Tensor) -> Tensor:
 
 def _vectors(side: Sums) -> list[Tensor]:
     """The vectors of one side that the library writes, in the order of csrc/cpu/bind.cpp; an empty tensor where one is not collected."""
-    positive = [None, None] if side.positive is None else [side.positive.total, side.positive.top]
+    logs, classes = side.logs, [0, 1] if side.in_tile else [0]
+    sums = [None if matrix is None else matrix[of_class, side.own] for of_class in classes for matrix in (logs.total, logs.top)]
     metrics = [side.low, side.high, side.rank, side.ties, side.hardest_logit, side.hardest] if side.problem.metrics else [None] * 6
-    collected = [side.negative.total, side.negative.top, *positive, side.tile_pos, side.n_pos, *metrics]
+    collected = [*sums, *[None] * (4 - len(sums)), side.tile_pos, side.n_pos, *metrics]
     nothing = side.pos.new_empty(0)
     return [nothing if vector is None else vector for vector in collected]

@@ -11,12 +11,12 @@ Read this file first: the kernels of the other backends take the same steps.
 
 Three things are true everywhere below. Logits are in base 2, and their bias is added for term and weight alone, see _tiled. Where k is q,
 only tiles on or above the diagonal are visited: a tile above it also stands for its mirror image, one on it contains its own. Sums are
-always along dim 1: the columns of a tile are the rows of its transposed view.
+always along the last dim: the columns of a tile are the rows of its transposed view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from fastnce.backends._tiled.gemm import add_product, product
 from fastnce.backends._tiled.gradients import Parts, Weights
 from fastnce.backends._tiled.operands import Work
 from fastnce.backends._tiled.sums import LogSum, Sums
-from fastnce.pairs import TileRange, fill_diagonal
+from fastnce.pairs import Pairs, TileRange, fill_diagonal
 from fastnce.problem import Gradients, Problem, Side, SideGrad, Wanted
 
 NAME = "torch"
@@ -36,7 +36,7 @@ NAME = "torch"
 
 def term(t: Tensor, base: Tensor | None = None) -> Tensor:
     """What a logit adds to the sum of its row: exp2(t), that is exp(s), in the place of t. With a base it is divided by exp2(base)."""
-    return t.exp2_() if base is None else torch.exp2(t - base)
+    return t.exp2_() if base is None else (t - base).exp2_()
 
 
 def weight(t: Tensor, base: Tensor | None = None) -> Tensor:
@@ -52,39 +52,50 @@ def unsupported(problem: Problem) -> list[str]:
 def forward(problem: Problem) -> list[Side]:
     """Row statistics, then column statistics where two_sided."""
     work = Work.of(problem)
-    sums = Sums.of(work)
+    pairs, sums = problem.pairs.comparable(), Sums.of(work)
+    terms = _Terms(sums[0].logs)
+    # Tensors, because a Python number in torch.where is a launch at every tile.
+    zero, nothing = work.x.new_zeros(()), work.x.new_full((), -torch.inf)
     if problem.metrics:
         _find_best_positives(work, sums)
     for tile, t in _tiles(work):
-        if not work.in_tile:
-            _see_aligned(work, sums, tile, t)
-        classes = _classify(work, tile, t)
+        kinds = _Kinds.of(work, pairs, tile)
         views = _views(problem, tile)
-        for view in views:
-            _add_logits(sums[view.side], view, classes)
-        classes.add_(work.bias)
+        if kinds.positive is None:
+            _see_aligned(work, sums, tile, t)
+        else:
+            _add_positives(sums, views, kinds.positive, t.where(kinds.positive, zero))
+        t = kinds.split(t, nothing)
+        if problem.metrics:
+            for view in views:
+                _compare(sums[view.side], view, view.of(t[0]))
+        if work.bias is not None:
+            t.add_(work.bias)
         if work.unshifted:
-            classes = classes.of(term)
+            t = term(t)
         for view in views:
-            _add_terms(sums[view.side], view, classes)
+            terms.add(sums[view.side].own.start, view, t)
+    terms.merge()
     return [side.result() for side in sums]
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
     """dL/d(q, k, scale, bias) from dL/d(lse_neg, lse_pos, pos) of every side."""
     work = Work.of(problem)
-    parts = Parts.of(work, grads, stats, wanted)
+    pairs, parts = problem.pairs.comparable(), Parts.of(work, grads, stats, wanted)
     dx, dy, moment = parts.dx, parts.dy, parts.moment
-    guarded = [_guarded(weights) for weights in parts.weights]
+    sides = [_Coefficients.of(work, weights) for weights in parts.weights]
     for tile, t in _tiles(work) if parts.in_tiles else ():
         centered = None if moment is None else t - moment.center
-        classes = _classify(work, tile, t)
-        classes.add_(work.bias)
+        if work.bias is not None:
+            t.add_(work.bias)
         if work.unshifted:
-            classes = classes.of(weight)
-        w = torch.zeros_like(t)
+            t = weight(t)
+        kinds, w = _Kinds.of(work, pairs, tile), None
         for view in _views(problem, tile):
-            _add_weights(view.of(w), work, parts.weights[view.side], guarded[view.side], view, classes)
+            w = _add_weights(w, t, sides[view.side], view, kinds.positive)
+        assert w is not None
+        kinds.fill(w, 0.0)
         if moment is not None and centered is not None:
             moment.add(centered.mul_(w).sum(1))
         on_diagonal = problem.symmetric and tile.i0 == tile.j0
@@ -118,35 +129,56 @@ def _logits(problem: Problem, x: Tensor, y: Tensor) -> Tensor:
     return product(*full)[: len(x), : len(y)]
 
 
-class _Classes(NamedTuple):
-    """Logits of one tile by class: -inf for every pair that is no negative; -inf for every pair that is no positive; which pairs are."""
+class _Kinds(NamedTuple):
+    """Which pairs of a tile are what.
 
-    negative: Tensor
-    positive: Tensor | None = None
-    is_positive: Tensor | None = None
+    positive   a boolean matrix; None where positives are kept out of the tiles
+    excluded   a boolean matrix; None where no ids exclude
+    diagonals  lines j - i whose pairs no tile counts: a row with itself, and the aligned pairs that are kept out of the tiles
+    """
 
-    def add_(self, bias: Tensor | None) -> None:
-        """Put the bias into the logits."""
-        if bias is not None:
-            self.negative.add_(bias)
-            if self.positive is not None:
-                self.positive.add_(bias)
+    tile: TileRange
+    positive: Tensor | None
+    excluded: Tensor | None
+    diagonals: list[int]
 
-    def of(self, function: Callable[[Tensor], Tensor]) -> _Classes:
-        """The same with term or weight instead of the logits: both sides of a pair share them where there is no base. -inf becomes 0."""
-        return _Classes(function(self.negative), None if self.positive is None else function(self.positive), self.is_positive)
+    @staticmethod
+    def of(work: Work, pairs: Pairs, tile: TileRange) -> _Kinds:
+        """pairs: those of the problem, comparable()."""
+        positive, excluded = pairs.matches(tile)
+        by_self, by_alignment = pairs.diagonals(work.problem.symmetric)
+        if not work.in_tile:
+            return _Kinds(tile, None, excluded, by_self + by_alignment)
+        if positive is None:
+            positive = torch.zeros(tile.i1 - tile.i0, tile.j1 - tile.j0, dtype=torch.bool, device=work.x.device)
+        if excluded is not None:
+            positive.masked_fill_(excluded, False)
+        for diagonal in by_alignment:
+            fill_diagonal(positive, tile, diagonal, True)
+            if excluded is not None:
+                fill_diagonal(excluded, tile, diagonal, False)
+        for diagonal in by_self:
+            fill_diagonal(positive, tile, diagonal, False)
+        return _Kinds(tile, positive, excluded, by_self)
 
+    def fill(self, matrix: Tensor, value: float) -> None:
+        """Write value where no tile counts the pair. Never a product with a mask: 0 * nan would carry the nan of an excluded pair into its
+        row."""
+        if self.excluded is not None:
+            matrix.masked_fill_(self.excluded, value)
+        for diagonal in self.diagonals:
+            fill_diagonal(matrix, self.tile, diagonal, value)
 
-def _classify(work: Work, tile: TileRange, t: Tensor) -> _Classes:
-    pairs, symmetric = work.problem.pairs, work.problem.symmetric
-    if not work.in_tile and pairs.q_exclude is None:
-        for diagonal in sum(pairs.diagonals(symmetric), []):
-            fill_diagonal(t, tile, diagonal, -torch.inf)
-        return _Classes(t)
-    positive, excluded = pairs.classify(tile, symmetric, t.device)
-    # masked_fill, never a product with a mask: 0 * nan would carry the nan of an excluded pair into its row.
-    negative = t.masked_fill(positive | excluded, -torch.inf)
-    return _Classes(negative, t.masked_fill_(~positive, -torch.inf), positive) if work.in_tile else _Classes(negative)
+    def split(self, t: Tensor, nothing: Tensor) -> Tensor:
+        """(classes, rows, columns): t of the negatives and, with positives in the tile, of these; elsewhere -inf. t is overwritten."""
+        if self.positive is None:
+            logits = t[None]
+        else:
+            logits = t.new_empty(2, *t.shape)
+            torch.where(self.positive, nothing, t, out=logits[0])
+            torch.where(self.positive, t, nothing, out=logits[1])
+        self.fill(logits[0], -torch.inf)
+        return logits
 
 
 class _View(NamedTuple):
@@ -158,7 +190,11 @@ class _View(NamedTuple):
     other: slice
 
     def of(self, matrix: Tensor) -> Tensor:
-        return matrix.T if self.flip else matrix
+        return matrix.mT if self.flip else matrix
+
+    def along(self, vector: Tensor) -> Tensor:
+        """A vector of the side, or several, where it meets the tile."""
+        return vector[..., None, self.own] if self.flip else vector[..., self.own, None]
 
 
 def _views(problem: Problem, tile: TileRange) -> list[_View]:
@@ -195,61 +231,102 @@ def _see_aligned(work: Work, sums: list[Sums], tile: TileRange, t: Tensor) -> No
             sums[side].tile_pos[own] = aligned
 
 
-def _add_logits(sums: Sums, view: _View, classes: _Classes) -> None:
+def _add_positives(sums: list[Sums], views: list[_View], positive: Tensor, t: Tensor) -> None:
+    """t: the logits of the positives, elsewhere 0."""
+    for view in views:
+        side = sums[view.side]
+        side.pos[view.own] += view.of(t).sum(1)
+        side.n_pos[view.own] += view.of(positive).sum(1)
+
+
+def _compare(sums: Sums, view: _View, negative: Tensor) -> None:
+    """Count the negatives above the bounds, and keep the hardest. negative: their logits, elsewhere -inf."""
     own = view.own
-    if classes.is_positive is not None and classes.positive is not None:
-        is_positive = view.of(classes.is_positive)
-        sums.pos[own] += view.of(classes.positive).where(is_positive, 0.0).sum(1)
-        sums.n_pos[own] += is_positive.sum(1)
-    if sums.problem.metrics:
-        negative, low, high = view.of(classes.negative), sums.low[own, None], sums.high[own, None]
-        sums.rank[own] += (~(negative <= high)).sum(1)
-        sums.ties[own] += ((low <= negative) & (negative <= high)).sum(1)
-        best, where = negative.masked_fill(negative.isnan(), -torch.inf).max(1)
-        # `>`: of equally hard negatives the one in the lowest column stays, because tiles come in the order of their columns.
-        better = best > sums.hardest_logit[own]
-        sums.hardest_logit[own] = torch.where(better, best, sums.hardest_logit[own])
-        sums.hardest[own] = torch.where(better, where + view.other.start, sums.hardest[own])
+    low, high = sums.low[own, None], sums.high[own, None]
+    sums.rank[own] += (~(negative <= high)).sum(1)
+    sums.ties[own] += ((low <= negative) & (negative <= high)).sum(1)
+    best, where = negative.masked_fill(negative.isnan(), -torch.inf).max(1)
+    # `>`: of equally hard negatives the one in the lowest column stays, because tiles come in the order of their columns.
+    better = best > sums.hardest_logit[own]
+    sums.hardest_logit[own] = torch.where(better, best, sums.hardest_logit[own])
+    sums.hardest[own] = torch.where(better, where + view.other.start, sums.hardest[own])
 
 
-def _add_terms(sums: Sums, view: _View, classes: _Classes) -> None:
-    """Unshifted, classes hold terms. Elsewhere they hold t, and the sum so far is rescaled to the new maximum."""
+class _Terms:
+    """The terms of the tiles, on their way into the sums of their rows.
 
-    def add(sum_: LogSum, tile: Tensor) -> None:
-        tile = view.of(tile)
-        if sum_.top is None:
-            sum_.total[view.own] += tile.sum(1)
+    Unshifted, the sum of a tile is added at once. Elsewhere every tile has a largest t of its own in each row, to which its sum belongs.
+    Several such sums wait, and then are brought to one maximum together.
+
+    top, total  (tiles, classes, rows) of each tile that waits: its largest t, and its sum of term(t, top). A top of -inf: no tile, or one
+                without a pair of the class, whose total means nothing
+    seen        the number of tiles so far, by the first row of their block of rows
+    """
+
+    def __init__(self, logs: LogSum) -> None:
+        self.logs, self.seen = logs, dict[int, int]()
+        if logs.top is not None:
+            shape = (tiles.waiting_of(logs.top), *logs.top.shape)
+            self.top, self.total = logs.top.new_full(shape, -torch.inf), logs.top.new_empty(shape)
+
+    def add(self, start: int, view: _View, logits: Tensor) -> None:
+        """Take in a tile, whose side begins at row `start`. Unshifted, logits hold terms."""
+        own, logits = slice(start + view.own.start, start + view.own.stop), view.of(logits)
+        if self.logs.top is None:
+            self.logs.total[:, own] += logits.sum(-1)
             return
-        old = sum_.top[view.own]
-        top = torch.maximum(old, tile.amax(1))
-        # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan. With base 0, exp2(-inf) is 0 and
-        # exp2(inf) is inf.
-        base = top.nan_to_num(torch.nan, 0.0, 0.0)
-        sum_.total[view.own].mul_(torch.exp2(old - base)).add_(term(tile, base[:, None]).sum(1))
-        sum_.top[view.own] = top
+        seen, places = self.seen.get(own.start, 0), len(self.top)
+        self.seen[own.start] = seen + 1
+        if seen > 0 and seen % places == 0:
+            self.merge(own)
+        top, total = self.top[seen % places, :, own], self.total[seen % places, :, own]
+        torch.amax(logits, -1, out=top)
+        if seen >= places:  # the largest t so far is known for all tiles but those that wait
+            torch.maximum(top, self.logs.top[:, own], out=top)
+        torch.sum(term(logits, top[..., None]), -1, out=total)
 
-    add(sums.negative, classes.negative)
-    if sums.positive is not None and classes.positive is not None:
-        add(sums.positive, classes.positive)
+    def merge(self, own: slice = slice(None)) -> None:
+        """Add the sums that wait, and rescale the sum so far, to the new maximum."""
+        if self.logs.top is None:
+            return
+        top, total, old, sum_ = self.top[..., own], self.total[..., own], self.logs.top[:, own], self.logs.total[:, own]
+        new = torch.maximum(old, top.amax(0))
+        # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan.
+        base = new.nan_to_num(torch.nan, 0.0, 0.0)
+        waiting = (total * torch.exp2(top - base)).masked_fill_(top == -torch.inf, 0.0)
+        sum_.mul_(torch.exp2(old - base)).add_(waiting.sum(0)).masked_fill_(new == torch.inf, torch.inf)
+        old.copy_(new)
+        top.fill_(-torch.inf)
 
 
-def _guarded(weights: Weights) -> bool:
-    """Whether a coefficient may be nan: 0 * nan is nan, so pairs that do not count must then be filled with 0. Off the CPU one always
-    may be: reading it would make the host wait."""
-    some = weights.negative + weights.positive + weights.base_neg + weights.base_pos
-    return some.device.type != "cpu" or bool(some.isnan().any())
+class _Coefficients(NamedTuple):
+    """The coefficients of a side by the kind of the pair: for negatives, for positives. Weights has the formula.
+
+    base    (rows,) each; None where it is unshifted
+    linear  (rows,) factor of the exponential; with positives in the tiles (2, rows): factor and mean, which is 0 for negatives
+    """
+
+    base: tuple[Tensor, Tensor] | None
+    linear: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(work: Work, weights: Weights) -> _Coefficients:
+        base = None if work.unshifted else (weights.base_neg, weights.base_pos)
+        if not work.in_tile:
+            return _Coefficients(base, (weights.negative, weights.positive))
+        of_negative = torch.stack([weights.negative, torch.zeros_like(weights.mean)])
+        return _Coefficients(base, (of_negative, torch.stack([weights.positive, weights.mean])))
 
 
-def _add_weights(w: Tensor, work: Work, weights: Weights, guarded: bool, view: _View, classes: _Classes) -> None:
-    def add(tile: Tensor, coefficient: Tensor, base: Tensor) -> None:
-        tile = view.of(tile)
-        e = tile if work.unshifted else weight(tile, base[view.own, None])
-        if guarded:
-            w.add_((e * coefficient[view.own, None]).masked_fill_(tile == (0.0 if work.unshifted else -torch.inf), 0.0))
-        else:
-            w.addcmul_(e, coefficient[view.own, None])
+def _add_weights(w: Tensor | None, t: Tensor, side: _Coefficients, view: _View, positive: Tensor | None) -> Tensor:
+    """w, 0 if None, plus the weights of a side; those of pairs that no tile counts mean nothing. Unshifted, t holds values of weight."""
 
-    add(classes.negative, weights.negative, weights.base_neg)
-    if classes.positive is not None and classes.is_positive is not None:
-        add(classes.positive, weights.positive, weights.base_pos)
-        w.add_(weights.mean[view.own, None].where(view.of(classes.is_positive), 0.0))
+    def by_kind(negatives: Tensor, positives: Tensor) -> Tensor:
+        negatives = view.along(negatives)
+        return negatives if positive is None else torch.where(positive, view.along(positives), negatives)
+
+    e = t if side.base is None else weight(t, by_kind(*side.base))
+    linear = by_kind(*side.linear)
+    factor = linear if positive is None else linear[0]
+    w = e * factor if w is None else w.addcmul_(e, factor)
+    return w if positive is None else w.add_(linear[1])

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastnce.tiles import CPU_ROWS
+from fastnce.tiles import rows_of
 
 # oneDNN takes 10 us to look up its kernel. From this many multiplications on, its better rate is worth it.
 ONEDNN_FROM = 2**20
@@ -37,7 +37,9 @@ def add_product(out: Tensor, w: Tensor, rows: Tensor) -> None:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """<a_i, b_i> per row, without a copy of a * b of their size."""
-    return torch.cat([(x * y).sum(1) for x, y in zip(a.split(CPU_ROWS), b.split(CPU_ROWS), strict=True)])
+    size = rows_of(a)
+    found = [(x * y).sum(1) for x, y in zip(a.split(size), b.split(size), strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @cache

@@ -31,23 +31,26 @@ class Weights(NamedTuple):
     base_pos: Tensor
 
     @staticmethod
-    def of(work: Work, grad: tuple[Tensor, ...], side: Side, lift: Tensor) -> Weights:
-        # A row without a negative, or without a positive, gets base 0 (sum 1): -inf - -inf and 0 / 0 would be nan.
-        no_negative, no_positive = side.empty()
-        negative, positive, mean = (v * lift for v in grad)
-        if work.in_tile:
-            mean = mean / side.n_pos.clamp(min=1)
-        empty = 1.0 if work.unshifted else 0.0
-        own_neg, own_pos = side.own_neg.masked_fill(no_negative, empty), side.own_pos.masked_fill(no_positive, empty)
-        dtype = work.x.dtype
-        base_neg, base_pos = own_neg.to(dtype), own_pos.to(dtype)
+    def of(work: Work, grads: list[SideGrad], stats: list[Side]) -> tuple[list[Weights], Tensor, Tensor]:
+        """The coefficients of every side, lift, and Parts.due. Both sides are computed at once, in matrices with a line for each field."""
+        # A log-sum or mean of a row without a negative, or without a positive, is a constant, whatever gradient came down.
+        empty = _of_both([(side.lse_neg, side.lse_pos, side.lse_pos) for side in stats]) == -torch.inf
+        given = _of_both([grad.of_all(side) for grad, side in zip(grads, stats, strict=True)]).masked_fill_(empty, 0.0)
+        lift = _lift_of(given)
+        # Such a row gets base 0 (sum 1): -inf - -inf and 0 / 0 would be nan.
+        own = _of_both([(side.own_neg, side.own_pos) for side in stats]).masked_fill_(empty[:2], 1.0 if work.unshifted else 0.0)
+        base, weights, in_tiles = own.to(work.x.dtype), given * lift, 2 if work.in_tile else 1
         if work.unshifted:
-            negative, positive = negative / own_neg, positive / own_pos if work.in_tile else positive
+            weights[:in_tiles].div_(own[:in_tiles])
         else:
             # Rounding to float32 takes up to 1e-5 of a bit from the base, at a temperature of 0.005. It goes into the coefficient.
-            negative = negative * _rest_of(base_neg, own_neg)
-            positive = positive * _rest_of(base_pos, own_pos) if work.in_tile else positive
-        return Weights(negative.to(dtype), positive.to(dtype), mean.to(dtype), base_neg, base_pos)
+            weights[:in_tiles].mul_(_rest_of(base[:in_tiles], own[:in_tiles]))
+        if work.in_tile:
+            weights[2].div_(_of_both([(side.n_pos,) for side in stats])[0].clamp_(min=1))
+        weights, due = weights.to(work.x.dtype), given[0] + given[1] + given[2]
+        rows = [len(side.pos) for side in stats]
+        found = [Weights(*each) for each in zip(*(line.split(rows) for line in (*weights, *base)), strict=True)]
+        return found, lift, torch.stack([side.sum() for side in due.split(rows)]).sum()
 
 
 class Parts(NamedTuple):
@@ -72,10 +75,7 @@ class Parts(NamedTuple):
     def of(work: Work, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Parts:
         """The sums before the first tile: they hold the pairs that are kept out of the tiles."""
         problem = work.problem
-        given = [grad.of_some(side) for grad, side in zip(grads, stats, strict=True)]
-        lift = _lift_of(given)
-        weights = [Weights.of(work, *side, lift) for side in zip(given, stats, strict=True)]
-        due = torch.stack([(dlse_neg + dlse_pos + dpos).sum() for dlse_neg, dlse_pos, dpos in given]).sum()
+        weights, lift, due = Weights.of(work, grads, stats)
         moment = Moment(problem, stats[0], work.in_tile, work.x.dtype, due, lift) if wanted.scale else None
         dx = torch.zeros_like(work.x) if wanted.q else None
         dy = dx if problem.symmetric else torch.zeros_like(work.y) if wanted.k else None
@@ -108,7 +108,7 @@ class Parts(NamedTuple):
         return Gradients(
             None if self.dx is None else self._project(self.dx, work.x, work.r_x, dq_dtype),
             None if self.dy is None or problem.symmetric else self._project(self.dy, work.y, work.r_y, dk_dtype),
-            None if self.moment is None else (self.moment.total / (LOG2E * problem.scale)).to(problem.scale.dtype),
+            None if self.moment is None else (self.moment.total() / (LOG2E * problem.scale)).to(problem.scale.dtype),
             self.due.to(problem.scale.dtype) if self.wanted.bias else None,
         )
 
@@ -124,10 +124,16 @@ class Parts(NamedTuple):
         return dx[:, : self.work.problem.q.shape[1]].to(dtype).contiguous()
 
 
-def _lift_of(grads: Sequence[tuple[Tensor, ...]]) -> Tensor:
+def _of_both(sides: Sequence[Sequence[Tensor]]) -> Tensor:
+    """(fields, rows of both sides) from the vectors of each side."""
+    vectors = [vector for field in zip(*sides, strict=True) for vector in field]
+    return torch.cat(vectors).view(len(sides[0]), sum(len(side[0]) for side in sides))
+
+
+def _lift_of(given: Tensor) -> Tensor:
     """The power of two that brings the largest upstream gradient to between 1/2 and 1. Without it, the weights of a loss that is multiplied
     by 1e-34 would leave the normal numbers of float32."""
-    peak = torch.cat([v.abs() for grad in grads for v in grad] + [grads[0][0].new_zeros(1)]).amax()
+    peak = given.abs().amax() if given.numel() else given.new_zeros(())
     most = math.log2(torch.finfo(peak.dtype).max) - 24
     return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))
 

@@ -46,7 +46,11 @@ class Moment:
         self.center = (torch.where(some.any(), mean, log_mean) + alike).to(problem.scale.dtype)
         self.at = self.center - alike
         self.lift = lift
-        self.total = self.at * due
+        self.lifted = self.at * due * lift
 
     def add(self, terms: Tensor) -> None:
-        self.total = self.total + terms.sum(dtype=self.total.dtype) / self.lift
+        """Terms that are multiplied by lift, as the weights are."""
+        self.lifted = self.lifted + terms.sum(dtype=self.lifted.dtype)
+
+    def total(self) -> Tensor:
+        return self.lifted / self.lift
