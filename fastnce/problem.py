@@ -108,10 +108,6 @@ class Side(NamedTuple):
     hardest_logit: Tensor | None = None
     pos_max: Tensor | None = None
 
-    def empty(self) -> tuple[Tensor, Tensor]:
-        """Rows without a negative, rows without a positive."""
-        return self.lse_neg == -torch.inf, self.lse_pos == -torch.inf
-
 
 class SideGrad(NamedTuple):
     """dL/d of the differentiable fields of a Side, in the same order; None where no gradient came down, which is 0 everywhere."""
@@ -124,12 +120,6 @@ class SideGrad(NamedTuple):
         """With zeros for None."""
         dlse_neg, dlse_pos, dpos = (torch.zeros_like(side.pos) if g is None else g for g in self)
         return dlse_neg, dlse_pos, dpos
-
-    def of_some(self, side: Side) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with 0 where a row has no negative, or no positive: its log-sum and mean are constants, whatever gradient came down."""
-        no_negative, no_positive = side.empty()
-        dlse_neg, dlse_pos, dpos = self.of_all(side)
-        return dlse_neg.masked_fill(no_negative, 0.0), dlse_pos.masked_fill(no_positive, 0.0), dpos.masked_fill(no_positive, 0.0)
 
 
 FIELDS = len(Side._fields)

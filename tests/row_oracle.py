@@ -140,9 +140,11 @@ class _Contribution(NamedTuple):
 
     @staticmethod
     def of(grad: SideGrad, side: Side, in_tile: bool) -> _Contribution:
-        # A row without a negative, or without a positive, gets base 0: -inf - -inf would be nan.
-        no_negative, no_positive = side.empty()
-        negative, positive, mean = grad.of_some(side)
+        # The log-sum and mean of a row without a negative, or without a positive, are constants, whatever gradient came down. It gets
+        # base 0: -inf - -inf would be nan.
+        no_negative, no_positive = side.lse_neg == -torch.inf, side.lse_pos == -torch.inf
+        empty = (no_negative, no_positive, no_positive)
+        negative, positive, mean = (g.masked_fill(none, 0.0) for g, none in zip(grad.of_all(side), empty, strict=True))
         total = (negative + positive + mean).sum()
         own_neg = side.own_neg.masked_fill(no_negative, 0.0)
         share = mean / side.n_pos.clamp(min=1)

@@ -37,7 +37,7 @@ INSIDE = "the base of a row or column inside of its factor"
 EXPONENTIALS = {
     "fastnce/backends/torch_tiles.py": {
         "waiting = (total * torch.exp2(top - base)).masked_fill_(top == -torch.inf, 0.0)": MERGED,
-        "sum_.mul_(torch.exp2(old - base)).add_(waiting.sum(0)).masked_fill_(new == torch.inf, torch.inf)": RESCALED,
+        "sum_.mul_(torch.exp2(old - base)).add_(waiting.sum(0, dtype=sum_.dtype)).masked_fill_(new == torch.inf, torch.inf)": RESCALED,
     },
     "fastnce/backends/_tiled/gradients.py": {
         "return torch.exp2(-peak.log2().ceil().nan_to_num(0.0, 0.0, 0.0).clamp(-most, most))": "the power of two that lifts all weights",

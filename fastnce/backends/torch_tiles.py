@@ -281,7 +281,7 @@ class _Terms:
             self.merge(own)
         top, total = self.top[seen % places, :, own], self.total[seen % places, :, own]
         torch.amax(logits, -1, out=top)
-        if seen >= places:  # the largest t so far is known for all tiles but those that wait
+        if seen >= places:  # a maximum so far is known: with one place it is the running maximum of the other backends
             torch.maximum(top, self.logs.top[:, own], out=top)
         torch.sum(term(logits, top[..., None]), -1, out=total)
 
@@ -294,7 +294,7 @@ class _Terms:
         # Where the maximum is infinite (no pair so far, or an infinite logit) inf - inf would be nan.
         base = new.nan_to_num(torch.nan, 0.0, 0.0)
         waiting = (total * torch.exp2(top - base)).masked_fill_(top == -torch.inf, 0.0)
-        sum_.mul_(torch.exp2(old - base)).add_(waiting.sum(0)).masked_fill_(new == torch.inf, torch.inf)
+        sum_.mul_(torch.exp2(old - base)).add_(waiting.sum(0, dtype=sum_.dtype)).masked_fill_(new == torch.inf, torch.inf)
         old.copy_(new)
         top.fill_(-torch.inf)
 

@@ -8,5 +8,6 @@
 
 Logits are in base 2: t_ij = <x_i, y_j> with x = root * q_hat, y = root * k_hat, root^2 = scale * log2(e). So one
 scaled copy of each input serves the logits and both products of the gradient, and exp2 is four times as fast as exp. The bias is added for
-term and weight. Ranks, means of positives and the derivative by scale come from logits without it. No tensor here is larger than an input.
+term and weight. Ranks, means of positives and the derivative by scale come from logits without it. No tensor here is larger than an input,
+or than three numbers a row.
 """
