@@ -60,7 +60,7 @@ from machine_code import MMA, count, disassemble, hot_loop, resident, serialised
 
 from fastnce.backends import _gpu
 from fastnce.backends import triton as backend
-from fastnce.backends.triton import launches
+from fastnce.backends.triton import launches, tape
 from fastnce.pairs import Pairs
 from fastnce.problem import LossProblem, LossWanted, Problem, SideGrad, Wanted
 
@@ -213,6 +213,7 @@ def losses() -> Iterator[tuple[LossProblem, LossWanted]]:
 
 def shipped(arch: str) -> None:
     """Forward and backward of all of them, where the host code believes to be on this architecture."""
+    tape.forget()  # those of another architecture
     with mock.patch.object(launches, "architecture", return_value=arch):
         for ask, asked in losses():
             found, kept = backend.loss(ask)

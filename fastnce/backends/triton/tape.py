@@ -202,7 +202,12 @@ def record(function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor
     device = next(x.device for x in given if x is not None)
     like = [None if x is None else Like.of(x) for x in results]
     tape = Tape(device, like, [(at, Like.of(x)) for x, at in zip(kept, kept_at, strict=True)], (kept_size, other_size), ())
-    return Recording(tape, [(one, [place(n, x) for n, x in enumerate(one.arguments) if isinstance(x, Tensor | Number)]) for one in seen])
+    placed = []
+    for one in seen:
+        places = [place(n, x) for n, x in enumerate(one.arguments) if isinstance(x, Tensor | Number)]
+        plain = tuple(float(x) if isinstance(x, Number) else x for x in one.arguments)
+        placed.append((one._replace(arguments=plain), places))
+    return Recording(tape, placed)
 
 
 def _storage(x: Tensor) -> int:
@@ -229,8 +234,9 @@ def ready(recordings: Sequence[Recording]) -> list[Tape]:
     for tape, seen in recordings:
         calls = []
         for one, places in seen:
-            # A number must not keep its first value, nor an argument its first tensor.
-            fixed = tuple(None if isinstance(x, Tensor | Number) else x for x in one.arguments)
+            # What has a place must not keep its first value.
+            varied = {place.argument for place in places}
+            fixed = tuple(None if n in varied else x for n, x in enumerate(one.arguments))
             run, ordered = next(runs), one.ordered()[len(fixed) :]
             calls.append(Call(one._replace(arguments=fixed), [*fixed, *ordered], places, run))
         tapes.append(tape._replace(calls=tuple(calls)))
