@@ -15,13 +15,13 @@ import pytest
 import torch
 from test_proof import CPU, ROWS, SMALL, NoOperation, broken, cache, device, no_image, problem, recorded  # noqa: F401  fixtures
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import fastnce
 from fastnce import backends, fused
 from fastnce.backends import proof, proof_losses, triton, verdicts
 from fastnce.backends._gpu import host
 from fastnce.backends.trial import GIVEN, RULES, SHAPES, Variant
+from fastnce.backends.triton import tape
 from fastnce.pairs import Pairs
 from fastnce.problem import LossProblem, LossWanted
 
@@ -32,6 +32,8 @@ SOUND = [
     LOSS._replace(dtype="bfloat16", parts=1, shape="symmetric", rules="labels", aligned=False, loss="in"),
     LOSS._replace(dtype="float16", parts=1, shape="two_sided", rules="labels+ids", bias=True, given="weighted sum"),
     LOSS._replace(shape="symmetric", rules="place", aligned=False, normalize=False, given="number+weight"),
+    LOSS._replace(shape="two_sided", bias=True, given="weighted sum+values"),
+    LOSS._replace(given="number+partners+values", aligned=False),
 ]
 
 
@@ -52,11 +54,17 @@ def by_statistics(ask: LossProblem, upstream: Tensor) -> dict[str, Tensor]:
         return thread.submit(proof_losses.by_statistics, ask, upstream, torch.float32).result()
 
 
-def loss_of_tiles(ask: LossProblem) -> tuple[Tensor, list[Tensor]]:
+def fake_loss_of_tiles(ask: LossProblem) -> tuple[Tensor, Tensor]:
+    """The shapes of what loss_of_tiles returns."""
+    q = ask.problem.q
+    rows = q.shape[:-1].numel() + (0 if ask.second is None else len(ask.second))
+    return q.new_ones(rows if ask.by_row else (), dtype=torch.float32), q.new_empty(0)
+
+
+def loss_of_tiles(ask: LossProblem) -> tuple[Tensor, Tensor]:
     """What a sound pair of functions returns, from torch's tiles in the dtype that GPUs compute in."""
-    one = ask.problem.q.new_ones((), dtype=torch.float32)
-    found = one if isinstance(one, FakeTensor) else by_statistics(ask, one)["loss"].float()
-    return found, [one.new_empty(0) for _ in range(fused._KEPT)]
+    ones, kept = fake_loss_of_tiles(ask)
+    return by_statistics(ask, ones)["loss"].float(), kept
 
 
 def gradients_of_tiles(ask: LossProblem, kept: Any, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
@@ -112,7 +120,12 @@ def no_image_of_close(ask: LossProblem) -> Any:
     raise RuntimeError("no kernel image is available")
 
 
+def of_mean_upstream(ask: LossProblem, kept: Any, upstream: Tensor, wanted: LossWanted) -> list[Tensor | None]:
+    return gradients_of_tiles(ask, kept, upstream.mean().expand_as(upstream), wanted)
+
+
 WEIGHTED = LOSS._replace(given="weight")
+VALUES = LOSS._replace(given="values")
 PARTNERS = LOSS._replace(aligned=False, given="partners")
 VIEWS = LOSS._replace(shape="symmetric", given="second")
 DECOUPLED = VIEWS._replace(loss="decoupled")
@@ -125,6 +138,8 @@ LOSS_FAULTS: dict[str, tuple[Variant, ModuleType, str]] = {
     "partners": (PARTNERS, broken_pair(gradients=only("partners", lambda g: g * 1.01)), "dpartners( alone)? at scale"),
     "temperature": (LOSS, broken_pair(gradients=scale_for_temperature), "dscale at scale 10"),
     "weight": (WEIGHTED, broken_pair(gradients=only("weight", lambda g: g.flip(0))), "dweight at scale"),
+    "value of a row": (VALUES, broken_pair(lambda ask: (loss_of_tiles(ask)[0].roll(1), loss_of_tiles(ask)[1])), "loss at scale"),
+    "upstream of a row": (VALUES, broken_pair(gradients=of_mean_upstream), "d(q|k|scale)"),
     "bias": (LOSS._replace(bias=True), broken_pair(gradients=only("bias", lambda g: g + 1.0)), "dbias at scale"),
     "nan": (LOSS, broken_pair(gradients=only("k", lambda g: g * torch.nan)), "dk( alone)? at scale 10: error nan"),
     "nothing": (LOSS, broken_pair(gradients=lost), "RuntimeError: no dq, dk, dscale was returned"),
@@ -177,6 +192,7 @@ def test_a_fault_in_a_kernel_is_caught(fault: str, backend: str, tmp_path: Path,
     spec.loader.exec_module(module)
     changed = {"kernels_loss": "close", "kernels_rows": "finish"}[name]
     monkeypatch.setattr(kernels, changed, getattr(module, changed))
+    tape.forget()  # with the kernels that it holds
     assert re.match(r"(loss|d\w+)( alone)? at scale \d+.*: error ", proof.check(triton, of, 40, CPU, SMALL))
 
 
@@ -184,6 +200,7 @@ def test_a_fault_in_a_kernel_is_caught(fault: str, backend: str, tmp_path: Path,
 def pair(device: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
     """Backend "triton" makes losses too; what it was asked for."""
     ran: list[str] = []
+    monkeypatch.setattr(triton, "fake_loss", fake_loss_of_tiles)
     for name, run in (("loss", loss_of_tiles), ("gradients", gradients_of_tiles)):
         monkeypatch.setattr(triton, name, lambda *given, name=name, run=run: (ran.append(name), run(*given))[1], raising=False)
     return ran
@@ -285,7 +302,9 @@ def test_every_form_of_a_loss_is_a_variant_of_its_own(device: Path, monkeypatch:
     fastnce.dcl_loss(a, None, 0.1, normalize=False)
     fastnce.info_nce(a, b, weight=weight, temperature=t)
     fastnce.info_nce(a, b, weight=weight, temperature=t, reduction="sum")
+    fastnce.info_nce(a, b, weight=weight, temperature=t, reduction="none")
     fastnce.moco_loss(a, b, queue, 0.1, reduction="sum")
+    fastnce.moco_loss(a, b, queue, 0.1, reduction="none")
     fastnce.clip_loss(a, b, t, 3.0 * t, image_ids=ids, exclude_text_ids=ids)
     fastnce.sup_con(torch.stack([a, b], 1), ids, temperature=t, variant="in")
     fastnce.sup_con(torch.stack([a, b], 1), temperature=t)
@@ -294,7 +313,9 @@ def test_every_form_of_a_loss_is_a_variant_of_its_own(device: Path, monkeypatch:
         "symmetric, index, aligned, dot products, loss decoupled, number",
         "rows, index, aligned, loss out, weight",
         "rows, index, aligned, loss out, weighted sum",
+        "rows, index, aligned, loss out, weighted sum+values",
         "rows, index, loss out, number+partners",
+        "rows, index, loss out, number+partners+values",
         "two_sided, labels+ids, aligned, bias, loss out",
         "symmetric, labels, loss in",
         "symmetric, place, loss out",

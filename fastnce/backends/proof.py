@@ -49,9 +49,9 @@ def asked(problem: Problem) -> Asked:
 
 
 def asked_of_loss(ask: LossProblem) -> Asked:
-    """The same of a loss as one number."""
+    """The same of a loss."""
     weighted, given = ask.weight is not None, (ask.scale is None, ask.second is not None, ask.partners is not None)
-    return (*asked(ask.problem), ask.formula, ask.by_place, *given, weighted and ask.mean, weighted and not ask.mean)
+    return (*asked(ask.problem), ask.formula, ask.by_place, *given, weighted and ask.mean, weighted and not ask.mean, ask.by_row)
 
 
 def settings(dtype: torch.dtype) -> tuple[int, bool]:
@@ -270,7 +270,9 @@ class Canaries(TorchDispatchMode):
 
     STRIP = 1024  # bytes; a multiple of every alignment that kernels count on
     BYTE = 0xFF
-    EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default}
+    EMPTY = {getattr(torch.ops.aten, name).default for name in ("empty_like", "new_empty", "empty_strided")} | {
+        torch.ops.aten.empty.memory_format
+    }
     ZEROS = {torch.ops.aten.zeros.default, torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default}
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The proof of a backend's pair of functions for a loss as one number: see proof.py for how it goes, and fused.py for the pair.
+"""The proof of a backend's pair of functions for a loss: see proof.py for how it goes, and fused.py for the pair.
 
 The exact answer is that of statistics: torch's tiles, the formula through torch's autograd, torch's tiles once more for the gradient.
 """
@@ -66,7 +66,8 @@ def forms(like: Variant, of_format: bool, of_all: bool) -> Iterator[Variant]:
             elif "second" in one.given:
                 yield _given(one, "number")._replace(deterministic=True)
     if of_all:
-        yield from (_given(one, how) for one in sides for how in ("weight", "weighted sum"))
+        yield from (_given(one, how) for one in sides for how in ("weight", "weighted sum", "values"))
+        yield from (_given(_given(one, "weighted sum"), "values") for one in sides[:1])
 
 
 def _given(one: Variant, name: str) -> Variant:
@@ -94,11 +95,11 @@ def make(of: Variant, columns: int, scale: float, inverse: bool, device: torch.d
     Rows of labels, or by place, come as two views in one tensor of three dimensions.
     """
     draw, given, symmetric = Draw(of, columns, device), of.given.split("+"), of.shape == "symmetric"
-    weighted, views = bool({"weight", "weighted sum"} & set(given)), symmetric and not of.aligned
+    weighted, views, by_row = bool({"weight", "weighted sum"} & set(given)), symmetric and not of.aligned, "values" in given
     half = -(-rows // 2)
     rows = 2 * half if symmetric else rows
-    # One weight serves a row and its column.
-    keys = rows if symmetric or weighted else rows + rows // 8
+    # One weight, or one value, serves a row and its column.
+    keys = rows if symmetric or weighted or by_row else rows + rows // 8
     q, k = draw.features(rows, 1), None if symmetric else draw.features(keys, -1)
     partners = draw.features(rows, -1) if "partners" in given else None
     pairs = Pairs(symmetric, (half if symmetric else 0) if of.aligned else None, **draw.content(half if views else rows, keys))
@@ -108,10 +109,10 @@ def make(of: Variant, columns: int, scale: float, inverse: bool, device: torch.d
     second = q[half:] if "second" in given else None
     first = q.view(half, 2, -1) if views else q[:half] if second is not None else q
     problem = Problem(first, k, torch.empty((), device=device), bias, pairs, of.shape == "two_sided", of.normalize)
-    mean = "weighted sum" not in given
-    more = (second, partners, number, scale, inverse and number is not None, weight, "place" in of.rules)
+    mean = "weighted sum" not in given and not by_row
+    more = (second, partners, number, scale, inverse and number is not None, weight, "place" in of.rules, by_row)
     # About 1/16 for every row, so that float16 holds the gradient of the shortest one.
-    upstream = draw.uniform(low=0.5, high=1.5) * (rows / 16 if mean else 1 / 16)
+    upstream = draw.uniform(*[rows] * by_row, low=0.5, high=1.5) * (rows / 16 if mean else 1 / 16)
     return LossProblem(problem, of.loss, mean, *more), upstream.to(device, torch.float32)
 
 
@@ -134,7 +135,9 @@ def by_statistics(ask: LossProblem, upstream: Tensor, dtype: torch.dtype) -> dic
             ends[0] = variables[0]._replace(lse_pos=pos, pos=pos, n_pos=torch.ones_like(found[0].n_pos))
         values = [FORMULAS[ask.formula](end) for end in ends]
         weight = leaves.get("dweight")
-        sums = [(v if weight is None else v * weight).sum() for v in values]
+        sums = [v if weight is None else v * weight for v in values]
+        if not ask.by_row:
+            sums = [one.sum() for one in sums]
         if ask.mean:
             sums = [one / (len(v) if weight is None else weight.sum()) for one, v in zip(sums, values, strict=True)]
         loss = sum(sums[1:], sums[0]) / len(sums)
@@ -211,6 +214,9 @@ def _judge(of: Variant, ask: LossProblem, upstream: Tensor, exact: Answers, sing
     total = torch.ones_like(scale) if ask.mean else _total(ask, len(q))
     # The derivative by a weight is the value of a row, times this, and that by a bias a sum of shares that cancel each other.
     times = {"loss": total, "dbias": total * upstream, "dweight": upstream / (_total(ask, len(q)) if ask.mean else 1.0)}
+    if ask.by_row:
+        weight = torch.ones_like(upstream) if ask.weight is None else ask.weight
+        times = {"loss": weight.amax(), "dbias": (weight * upstream).sum(), "dweight": upstream.amax()}
     judged = []
     for name, one in found.items():
         short = name.split()[0]

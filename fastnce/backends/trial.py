@@ -15,8 +15,8 @@ SHAPES = ("rows", "two_sided", "symmetric")
 # How pairs are told apart: by index alone, or by the tensors of these names. Two partners of one row are looked for in the tiles too.
 RULES = ("index", "partners", "labels", "ids", "mask")
 # The arguments of a LossProblem by which other kernels run than for statistics: a scale that is a number and no tensor, second, partners,
-# and weight, whose mean is over the sum of the weights. Beside them by_place is a rule of its own, "place".
-GIVEN = ("number", "second", "partners", "weight", "weighted sum")
+# weight, whose mean is over the sum of the weights, and by_row, "values". Beside them by_place is a rule of its own, "place".
+GIVEN = ("number", "second", "partners", "weight", "weighted sum", "values")
 
 U = 2.0**-24  # half of float32's relative spacing at 1
 TF32 = 2.0**-11  # the same of TF32, of both factors of a product together

@@ -148,7 +148,9 @@ class _Watch(TorchDispatchMode):
         self.new: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        # No other mode: one may give a tensor that is a part of another one.
+        with torch._C._DisableTorchDispatch():
+            found = func(*args, **(kwargs or {}))
         kind = func.overloadpacket
         if kind in _NEW or kind == torch.ops.aten.new_zeros:
             self.new.append(found)
