@@ -295,7 +295,7 @@ def write(work: Work, weights: Weights, found: Found, out: Outputs, upstream: Te
     """Fill the outputs, times upstream and the factor of a loss where there is one. inverse: the scale was given as 1 over it."""
     x, y, scalars = work.x, work.y, out.scale is not None or out.bias is not None
     (first, second), k = x.raw, y.raw.first if work.keyed else None
-    height, width = triton_tiles.FINISH[work.keyed and not weights.pair]
+    height, width = triton_tiles.FINISH[not work.problem.normalize or (work.keyed and not weights.pair)]
     i, j = work.aligned()
     programs = (
         -(-x.rows // height) if scalars or out.first is not None or out.second is not None else 0,

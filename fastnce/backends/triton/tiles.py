@@ -20,8 +20,8 @@ class TileShape(NamedTuple):
     stages: int
 
 
-# Rows per program of the passes over single rows, and columns per step; of the last of them, which holds more, by whether keys of their own
-# are in no aligned pair.
+# Rows per program of the passes over single rows, and columns per step; of the last of them, which holds more, by whether it is spared some
+# of that: keys of their own are in no aligned pair, or rows are not normalised.
 ROWS = (8, 128)
 FINISH = {False: (8, 32), True: (8, 64)}
 
