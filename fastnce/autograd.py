@@ -80,14 +80,16 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, st
 
 
 def _unseen(args: tuple[Any, ...]) -> bool:
-    """Whether the arguments would go straight to the implementation: no tracer, transform, mode or kind of tensor wants an operator."""
+    """Whether the arguments would go straight to the implementation: no tracer, transform, mode or kind of tensor wants the dispatcher."""
     return (
         not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # batched gradients
+        and not torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, args))
+        and not any(x.is_neg() for x in args if isinstance(x, Tensor))  # the dispatcher negates its numbers
     )
 
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from pretended_gpu import Launched, pretend
 from torch import Tensor
 
 from fastnce import fused
-from fastnce.backends.triton import losses, statistics, tape
+from fastnce.backends.triton import kernels_rows, losses, statistics, tape
 from fastnce.pairs import Pairs
 from fastnce.problem import WITHOUT_METRICS, LossProblem, LossWanted, Problem, Side, SideGrad, Wanted
 
@@ -90,6 +91,18 @@ def of_statistics(launches: list[Launched]) -> int:
     return compared(launches, forward, of_problem, 0.0) + compared(launches, backward, given, 0.0)
 
 
+def of_failure() -> None:
+    """An error of a compiler is raised as it is, each time."""
+
+    def killed(*args: object, **kwargs: object) -> object:
+        raise RuntimeError("ptxas was killed")
+
+    q, k = (torch.randn(200, 48, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    for _ in range(2):
+        with mock.patch.object(kernels_rows.prepare, "compile", killed), pytest.raises(RuntimeError, match="ptxas was killed"):
+            losses.loss(asked("info_nce", q, k))
+
+
 def main() -> int:
     launches = pretend()
     compilers: set[int] = set()
@@ -116,6 +129,7 @@ def main() -> int:
             count += compared(launches, of_gradients, (*ask.tensors, kept.view(-1), upstream), 0.0)
             tape.forget()
         count += of_statistics(launches)
+    of_failure()
     print(f"triton {triton.__version__}: {count} launches as by Triton itself, compiled by {len(compilers)} threads")
     assert len(compilers) > 1 and threading.get_ident() not in compilers
     return 0

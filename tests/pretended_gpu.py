@@ -9,6 +9,7 @@ A process has compiled or interpreted kernels, never both: TRITON_INTERPRET must
 
 from __future__ import annotations
 
+import hashlib
 import types
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
     def __init__(self, launches: list[Launched], architecture: int) -> None:
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 232448, "multiprocessor_count": 132},
-            load_binary=lambda name, kernel, shared, device: (1, name, 0, 0, 1024),
+            load_binary=lambda name, kernel, shared, device: (1, f"{name} {hashlib.sha256(kernel).hexdigest()[:16]}", 0, 0, 1024),
             unload_module=lambda module: None,
         )
         self.architecture = architecture

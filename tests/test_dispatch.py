@@ -103,6 +103,23 @@ def test_a_kind_of_tensor_sees_operators(backend: str) -> None:
 
 
 @each_backend
+def test_a_tracer_before_autograd_sees_operators(backend: str) -> None:
+    q, k = (x.detach() for x in q_and_k())
+    traced = make_fx(lambda q, k: info_nce(q, k, backend), pre_dispatch=True)(q, k)
+    assert operators(backend, info_nce) & {str(node.target).removesuffix(".default") for node in traced.graph.nodes}
+
+
+@each_backend
+def test_numbers_that_wait_to_be_negated(backend: str) -> None:
+    """The imaginary part of a conjugate is a view of numbers with the other sign."""
+    q, k = (x.detach() for x in q_and_k())
+    scale = torch.tensor(5.0 - 3.0j).conj().imag
+    assert scale.is_neg() and torch._neg_view(q).is_neg()
+    found = fastnce.info_nce(torch._neg_view(q), k, scale=scale, backend=backend)
+    assert torch.equal(found, fastnce.info_nce(-q, k, scale=torch.tensor(3.0), backend=backend))
+
+
+@each_backend
 def test_batched_gradients(backend: str) -> None:
     q, k = q_and_k()
     loss = info_nce(q, k, backend)

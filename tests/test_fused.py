@@ -87,7 +87,7 @@ def run(case: Case, dtype: torch.dtype, backend: str, only: set[str] | None = No
     """The loss, then its gradients, with a random upstream gradient."""
     loss, tensors = case
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = {name: x.to(dtype if x.dim() == 2 else wide) for name, x in tensors.items()}
+    leaves = {name: x.detach().to(dtype if x.dim() == 2 else wide) for name, x in tensors.items()}
     asked = [x.requires_grad_() for name, x in leaves.items() if only is None or name in only]
     value = loss(**leaves, backend=backend, **how)
     upstream = random(*value.shape, seed=3) if value.dim() else torch.tensor(0.37)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -147,6 +148,79 @@ def test_every_form_is_told_apart() -> None:
         for loss in losses_of:
             q, k = views(base)[form]
             close(loss(q, k, "triton"), base, true=loss(q, k, "reference"))
+
+
+def calls_in_turn() -> list[Callable[[Tensor, Tensor], Tensor]]:
+    """Calls of the same tensors, each of which differs from another one in a flag."""
+    weight, ids = random(12, seed=5).abs().float(), torch.arange(12) % 4
+    kept = random(12, 6, seed=7).float()
+    how = {"backend": "triton"}
+    found: list[Callable[[Tensor, Tensor], Tensor]] = []
+    for normalize in (True, False):
+        for reduction in ("mean", "sum", "none"):
+            given: dict[str, Any] = {"normalize": normalize, "reduction": reduction, **how}
+            found += [
+                lambda q, k, o=given: fastnce.info_nce(q, k, temperature=torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.info_nce(q, k, scale=torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.info_nce(q, k, temperature=torch.tensor(0.2), weight=weight, **o),
+                lambda q, k, o=given: fastnce.clip_loss(q, k, torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.nt_xent(q, k, torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.dcl_loss(q, k, torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.sup_con(torch.stack([q, k], 1), ids, temperature=torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.sup_con(torch.stack([q, k], 1), ids, temperature=torch.tensor(0.2), variant="in", **o),
+                lambda q, k, o=given: fastnce.sup_con(torch.stack([q, k], 1), temperature=torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.moco_loss(q, k.detach(), kept, torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.moco_loss(q, k, kept, torch.tensor(0.2), **o),
+                lambda q, k, o=given: fastnce.info_nce(q, k.detach(), temperature=torch.tensor(0.2), **o),
+            ]
+        for offset, two_sided, metrics in itertools.product((None, 0, 3), (False, True), (False, True)):
+            asked: dict[str, Any] = {"offset": offset, "two_sided": two_sided, "metrics": metrics, "normalize": normalize, **how}
+            found.append(lambda q, k, o=asked: of_statistics(fastnce.contrastive_stats(q, k, scale=torch.tensor(2.0), **o)))
+        for exclude_self in (True, False):
+            own: dict[str, Any] = {"exclude_self": exclude_self, "offset": 6, "normalize": normalize, **how}
+            found.append(lambda q, k, o=own: of_statistics(fastnce.contrastive_stats(q, scale=torch.tensor(2.0), **o)))
+    return found
+
+
+def of_statistics(found: fastnce.ContrastiveStats) -> Tensor:
+    sides = [found, *([found.columns] if found.columns is not None else [])]
+    ranks = [side.rank.double() for side in sides if side.rank is not None]
+    return sum((x.nan_to_num(0.0, 0.0, 0.0).sum() for side in sides for x in (side.lse_neg, side.pos, *ranks)), torch.zeros(()))
+
+
+@pytest.mark.slow
+def test_calls_that_differ_in_a_flag_take_turns() -> None:
+    """Each gives the bits that it gives alone: no fact is missing in the key of a tape."""
+    leaf = random(2, 12, 6).float().requires_grad_()
+
+    def step(call: Callable[[Tensor, Tensor], Tensor], deterministic: bool) -> list[Tensor]:
+        torch.use_deterministic_algorithms(deterministic)
+        loss = call(*leaf.unbind())
+        found = [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
+        torch.use_deterministic_algorithms(False)
+        return found
+
+    every = [(call, deterministic) for call in calls_in_turn() for deterministic in (False, True)]
+    alone = []
+    for one in every:
+        tape.forget()
+        alone.append(step(*one))
+    tape.forget()
+    turns = [step(*one) for one in every]
+    wrong = [n for n, pair in enumerate(zip(alone, turns, strict=True)) if not all(map(torch.equal, *pair))]
+    assert not wrong
+
+
+def test_what_no_launch_needs_any_more_gives_its_place() -> None:
+    """Of three tensors of 1,000 bytes the first and the last are never needed together."""
+    from fastnce.backends.triton.launches import Launch
+
+    given = torch.zeros(4)
+    first, second, third = (torch.zeros(1000, dtype=torch.uint8) for _ in range(3))
+    uses = [(first, given), (first, second), (second, third), (third, given)]
+    of = {tape._storage(x): x for x in (first, second, third)}
+    found, size = tape._reused(of, [Launch(None, 1, arguments, {}) for arguments in uses])
+    assert size == 2 * 1024 and found[tape._storage(first)] == found[tape._storage(third)] != found[tape._storage(second)]
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -70,15 +70,23 @@ def compiled(launches: Sequence[Launch]) -> Sequence[Callable[..., None] | None]
     from triton.runtime import _async_compile as side_by_side
     from triton.runtime.jit import JITFunction
 
+    kernels: list[Any] = [None] * len(launches)
+    failed: Exception | None = None
     with ThreadPoolExecutor() as threads:
-        # An error is raised by result(). Otherwise the mode of Triton 3.6 would stay on behind it.
         mode = side_by_side.AsyncCompileMode(threads, ignore_errors=True)
         with mode if side_by_side.active_mode.get() is None else nullcontext():
-            found = [
-                one.kernel.warmup(*one.arguments, grid=(one.programs,), **one.options) if isinstance(one.kernel, JITFunction) else None
-                for one in launches
-            ]
-        kernels = [kernel.result() if isinstance(kernel, side_by_side.FutureKernel) else kernel for kernel in found]
+            for n, one in enumerate(launches):
+                if isinstance(one.kernel, JITFunction):
+                    kernels[n] = one.kernel.warmup(*one.arguments, grid=(one.programs,), **one.options)
+            # An error is caught in here: left to the mode, Triton 3.9 loses it, and with Triton 3.6 the mode would stay on behind it.
+            for n, kernel in enumerate(kernels):
+                if isinstance(kernel, side_by_side.FutureKernel):
+                    try:
+                        kernels[n] = kernel.result()
+                    except Exception as error:
+                        failed = failed or error
+    if failed is not None:
+        raise failed
     return [None if kernel is None else kernel[(one.programs, 1, 1)] for one, kernel in zip(launches, kernels, strict=True)]
 
 

@@ -64,7 +64,7 @@ def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     """The loss, float32, and the memory that its gradient needs, (bytes / parts, parts): so many parts has an operand."""
     ask = _contiguous(ask)
     with on_device(ask.problem.q):
-        found, memory = _apart(ask) if tape.APART else _step(ask).loss.play(ask.tensors, ask.value)
+        found, memory = _apart(ask) if tape.unrecorded() else _step(ask).loss.play(ask.tensors, ask.value)
         whole = memory.view(-1, limits.parts(ask.problem.q.dtype))
         if ask.by_row:
             return _of_rows(ask, Kept(*_step(ask).loss.of(memory))), whole
@@ -100,7 +100,7 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
             raise RuntimeError("fastnce: what the loss has kept is of another problem")
         if ask.by_row and ask.weight is not None:
             factor = ask.weight.to(torch.float64) * upstream  # in float64, as the product enters the sums
-        if tape.APART:
+        if tape.unrecorded():
             found = _gradients(ask, Kept(*(x.clone() for x in step.loss.of(memory))), factor, wanted)
         else:
             found, _ = _tape_of_gradients(ask, step, memory, factor, wanted).play((*ask.tensors, memory, factor))
@@ -108,7 +108,7 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
 
 
 def _apart(ask: LossProblem) -> tuple[list[Tensor], Tensor]:
-    """What the tape of a loss plays, without the tape: see tape.APART."""
+    """What the tape of a loss plays, without the tape: see tape.unrecorded."""
     found, kept = _loss(ask)
     memory = ask.problem.q.new_empty(tape.packed(kept)[1], dtype=torch.uint8)
     for mine, x in zip(_step(ask).loss.of(memory), kept, strict=True):

@@ -50,7 +50,7 @@ def _played(
 ) -> Sequence[Tensor | None]:
     """What a function of a problem, and of more tensors, returns."""
     p, pairs = problem, problem.pairs
-    if tape.APART or p.q.numel() == 0 or p.keys.numel() == 0:
+    if tape.unrecorded() or p.q.numel() == 0 or p.keys.numel() == 0:
         return function()
     ids = pairs.q_label, pairs.k_label, pairs.q_exclude, pairs.k_exclude
     given = p.q, p.k, p.scale, p.bias, *ids, pairs.mask, p.threshold, *more

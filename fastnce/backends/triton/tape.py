@@ -9,7 +9,9 @@ A function can be recorded if all that it does with tensors is to allocate them,
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -48,6 +50,21 @@ class Like(NamedTuple):
         if memory.dtype != self.dtype:
             memory = memory.view(self.dtype)
         return memory.as_strided(self.size, self.stride, memory.storage_offset() + offset // self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A tensor as Triton's compiler looks at one: whether it is aligned, and for AMD's GPUs whether 32 bits reach all of it."""
+
+    dtype: torch.dtype
+    address: int
+    size: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def ptr_range(self) -> int:
+        return self.size
 
 
 class Place(NamedTuple):
@@ -178,9 +195,9 @@ def record(function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor
     bases = {_storage(x): (first + n, 0) for n, x in enumerate(results) if x is not None}
     kept_at, kept_size = packed(kept)
     bases |= {_storage(x): (first + len(results), at) for x, at in zip(kept, kept_at, strict=True) if x.numel()}
-    others = [x for x in watch.new if x.numel() and _storage(x) not in bases]
-    other_at, other_size = packed(others)
-    bases |= {_storage(x): (first + len(results) + 1, at) for x, at in zip(others, other_at, strict=True)}
+    others = {_storage(x): x for x in watch.new if x.numel() and _storage(x) not in bases}
+    other_at, other_size = _reused(others, seen)
+    bases |= {storage: (first + len(results) + 1, at) for storage, at in other_at.items()}
     own = {x.data_ptr(): n for n, x in reversed(list(enumerate(given))) if x is not None}
 
     def place(argument: int, x: Tensor | Number) -> Place:
@@ -207,9 +224,36 @@ def record(function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor
     placed = []
     for one in seen:
         places = [place(n, x) for n, x in enumerate(one.arguments) if isinstance(x, Tensor | Number)]
-        plain = tuple(float(x) if isinstance(x, Number) else x for x in one.arguments)
-        placed.append((one._replace(arguments=plain), places))
+        placed.append((one._replace(arguments=tuple(_without_memory(x) for x in one.arguments)), places))
     return Recording(tape, placed)
+
+
+def _without_memory(x: Any) -> Any:
+    """An argument as the compiler needs it: a recording must not hold the tensors that it has made."""
+    if isinstance(x, Tensor):
+        return StandIn(x.dtype, x.data_ptr() % ALIGNED, x.untyped_storage().nbytes())
+    return float(x) if isinstance(x, Number) else x
+
+
+def _reused(tensors: dict[int, Tensor], seen: Sequence[Launch]) -> tuple[dict[int, int], int]:
+    """Where tensors go that are not kept, by their storage, and how long the memory is that they share. A launch that is behind all uses
+    of a tensor may have its place."""
+    uses: dict[int, list[int]] = {}
+    for n, one in enumerate(seen):
+        for x in one.arguments:
+            if isinstance(x, Tensor) and x.numel() and (storage := _storage(x)) in tensors:
+                uses.setdefault(storage, []).append(n)
+    placed: list[tuple[int, int, int, int]] = []  # start, stop, first use, last use
+    found, total = {}, 0
+    for storage in sorted(uses, key=lambda storage: -tensors[storage].untyped_storage().nbytes()):
+        first, last, size = min(uses[storage]), max(uses[storage]), up(tensors[storage].untyped_storage().nbytes(), ALIGNED)
+        start = 0
+        for other_start, other_stop, other_first, other_last in sorted(placed):
+            if other_first <= last and first <= other_last and other_start < start + size and start < other_stop:
+                start = other_stop
+        placed.append((start, start + size, first, last))
+        found[storage], total = start, max(total, start + size)
+    return found, total
 
 
 def _storage(x: Tensor) -> int:
@@ -253,21 +297,23 @@ _ALL: list[Recent[Any]] = []
 
 
 class Recent(Generic[Held]):
-    """What was made for the keys that were met last. There are few, so that lengths which never come again do not fill memory."""
+    """What was made last, by its key. There are few, so that lengths which never come again do not fill memory."""
 
     most = 256
 
     def __init__(self) -> None:
         self.held: dict[tuple[Any, ...], Held] = {}
+        self.lock = threading.Lock()
         _ALL.append(self)
 
     def of(self, key: tuple[Any, ...], make: Callable[[], Held]) -> Held:
         found = self.held.get(key)
         if found is None:
             found = make()
-            while len(self.held) >= self.most:
-                self.held.pop(next(iter(self.held)), None)
-            self.held[key] = found
+            with self.lock:
+                while len(self.held) >= self.most:
+                    del self.held[next(iter(self.held))]
+                self.held[key] = found
         return found
 
 
@@ -275,6 +321,11 @@ def forget() -> None:
     """Forget all of them."""
     for recent in _ALL:
         recent.held.clear()
+
+
+def unrecorded() -> bool:
+    """Whether functions run as they are. Where torch's dispatch to Python is off nothing can be recorded."""
+    return APART or torch._C._dispatch_tls_is_dispatch_key_excluded("Python")
 
 
 def form(given: Sequence[Tensor | None]) -> tuple[Any, ...]:
