@@ -62,13 +62,19 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = 4, num_
         (_this_thread.taker or Launch.start)(Launch(kernel, programs, arguments, options))
 
 
+def is_compiled(one: Launch) -> bool:
+    """Whether the kernel is compiled: others are interpreted, or operations of torch."""
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(one.kernel, JITFunction)
+
+
 def compiled(launches: Sequence[Launch]) -> Sequence[Callable[..., None] | None]:
     """The compiled kernels, which are called with all arguments in the order of their names; None for those that are interpreted.
 
     Compilers run beside each other: most of their time they hold no lock of Python's.
     """
     from triton.runtime import _async_compile as side_by_side
-    from triton.runtime.jit import JITFunction
 
     kernels: list[Any] = [None] * len(launches)
     failed: Exception | None = None
@@ -76,7 +82,7 @@ def compiled(launches: Sequence[Launch]) -> Sequence[Callable[..., None] | None]
         mode = side_by_side.AsyncCompileMode(threads, ignore_errors=True)
         with mode if side_by_side.active_mode.get() is None else nullcontext():
             for n, one in enumerate(launches):
-                if isinstance(one.kernel, JITFunction):
+                if is_compiled(one):
                     kernels[n] = one.kernel.warmup(*one.arguments, grid=(one.programs,), **one.options)
             # An error is caught in here: left to the mode, Triton 3.9 loses it, and with Triton 3.6 the mode would stay on behind it.
             for n, kernel in enumerate(kernels):

@@ -196,7 +196,8 @@ def record(function: Callable[[], tuple[Sequence[Tensor | None], Sequence[Tensor
     kept_at, kept_size = packed(kept)
     bases |= {_storage(x): (first + len(results), at) for x, at in zip(kept, kept_at, strict=True) if x.numel()}
     others = {_storage(x): x for x in watch.new if x.numel() and _storage(x) not in bases}
-    other_at, other_size = _reused(others, seen)
+    # The interpreter that checks every address tells tensors apart by theirs.
+    other_at, other_size = _reused(others, seen, reuse=any(launches.is_compiled(one) for one in seen))
     bases |= {storage: (first + len(results) + 1, at) for storage, at in other_at.items()}
     own = {x.data_ptr(): n for n, x in reversed(list(enumerate(given))) if x is not None}
 
@@ -235,9 +236,9 @@ def _without_memory(x: Any) -> Any:
     return float(x) if isinstance(x, Number) else x
 
 
-def _reused(tensors: dict[int, Tensor], seen: Sequence[Launch]) -> tuple[dict[int, int], int]:
-    """Where tensors go that are not kept, by their storage, and how long the memory is that they share. A launch that is behind all uses
-    of a tensor may have its place."""
+def _reused(tensors: dict[int, Tensor], seen: Sequence[Launch], reuse: bool = True) -> tuple[dict[int, int], int]:
+    """Where tensors go that are not kept, by their storage, and how long the memory is that they share. With reuse, a tensor gives its
+    place to those that are first used behind its last use."""
     uses: dict[int, list[int]] = {}
     for n, one in enumerate(seen):
         for x in one.arguments:
@@ -246,7 +247,8 @@ def _reused(tensors: dict[int, Tensor], seen: Sequence[Launch]) -> tuple[dict[in
     placed: list[tuple[int, int, int, int]] = []  # start, stop, first use, last use
     found, total = {}, 0
     for storage in sorted(uses, key=lambda storage: -tensors[storage].untyped_storage().nbytes()):
-        first, last, size = min(uses[storage]), max(uses[storage]), up(tensors[storage].untyped_storage().nbytes(), ALIGNED)
+        first, last = (min(uses[storage]), max(uses[storage])) if reuse else (0, len(seen))
+        size = up(tensors[storage].untyped_storage().nbytes(), ALIGNED)
         start = 0
         for other_start, other_stop, other_first, other_last in sorted(placed):
             if other_first <= last and first <= other_last and other_start < start + size and start < other_stop:
