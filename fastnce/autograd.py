@@ -62,6 +62,7 @@ def listed_logits(arguments: Listed) -> Tensor:
 class _Registered(NamedTuple):
     run: Callable[..., Any]
     derivative: type[Derivative]
+    without_gradient: Callable[..., Any]  # the same as run, but for None where a schema wants an empty tensor
 
 
 _REGISTERED: dict[str, _Registered] = {}
@@ -72,10 +73,12 @@ def call(name: str, *args: Any) -> Any:
     so many arguments as several launches do."""
     if torch.compiler.is_compiling() or not _unseen(args):
         return getattr(torch.ops.fastnce, name)(*args)
-    run, derivative = _REGISTERED[name]
-    return derivative.apply(Directly(run), *args) if torch.is_grad_enabled() else run(*args)  # type: ignore[attr-defined]
+    run, derivative, without_gradient = _REGISTERED[name]
+    return derivative.apply(Directly(run), *args) if torch.is_grad_enabled() else without_gradient(*args)  # type: ignore[attr-defined]
 
 
+# Batched gradients, and tracers of what comes before autograd. A key takes microseconds to be looked up by its name.
+_SEEING = tuple(map(torch._C._dispatch_key_parse, ("VmapMode", "PreDispatch")))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
@@ -84,12 +87,11 @@ def _unseen(args: tuple[Any, ...]) -> bool:
     return (
         not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")  # batched gradients
-        and not torch._C._dispatch_tls_is_dispatch_key_included("PreDispatch")
+        and not any(map(torch._C._dispatch_tls_is_dispatch_key_included, _SEEING))
         and torch._C._get_tracing_state() is None
         and torch.autograd.forward_ad._current_level < 0
         and _PLAIN.issuperset(map(type, args))
-        and not any(x.is_neg() for x in args if isinstance(x, Tensor))  # the dispatcher negates its numbers
+        and not any(map(Tensor.is_neg, [x for x in args if type(x) is Tensor]))  # the dispatcher negates its numbers
     )
 
 
@@ -395,9 +397,16 @@ def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], derivative: type[Derivative]) -> None:
-    """A new operator fastnce::name: its implementation, its fake, its derivative."""
-    _REGISTERED[name] = _Registered(run, derivative)
+def register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    derivative: type[Derivative],
+    without_gradient: Callable[..., Any] | None = None,
+) -> None:
+    """A new operator fastnce::name: its implementation, its fake, its derivative. without_gradient: see _Registered."""
+    _REGISTERED[name] = _Registered(run, derivative, without_gradient or run)
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.fastnce, name)
     _library.impl(name, run, "CompositeExplicitAutograd")

@@ -71,8 +71,7 @@ class _Arguments(NamedTuple):
 
     def problem(self) -> LossProblem:
         rules = Pairs(self.exclude_self, self.offset, self.q_label, self.k_label, self.q_exclude, self.k_exclude)
-        placeholder = self.q.new_empty((), dtype=torch.float32)
-        problem = Problem(self.q, self.k, placeholder, self.bias, rules, self.two_sided, self.normalize, frozen=self.frozen)
+        problem = Problem(self.q, self.k, self.q, self.bias, rules, self.two_sided, self.normalize, frozen=self.frozen)
         more = (self.second, self.partners, self.scale, self.value, self.inverse, self.weight, self.by_place, self.by_row)
         return LossProblem(problem, self.formula, self.mean, *more)
 
@@ -103,7 +102,7 @@ def ask(
 ) -> LossProblem:
     """The question, from the arguments of a public function. A scale that is a float stays one, which is a launch less."""
     tensor, value, inverse = arguments.scale_given(where, temperature, scale, q, called)
-    problem = Problem(q, k, q.new_empty((), dtype=torch.float32), bias, pairs, two_sided, normalize)
+    problem = Problem(q, k, q, bias, pairs, two_sided, normalize)
     mean, by_row = reduction == "mean", reduction == "none"
     return LossProblem(problem, formula, mean, second, partners, tensor, value, inverse, weight, by_place, by_row)
 
@@ -144,11 +143,15 @@ def _fake_loss(*flat: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> tuple[Tensor, ...]:
+def _some_gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> list[Tensor | None]:
     args = _Arguments(*flat)
     with no_autocast(args.q):
-        found = _module(args.backend).gradients(args.problem(), kept, upstream, LossWanted(*wanted))
-    return tuple(upstream.new_empty(0) if g is None else g for g in found)
+        found: list[Tensor | None] = _module(args.backend).gradients(args.problem(), kept, upstream, LossWanted(*wanted))
+    return found
+
+
+def _gradients(upstream: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    return tuple(upstream.new_empty(0) if g is None else g for g in _some_gradients(upstream, *given))
 
 
 def _fake_gradients(upstream: Tensor, kept: Tensor, wanted: list[bool], *flat: Any) -> tuple[Tensor, ...]:
@@ -191,4 +194,5 @@ autograd.register(
     _gradients,
     _fake_gradients,
     autograd.Gradients,
+    without_gradient=_some_gradients,
 )

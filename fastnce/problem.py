@@ -152,8 +152,8 @@ class LossProblem(NamedTuple):
                                                two_sided: half of that, and half of the same of the columns
         loss_i = weight_i value_i              by_row. two_sided: value_i is the mean of those of row and column i
 
-    problem    its rules and shapes; its scale is a placeholder. q may be (examples, views, D), whose rows are taken view by view, and
-               labels of one side may be fewer than its rows: row i has label i % len(labels)
+    problem    its rules and shapes; its scale is not read, any tensor takes the place. q may be (examples, views, D), whose rows are taken
+               view by view, and labels of one side may be fewer than its rows: row i has label i % len(labels)
     second     further queries, which follow those of q
     partners   (rows, D): row i is the positive of query i, beside the keys
     scale      0-dim tensor, or None: then `value` is the scale. inverse: the tensor is 1 / scale

@@ -251,6 +251,22 @@ def test_precision_that_changes_before_backward(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_where_nothing_can_be_recorded(reduction: Any) -> None:
+    """Without torch's dispatch to Python no operation is seen; nothing is recorded then, and the results are the same."""
+    q, k = leaves((37, 20), (37, 20))
+
+    def step() -> list[Tensor]:
+        loss = fastnce.nt_xent(q, k, 0.1, reduction=reduction, backend="triton")
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), (q, k))]
+
+    with torch._C._DisableTorchDispatch():
+        found = step()
+        of_statistics(fastnce.contrastive_stats(q, k, scale=2.0, offset=0, backend="triton"))
+    assert not losses._STEPS.held and not triton_statistics._TAPES.held
+    assert all(map(torch.equal, found, step()))
+
+
 def test_memory_that_has_been_elsewhere() -> None:
     """What is kept for backward may come back at another address (offloading, checkpoints), and may be read twice."""
     q, k = leaves((37, 20), (37, 20))

@@ -62,14 +62,18 @@ class Kept(NamedTuple):
 
 def loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
     """The loss, float32, and the memory that its gradient needs, (bytes / parts, parts): so many parts has an operand."""
-    ask = _contiguous(ask)
+    ask, parts = _contiguous(ask), limits.parts(ask.problem.q.dtype)
     with on_device(ask.problem.q):
-        found, memory = _apart(ask) if tape.unrecorded() else _step(ask).loss.play(ask.tensors, ask.value)
-        whole = memory.view(-1, limits.parts(ask.problem.q.dtype))
+        if tape.unrecorded():
+            number, kept = _loss(ask)
+            memory = _together(kept)
+            return _of_rows(ask, kept) if ask.by_row else number, memory.view(-1, parts)
+        step = _step(ask, parts)
+        (found,), memory = step.loss.play(ask.tensors, ask.value)
         if ask.by_row:
-            return _of_rows(ask, Kept(*_step(ask).loss.of(memory))), whole
-        assert found[0] is not None
-        return found[0], whole
+            found = _of_rows(ask, Kept(*step.loss.of(memory)))
+        assert found is not None
+        return found, memory.view(-1, parts)
 
 
 def fake_loss(ask: LossProblem) -> tuple[Tensor, Tensor]:
@@ -95,25 +99,36 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
             return gradients(ask, kept, upstream, wanted)
     ask, memory = _contiguous(ask), kept.view(-1)
     with on_device(ask.problem.q):
-        step, factor = _step(ask), upstream.contiguous()
-        if memory.numel() != step.loss.sizes[0]:
-            raise RuntimeError("fastnce: what the loss has kept is of another problem")
+        factor = upstream.contiguous()
         if ask.by_row and ask.weight is not None:
             factor = ask.weight.to(torch.float64) * upstream  # in float64, as the product enters the sums
         if tape.unrecorded():
-            found = _gradients(ask, Kept(*(x.clone() for x in step.loss.of(memory))), factor, wanted)
+            held: Kept | None = _taken_apart(ask, memory)
+            found = _gradients(ask, held, factor, wanted)
         else:
+            step = _step(ask, parts)
+            if memory.numel() != step.loss.sizes[0]:
+                raise RuntimeError("fastnce: what the loss has kept is of another problem")
             found, _ = _tape_of_gradients(ask, step, memory, factor, wanted).play((*ask.tensors, memory, factor))
-        return [*found, _of_weights(ask, Kept(*step.loss.of(memory)), upstream) if wanted.weight else None]
+            held = Kept(*step.loss.of(memory)) if wanted.weight else None
+        return [*found, None if held is None or not wanted.weight else _of_weights(ask, held, upstream)]
 
 
-def _apart(ask: LossProblem) -> tuple[list[Tensor], Tensor]:
-    """What the tape of a loss plays, without the tape: see tape.unrecorded."""
-    found, kept = _loss(ask)
-    memory = ask.problem.q.new_empty(tape.packed(kept)[1], dtype=torch.uint8)
-    for mine, x in zip(_step(ask).loss.of(memory), kept, strict=True):
-        mine.copy_(x)
-    return [found], memory
+def _together(kept: Kept) -> Tensor:
+    """What a tape keeps, in one memory, of a loss that no tape has played."""
+    places, size = tape.packed(kept)
+    memory = kept.operand.new_empty(size, dtype=torch.uint8)
+    for x, place in zip(kept, places, strict=True):
+        tape.Like.of(x).at(memory, place).copy_(x)
+    return memory
+
+
+def _taken_apart(ask: LossProblem, memory: Tensor) -> Kept:
+    """The reverse of _together."""
+    with launches.handed_to(lambda _: None):
+        _, like = _loss(ask)
+    places, _ = tape.packed(like)
+    return Kept(*(tape.Like.of(x).at(memory, place).clone() for x, place in zip(like, places, strict=True)))
 
 
 def _contiguous(ask: LossProblem) -> LossProblem:
@@ -146,10 +161,10 @@ class Step(NamedTuple):
 _STEPS: tape.Recent[Step] = tape.Recent()
 
 
-def _step(ask: LossProblem) -> Step:
+def _step(ask: LossProblem, parts: int) -> Step:
     p = ask.problem
     key = (
-        p.q.device, limits.parts(p.q.dtype), torch.are_deterministic_algorithms_enabled(), p.pairs.exclude_self, p.pairs.offset,
+        p.q.device, parts, torch.are_deterministic_algorithms_enabled(), p.pairs.exclude_self, p.pairs.offset,
         p.two_sided, p.normalize, p.frozen, ask.by_place, ask.by_row, ask.mean, ask.inverse, ask.formula,
         ask.value <= kernels.UNSHIFTED.value, tape.form(ask.tensors),
     )  # fmt: skip

@@ -27,6 +27,7 @@ ALIGNED = 512
 # Under this switch of torch's the driver gives every tensor memory of its own, so that a sanitizer sees its end. Tensors that share the
 # memory of a tape would hide theirs: then no tape is played.
 APART = os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") == "1"
+_PYTHON = torch._C._dispatch_key_parse("Python")
 _NEW = frozenset(getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 
 
@@ -327,7 +328,7 @@ def forget() -> None:
 
 def unrecorded() -> bool:
     """Whether functions run as they are. Where torch's dispatch to Python is off nothing can be recorded."""
-    return APART or torch._C._dispatch_tls_is_dispatch_key_excluded("Python")
+    return APART or torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
 
 
 def form(given: Sequence[Tensor | None]) -> tuple[Any, ...]:
