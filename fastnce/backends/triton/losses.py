@@ -103,15 +103,17 @@ def gradients(ask: LossProblem, kept: Tensor, upstream: Tensor, wanted: LossWant
         if ask.by_row and ask.weight is not None:
             factor = ask.weight.to(torch.float64) * upstream  # in float64, as the product enters the sums
         if tape.unrecorded():
-            held: Kept | None = _taken_apart(ask, memory)
+            held = _taken_apart(ask, memory)
             found = _gradients(ask, held, factor, wanted)
         else:
             step = _step(ask, parts)
             if memory.numel() != step.loss.sizes[0]:
                 raise RuntimeError("fastnce: what the loss has kept is of another problem")
             found, _ = _tape_of_gradients(ask, step, memory, factor, wanted).play((*ask.tensors, memory, factor))
-            held = Kept(*step.loss.of(memory)) if wanted.weight else None
-        return [*found, None if held is None or not wanted.weight else _of_weights(ask, held, upstream)]
+            if not wanted.weight:
+                return [*found, None]
+            held = Kept(*step.loss.of(memory))
+        return [*found, _of_weights(ask, held, upstream) if wanted.weight else None]
 
 
 def _together(kept: Kept) -> Tensor:
