@@ -138,16 +138,8 @@ def _contiguous(ask: LossProblem) -> LossProblem:
     if all(x is None or x.is_contiguous() for x in ask.tensors):
         return ask
 
-    def rows(x: Tensor | None) -> Any:
-        return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-    def vector(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous()
-
-    problem, pairs = ask.problem, ask.problem.pairs
-    ids: dict[str, Any] = {name: vector(getattr(pairs, name)) for name in ("q_label", "k_label", "q_exclude", "k_exclude")}
-    problem = problem._replace(q=rows(problem.q), k=rows(problem.k), pairs=pairs._replace(**ids))
-    return ask._replace(problem=problem, second=rows(ask.second), partners=rows(ask.partners), weight=vector(ask.weight))
+    more = {"second": passes.rows(ask.second), "partners": passes.rows(ask.partners), "weight": passes.vector(ask.weight)}
+    return ask._replace(problem=passes.side_by_side(ask.problem), **more)
 
 
 # Tapes ----------------------------------------------------------------------------------------------------------------------------------

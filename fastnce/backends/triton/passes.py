@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,22 @@ VECTOR_ROWS, AT_A_TIME, SUMMED = 128, 32, 512
 # Ids that a row is compared with at a time.
 COMPARED = 128
 SLOTS, STATE, SCALARS = 32, 8, 4
+
+
+def rows(x: Tensor | None) -> Any:
+    """x with numbers that lie side by side in each row."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def vector(x: Tensor | None) -> Any:
+    return None if x is None else x.contiguous()
+
+
+def side_by_side(problem: Problem) -> Problem:
+    """With numbers side by side in rows and in vectors: a copy cannot be recorded."""
+    pairs = problem.pairs
+    ids = {name: vector(getattr(pairs, name)) for name in ("q_label", "k_label", "q_exclude", "k_exclude")}
+    return problem._replace(q=rows(problem.q), k=rows(problem.k), threshold=vector(problem.threshold), pairs=pairs._replace(**ids))
 
 
 class Layout(NamedTuple):

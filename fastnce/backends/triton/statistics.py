@@ -5,7 +5,6 @@ _gpu/gradients.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,30 +18,16 @@ _TAPES: tape.Recent[tape.Tape] = tape.Recent()
 
 
 def forward(problem: Problem) -> list[Side]:
-    problem = _contiguous(problem)
+    problem = passes.side_by_side(problem)
     flat = _played(problem, (), (), lambda: [x for side in statistics.forward(problem, passes) for x in side])
     return [Side(*flat[start : start + FIELDS]) for start in range(0, len(flat), FIELDS)]  # type: ignore[arg-type]
 
 
 def backward(problem: Problem, grads: list[SideGrad], stats: list[Side], wanted: Wanted) -> Gradients:
-    problem = _contiguous(problem)
+    problem = passes.side_by_side(problem)
     grads = [SideGrad(*(None if g is None else g.contiguous() for g in side)) for side in grads]
     given = [x for side in (*grads, *stats) for x in side]
     return Gradients(*_played(problem, given, wanted, lambda: gradients.backward(problem, passes, grads, stats, wanted)))
-
-
-def _contiguous(problem: Problem) -> Problem:
-    """With numbers side by side in rows and in vectors: a copy cannot be recorded."""
-
-    def rows(x: Tensor | None) -> Any:
-        return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-    def vector(x: Tensor | None) -> Any:
-        return None if x is None else x.contiguous()
-
-    pairs = problem.pairs
-    ids = {name: vector(getattr(pairs, name)) for name in ("q_label", "k_label", "q_exclude", "k_exclude")}
-    return problem._replace(q=rows(problem.q), k=rows(problem.k), threshold=vector(problem.threshold), pairs=pairs._replace(**ids))
 
 
 def _played(
